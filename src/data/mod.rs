@@ -1,0 +1,3 @@
+//! From text files to packed batches: readers, tokenization, shards, masks, batches.
+
+pub mod batch;

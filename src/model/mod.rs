@@ -1,0 +1,3 @@
+//! Model folders: configuration, checkpoint names, weights, export.
+
+pub mod config;
