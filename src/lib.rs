@@ -4,5 +4,6 @@ pub mod data;
 pub mod error;
 pub mod model;
 pub mod rng;
+pub mod train;
 
 pub use error::{Error, Result};
