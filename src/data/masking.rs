@@ -16,7 +16,7 @@
 //! Every draw is a pure function of (seed, pass, sample number, row): encoder row 0 is its mask, row 1 its replacements; decoder rows
 //! 0..256 are the pool, row 256 the choice of a row for each position.
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 
 use super::corpus::Tokens;
 use super::draws::{Draws, below};
@@ -151,7 +151,7 @@ impl Masker {
 
     /// Masks the text of at most [`LONGEST_TEXT`] tokens that is sample `sample` of pass `pass` (a pass is a sequence of sample numbers
     /// with masks of its own: training, held-out evaluation).
-    pub fn mask(&mut self, tokens: Tokens<'_>, pass: u64, sample: u64, out: MaskedText<'_>) {
+    pub fn mask<'a>(&mut self, tokens: Tokens<'a>, pass: u64, sample: u64, out: MaskedText<'a>) {
         assert!(tokens.ids.len() <= LONGEST_TEXT && out.encoder_ids.len() == tokens.ids.len());
         self.words.clear();
         find_words(tokens, &self.rules.vocabulary, &mut self.words);
@@ -159,14 +159,7 @@ impl Masker {
         self.order.resize(self.words.len(), Word(0));
         self.hidden.clear();
         self.hidden.resize(row_words(tokens.ids.len()) + 1, 0);
-        // The whole text is one call through the dispatcher, so that the draws are vectorised for this processor.
-        let arch = self.arch;
-        arch.dispatch(|| {
-            self.mask_encoder(tokens.ids, pass, sample, out.encoder_ids, out.labels);
-            if let (Some(p), Some(visibility)) = (self.rules.decoder_probability, out.visibility) {
-                self.mask_decoder(p, tokens.ids.len(), pass, sample, visibility);
-            }
-        });
+        self.arch.dispatch(Vectorised { masker: self, ids: tokens.ids, pass, sample, out });
     }
 
     #[inline(always)]
@@ -229,6 +222,29 @@ impl Masker {
             walk::<4>(&mut self.order, target, draws, &mut self.hidden);
         } else {
             walk::<2>(&mut self.order, target, draws, &mut self.hidden);
+        }
+    }
+}
+
+/// The masks of one text, compiled once for each instruction set: the draws are plain loops that the compiler vectorises when everything
+/// below is inlined here. (A closure would not be inlined.)
+struct Vectorised<'m, 'a> {
+    masker: &'m mut Masker,
+    ids: &'a [u32],
+    pass: u64,
+    sample: u64,
+    out: MaskedText<'a>,
+}
+
+impl WithSimd for Vectorised<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Vectorised { masker, ids, pass, sample, out } = self;
+        masker.mask_encoder(ids, pass, sample, out.encoder_ids, out.labels);
+        if let (Some(p), Some(visibility)) = (masker.rules.decoder_probability, out.visibility) {
+            masker.mask_decoder(p, ids.len(), pass, sample, visibility);
         }
     }
 }
