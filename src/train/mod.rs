@@ -4,8 +4,8 @@
 //! They know the model only through [`Engine`] and the data only through [`Batches`], so the reliability tests run the same loop
 //! around a toy of a few numbers, thousands of times.
 //!
-//! - [`run`]: the loop; [`workspace`]: the output folder, the lock, and what to resume from
-//! - [`settings`]: every knob with its default; [`schedule`]: the learning rate
+//! - [`plan`]: what a run will do; [`run`]: the loop; [`workspace`]: the output folder, the lock, and what to resume from
+//! - [`settings`]: every knob with its default; [`schedule`]: the learning rate; [`batches`]: [`Batches`] over a corpus
 //! - [`checkpoint`], [`store`]: one checkpoint, and the folder of them; [`disk`]: the file operations below both
 //! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
 //! - [`lock`], [`signals`]: one writer; orderly stops
@@ -15,10 +15,12 @@ use std::time::Duration;
 use crate::data::batch::PretrainBatch;
 use crate::error::Result;
 
+pub mod batches;
 pub mod checkpoint;
 pub mod disk;
 pub mod lock;
 pub mod metrics;
+pub mod plan;
 pub mod progress;
 pub mod run;
 pub mod schedule;

@@ -13,8 +13,9 @@ pub struct Progress {
     lines: Option<Box<dyn Write + Send>>,
     since: Instant,
     tokens: u64,
-    loss: f64,
     steps: u64,
+    loss: f64,
+    finite: u64,
 }
 
 impl Progress {
@@ -37,7 +38,7 @@ impl Progress {
     }
 
     fn new(bar: Option<ProgressBar>, lines: Option<Box<dyn Write + Send>>) -> Self {
-        Progress { bar, lines, since: Instant::now(), tokens: 0, loss: 0.0, steps: 0 }
+        Progress { bar, lines, since: Instant::now(), tokens: 0, steps: 0, loss: 0.0, finite: 0 }
     }
 
     /// The loop begins at `step` of `total`.
@@ -71,9 +72,10 @@ impl Progress {
     /// Counts a step.
     pub fn step(&mut self, report: &StepReport) {
         self.tokens += report.tokens;
+        self.steps += 1;
         if report.loss.is_finite() {
             self.loss += report.loss;
-            self.steps += 1;
+            self.finite += 1;
         }
         if let Some(bar) = &self.bar {
             bar.inc(1);
@@ -87,22 +89,19 @@ impl Progress {
 
     /// The log line of step `step`; its loss is the mean since the last one.
     pub fn log(&mut self, step: u64, total: u64, lr: f64, report: &StepReport) {
-        let mean = self.loss / self.steps.max(1) as f64;
+        let mean = self.loss / self.finite.max(1) as f64;
         let parts: String = report.parts.iter().map(|(name, loss)| format!(" {name} {loss:.3}")).collect();
         let text = format!("loss {mean:.4} (last:{parts})  lr {lr:.2e}  grad {:.3}  {} tok/s", report.grad_norm, count(self.rate()));
         match &self.bar {
             Some(bar) => bar.set_message(text),
             None => {
-                let per_step = self.since.elapsed().as_secs_f64() / self.counted().max(1) as f64;
+                let per_step = self.since.elapsed().as_secs_f64() / self.steps.max(1) as f64;
                 let left = Duration::from_secs_f64(per_step * (total - step) as f64);
                 self.say(&format!("step {step}/{total}  {text}  {} left", human(left)));
             }
         }
-        (self.since, self.tokens, self.loss, self.steps) = (Instant::now(), 0, 0.0, 0);
-    }
-
-    fn counted(&self) -> u64 {
-        self.steps
+        (self.since, self.tokens, self.steps) = (Instant::now(), 0, 0);
+        (self.loss, self.finite) = (0.0, 0);
     }
 
     /// The loop is over.

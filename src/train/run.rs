@@ -9,6 +9,7 @@ use crate::data::batch::PretrainBatch;
 use crate::error::{Error, Kind, Result};
 use crate::train::checkpoint::{Best, State, bits};
 use crate::train::metrics::Metrics;
+use crate::train::plan::Plan;
 use crate::train::progress::{self, Progress};
 use crate::train::schedule::Schedule;
 use crate::train::settings::Settings;
@@ -50,11 +51,9 @@ pub struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Restores what `workspace` found, or starts at step 0. `identity` is what the settings lead to, `total` the steps of the run.
+    /// Restores what `workspace` found, or starts at step 0.
     pub fn new(
-        settings: &'a Settings,
-        identity: std::collections::BTreeMap<String, String>,
-        total: u64,
+        plan: &'a Plan,
         workspace: Workspace,
         engine: &'a mut dyn Engine,
         batches: &'a mut dyn Batches,
@@ -68,7 +67,8 @@ impl<'a> Run<'a> {
             batches.seek(state.cursor)?;
         }
         // Overridden settings are those of the run from here on.
-        (state.settings, state.total_steps, state.seed) = (identity, total, settings.seed);
+        let settings = &plan.settings;
+        (state.settings, state.total_steps, state.seed) = (plan.identity.clone(), plan.total, settings.seed);
         state.engine = env!("CARGO_PKG_VERSION").into();
         let restored = workspace.start.as_ref().map(|_| state.step);
         // A checkpoint of another folder is not yet a checkpoint of this one.
@@ -79,7 +79,7 @@ impl<'a> Run<'a> {
             events = Some(Events::create(&workspace.disk, &workspace.out, state.step + 1)?);
         }
         let summary = Summary { state: state.clone(), loss: None, held_out: Vec::new(), seconds: 0.0, steps: 0 };
-        let schedule = settings.schedule(total);
+        let schedule = settings.schedule(plan.total);
         Ok(Run { settings, workspace, engine, batches, stop, progress, schedule, state, saved, metrics, events, summary })
     }
 

@@ -1,13 +1,13 @@
 //! The output folder of a run before its first step: the lock, the check that it is this run's, and what to resume from.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::train::checkpoint::{Checkpoint, Opened};
 use crate::train::disk::Disk;
 use crate::train::lock::{self, Lock};
-use crate::train::settings::{self, Resume, Settings};
+use crate::train::plan::Plan;
+use crate::train::settings::{self, Resume};
 use crate::train::store::{self, Store};
 use crate::train::{metrics, tfevents};
 
@@ -34,16 +34,10 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Locks the output folder of `settings`, creating it if need be, and decides what to resume from. `identity` is
-    /// [`Settings::identity`]; `overrides` names settings that may differ from those of the checkpoint. Cheap beside building a
-    /// model: everything that can be refused is refused here.
-    pub fn open(
-        disk: &Disk,
-        settings: &Settings,
-        identity: &BTreeMap<String, String>,
-        overrides: &[String],
-        warn: &mut dyn FnMut(String),
-    ) -> Result<Workspace> {
+    /// Locks the output folder of `plan`, creating it if need be, and decides what to resume from. `overrides` names settings
+    /// that may differ from those of the checkpoint. Cheap beside building a model: everything that can be refused is refused here.
+    pub fn open(disk: &Disk, plan: &Plan, overrides: &[String], warn: &mut dyn FnMut(String)) -> Result<Workspace> {
+        let settings = &plan.settings;
         let out = settings.output.clone().ok_or_else(|| Error::usage("--output is missing").remedy("give the folder of the run"))?;
         let names = disk.list(&out)?;
         if let Some(name) = names.iter().find(|n| !OURS.contains(&n.as_str()))
@@ -59,7 +53,7 @@ impl Workspace {
         disk.sync_dir(&out)?;
         let start = choose(disk, &store, &out, settings.resume(), warn)?;
         if let Some(checkpoint) = &start {
-            settings::compare(identity, &checkpoint.state.settings, overrides, &checkpoint.dir)?;
+            settings::compare(&plan.identity, &checkpoint.state.settings, overrides, &checkpoint.dir)?;
         }
         let text = settings.to_toml()?;
         if disk.list(&out)?.iter().all(|n| n != SETTINGS) || disk.read_small(&out.join(SETTINGS), 1 << 20)? != text.as_bytes() {
