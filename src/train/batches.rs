@@ -62,7 +62,17 @@ impl CorpusBatches {
         let held_out = order.texts(Part::HeldOut);
         let evaluation = Plan::new(order.clone(), Part::HeldOut, Batching { accumulation: 1, ..batching }, held_out)?;
         let plan = Plan::new(order, Part::Train, batching, end)?;
-        Ok(CorpusBatches { corpus, plan, evaluation, rules, threads, names, loader: None, waited: Duration::ZERO, cursor: 0 })
+        Ok(CorpusBatches {
+            corpus,
+            plan,
+            evaluation,
+            rules,
+            threads,
+            names,
+            loader: None,
+            waited: Duration::ZERO,
+            cursor: 0,
+        })
     }
 
     /// Texts held out.

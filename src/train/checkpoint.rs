@@ -14,7 +14,8 @@ use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -123,7 +124,9 @@ pub fn write(disk: &Disk, dir: &Path, state: &State, engine: &dyn Engine) -> Res
 }
 
 fn unwritable(dir: &Path, e: &serde_json::Error) -> Error {
-    Error::refused(format!("the state cannot be written as JSON: {e}")).path(dir.join(STATE)).remedy("report this as a defect")
+    Error::refused(format!("the state cannot be written as JSON: {e}"))
+        .path(dir.join(STATE))
+        .remedy("report this as a defect")
 }
 
 fn json_bytes(value: &Value) -> Vec<u8> {
@@ -157,7 +160,8 @@ fn write_tensors(out: &mut Hashed, parameters: &[ParamInfo], arena: &[f32]) -> R
 /// The parameter's elements of an arena.
 fn slice<'a>(arena: &'a [f32], p: &ParamInfo) -> Result<&'a [f32]> {
     arena.get(p.offset..p.offset + p.elements()).ok_or_else(|| {
-        Error::refused(format!("{} lies outside its arena of {} elements", p.name, arena.len())).remedy("report this as a defect")
+        Error::refused(format!("{} lies outside its arena of {} elements", p.name, arena.len()))
+            .remedy("report this as a defect")
     })
 }
 
@@ -224,7 +228,8 @@ impl Checkpoint {
             return Err(damage(&dir.join(MANIFEST), "does not list every file of a checkpoint"));
         }
         let state = disk.read_small(&path, SMALL)?;
-        let state = serde_json::from_slice(&state).map_err(|e| damage(&path, format!("not the state of a run: {e}")))?;
+        let state =
+            serde_json::from_slice(&state).map_err(|e| damage(&path, format!("not the state of a run: {e}")))?;
         Ok(Checkpoint { dir: dir.to_path_buf(), state })
     }
 
@@ -289,6 +294,7 @@ fn read_manifest(disk: &Disk, path: &Path) -> std::result::Result<Map<String, Va
     };
     let mut manifest: Map<String, Value> =
         serde_json::from_slice(&bytes).map_err(|e| damage(path, format!("not a manifest: {e}")))?;
+    let canonical = json_bytes(&Value::Object(manifest.clone())) == bytes;
     let digest = manifest.shift_remove("sha256");
     if digest.as_ref().and_then(Value::as_str) != Some(&digest_of(&manifest)) {
         return Err(damage(path, "its own digest does not hold"));
@@ -299,8 +305,9 @@ fn read_manifest(disk: &Disk, path: &Path) -> std::result::Result<Map<String, Va
         return Err(Trouble::Other(Error::refused(cause).path(path).remedy("use the engine that wrote it")));
     }
     match manifest.shift_remove("files") {
-        Some(Value::Object(files)) => Ok(files),
-        _ => Err(damage(path, "lists no files")),
+        // The digest is of the content; white space outside it must not change either.
+        Some(Value::Object(files)) if canonical => Ok(files),
+        _ => Err(damage(path, "not as this engine writes it")),
     }
 }
 
@@ -322,7 +329,11 @@ fn check_file(disk: &Disk, path: &Path, entry: &Value) -> std::result::Result<()
         }
         sha.update(&buffer[..n]);
     }
-    if entry["sha256"].as_str() == Some(&hex(&sha.finalize())) { Ok(()) } else { Err(damage(path, "its digest does not hold")) }
+    if entry["sha256"].as_str() == Some(&hex(&sha.finalize())) {
+        Ok(())
+    } else {
+        Err(damage(path, "its digest does not hold"))
+    }
 }
 
 /// Fills the parameters' places of `arena` from a safetensors file.
@@ -334,19 +345,23 @@ fn read_tensors(disk: &Disk, path: &Path, parameters: &[ParamInfo], arena: &mut 
     if size > SMALL {
         return Err(damaged(path, format!("a header of {size} bytes")));
     }
-    let mut header = vec![0; 8 + size as usize];
-    header[..8].copy_from_slice(&length);
-    file.read_exact(&mut header[8..]).at(path, "cannot read")?;
-    let (_, metadata) = SafeTensors::read_metadata(&header).map_err(|e| damaged(path, format!("not safetensors: {e}")))?;
+    let mut header = vec![0; size as usize];
+    file.read_exact(&mut header).at(path, "cannot read")?;
+    let metadata: Metadata =
+        serde_json::from_slice(&header).map_err(|e| damaged(path, format!("not safetensors: {e}")))?;
 
     let stored = metadata.tensors();
     if let Some(name) = stored.keys().find(|name| !parameters.iter().any(|p| p.name == **name)) {
         return Err(Error::refused("the model has no such parameter").path(path).tensor(name).remedy(OTHER_MODEL));
     }
     for p in parameters {
-        let info = stored.get(&p.name).filter(|info| info.dtype == Dtype::F32 && info.shape == p.shape).ok_or_else(|| {
-            Error::refused(format!("not stored as fp32 of shape {:?}", p.shape)).path(path).tensor(&p.name).remedy(OTHER_MODEL)
-        })?;
+        let info =
+            stored.get(&p.name).filter(|info| info.dtype == Dtype::F32 && info.shape == p.shape).ok_or_else(|| {
+                Error::refused(format!("not stored as fp32 of shape {:?}", p.shape))
+                    .path(path)
+                    .tensor(&p.name)
+                    .remedy(OTHER_MODEL)
+            })?;
         file.seek(SeekFrom::Start(8 + size + info.data_offsets.0 as u64)).at(path, "cannot seek")?;
         let place = arena.get_mut(p.offset..p.offset + p.elements()).ok_or_else(|| damaged(path, "arena too short"))?;
         file.read_exact(bytemuck::cast_slice_mut(place)).at(path, "cannot read")?;

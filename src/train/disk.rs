@@ -98,7 +98,9 @@ impl Disk {
         let mut bytes = Vec::new();
         self.open(path)?.take(limit + 1).read_to_end(&mut bytes).at(path, "cannot read")?;
         if bytes.len() as u64 > limit {
-            return Err(crate::Error::refused(format!("longer than {limit} bytes")).path(path).remedy("this is not the expected file"));
+            return Err(crate::Error::refused(format!("longer than {limit} bytes"))
+                .path(path)
+                .remedy("this is not the expected file"));
         }
         Ok(bytes)
     }
@@ -135,7 +137,9 @@ impl Disk {
         });
         let mut names: Vec<String> = match entries {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
-            other => other.at(path, "cannot list the folder")?.into_iter().filter_map(|n| n.into_string().ok()).collect(),
+            other => {
+                other.at(path, "cannot list the folder")?.into_iter().filter_map(|n| n.into_string().ok()).collect()
+            }
         };
         names.sort();
         Ok(names)

@@ -12,7 +12,14 @@ pub const FILE: &str = ".lock";
 /// The lock; given back by the system when this is dropped or the process ends in any way.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing the file is not enough: a child that another thread has just forked holds a copy until its exec.
+        let _ = self.file.unlock();
+    }
 }
 
 impl Lock {
@@ -34,7 +41,7 @@ impl Lock {
         // The id is for the message only; the lock itself is what excludes. Blanks cover a longer id of an earlier holder, so
         // that the file never has to be emptied first and another process never reads nothing.
         file.write_all(format!("{:<20}\n", std::process::id()).as_bytes()).at(&path, "cannot write the lock file")?;
-        Ok(Lock { _file: file })
+        Ok(Lock { file })
     }
 }
 

@@ -79,10 +79,17 @@ impl Plan {
         [
             format!("model      {}, {} parameters", a.model, count(a.parameters as f64)),
             format!("objective  {objective}"),
-            format!("data       {}: {} texts and {} tokens to train on, {} texts held out", a.data, a.texts, count(a.tokens as f64), a.held_out),
+            format!(
+                "data       {}: {} texts and {} tokens to train on, {} texts held out",
+                a.data,
+                a.texts,
+                count(a.tokens as f64),
+                a.held_out
+            ),
             format!("batch      {batch}"),
             format!("steps      {}, about {} tokens", self.total, count(self.tokens_seen() as f64)),
-            format!("rate       {:e}, {} steps of warm-up, then {:?}", s.learning_rate, schedule.warmup, s.schedule).replace(", 0 steps of warm-up, then", ","),
+            format!("rate       {:e}, {} steps of warm-up, then {:?}", s.learning_rate, schedule.warmup, s.schedule)
+                .replace(", 0 steps of warm-up, then", ","),
             format!("device     {}, {}", a.device, a.precision),
             format!("memory     {}", bytes(a.memory)),
             format!("disk       {} a checkpoint, {} in all", bytes(self.checkpoint_bytes()), bytes(self.disk_bytes())),
@@ -92,11 +99,18 @@ impl Plan {
 
     /// One line when the file system of `out` has less room than the run needs.
     pub fn room(&self, out: &Path) -> Option<String> {
-        let existing = out.ancestors().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p }).find(|p| p.exists())?;
+        let existing =
+            out.ancestors().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p }).find(|p| p.exists())?;
         let stat = rustix::fs::statvfs(existing).ok()?;
         let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-        (free < self.disk_bytes())
-            .then(|| format!("{}: {} free, the run needs about {}; free space or lower --keep", existing.display(), bytes(free), bytes(self.disk_bytes())))
+        (free < self.disk_bytes()).then(|| {
+            format!(
+                "{}: {} free, the run needs about {}; free space or lower --keep",
+                existing.display(),
+                bytes(free),
+                bytes(self.disk_bytes())
+            )
+        })
     }
 
     /// The same facts as one JSON object.

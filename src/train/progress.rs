@@ -91,7 +91,11 @@ impl Progress {
     pub fn log(&mut self, step: u64, total: u64, lr: f64, report: &StepReport) {
         let mean = self.loss / self.finite.max(1) as f64;
         let parts: String = report.parts.iter().map(|(name, loss)| format!(" {name} {loss:.3}")).collect();
-        let text = format!("loss {mean:.4} (last:{parts})  lr {lr:.2e}  grad {:.3}  {} tok/s", report.grad_norm, count(self.rate()));
+        let text = format!(
+            "loss {mean:.4} (last:{parts})  lr {lr:.2e}  grad {:.3}  {} tok/s",
+            report.grad_norm,
+            count(self.rate())
+        );
         match &self.bar {
             Some(bar) => bar.set_message(text),
             None => {

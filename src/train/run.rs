@@ -80,7 +80,20 @@ impl<'a> Run<'a> {
         }
         let summary = Summary { state: state.clone(), loss: None, held_out: Vec::new(), seconds: 0.0, steps: 0 };
         let schedule = settings.schedule(plan.total);
-        Ok(Run { settings, workspace, engine, batches, stop, progress, schedule, state, saved, metrics, events, summary })
+        Ok(Run {
+            settings,
+            workspace,
+            engine,
+            batches,
+            stop,
+            progress,
+            schedule,
+            state,
+            saved,
+            metrics,
+            events,
+            summary,
+        })
     }
 
     /// Runs to the last step, or to the first reason to stop.
@@ -103,11 +116,14 @@ impl<'a> Run<'a> {
         loop {
             let step = self.state.step;
             let last = step >= self.state.total_steps;
-            if self.stop.requested().is_none() && self.state.evaluated != Some(step) && self.evaluation_due(step, last) {
+            if self.stop.requested().is_none() && self.state.evaluated != Some(step) && self.evaluation_due(step, last)
+            {
                 self.evaluate()?;
             }
             let stop = self.stop.requested();
-            let due = last || stop.is_some() || (self.settings.save_every > 0 && step > 0 && step % self.settings.save_every == 0);
+            let due = last
+                || stop.is_some()
+                || (self.settings.save_every > 0 && step > 0 && step % self.settings.save_every == 0);
             if due && self.saved != Some(step) {
                 self.save()?;
             }
@@ -182,13 +198,22 @@ impl<'a> Run<'a> {
         line.insert("mem_gib".into(), json!(resident_gib()));
         self.metrics.write(line)?;
         if let Some(events) = &mut self.events {
-            let parts: Vec<_> = report.parts.iter().map(|(name, x)| (format!("train/loss_{}", short(name)), *x)).collect();
-            let mut values = vec![("train/loss", report.loss), ("train/lr", lr), ("train/grad_norm", report.grad_norm), ("perf/tps", rate)];
+            let parts: Vec<_> =
+                report.parts.iter().map(|(name, x)| (format!("train/loss_{}", short(name)), *x)).collect();
+            let mut values = vec![
+                ("train/loss", report.loss),
+                ("train/lr", lr),
+                ("train/grad_norm", report.grad_norm),
+                ("perf/tps", rate),
+            ];
             values.extend(parts.iter().map(|(tag, x)| (tag.as_str(), *x)));
             events.scalars(step, values)?;
         }
         if report.skipped {
-            self.progress.warn(&format!("step {step}: the gradient is not finite, nothing was updated ({} in a row)", self.state.skipped_in_a_row));
+            self.progress.warn(&format!(
+                "step {step}: the gradient is not finite, nothing was updated ({} in a row)",
+                self.state.skipped_in_a_row
+            ));
         }
         self.progress.log(step, self.state.total_steps, lr, report);
         Ok(())
@@ -241,7 +266,8 @@ impl<'a> Run<'a> {
         let mut line = self.line("eval");
         line.insert("loss".into(), json!(loss));
         line.insert("loss_bits".into(), json!(bits(loss)));
-        let (mut text, mut values) = (format!("step {step}  held-out loss {loss:.4}"), vec![("eval/loss".to_string(), loss)]);
+        let (mut text, mut values) =
+            (format!("step {step}  held-out loss {loss:.4}"), vec![("eval/loss".to_string(), loss)]);
         for (name, loss, accuracy) in &means {
             let short = short(name);
             line.insert(format!("loss_{short}"), json!(loss));
@@ -278,7 +304,9 @@ impl<'a> Run<'a> {
         let more = names.len().saturating_sub(8);
         let more = if more > 0 { format!(" and {more} more, all in metrics.jsonl") } else { String::new() };
         let remedy = match self.saved {
-            Some(step) => format!("the last good checkpoint is that of step {step}; go on from it with --override learning-rate and a lower one"),
+            Some(step) => format!(
+                "the last good checkpoint is that of step {step}; go on from it with --override learning-rate and a lower one"
+            ),
             None => "nothing was saved yet; start again with a lower learning rate".into(),
         };
         let cause = format!(
@@ -301,7 +329,8 @@ fn short(part: &str) -> &str {
 /// Resident memory of the process, or 0 where the system does not tell.
 fn resident_gib() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib = status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
+    let kib =
+        status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
     (kib.unwrap_or(0.0) / 1048.576).round() / 1000.0
 }
 
@@ -329,7 +358,8 @@ impl Summary {
     /// For people.
     pub fn to_text(&self) -> String {
         let state = &self.state;
-        let mut text = format!("{} steps, {} texts, {} tokens", state.step, state.sequences, progress::count(state.tokens as f64));
+        let mut text =
+            format!("{} steps, {} texts, {} tokens", state.step, state.sequences, progress::count(state.tokens as f64));
         if state.skipped > 0 {
             text += &format!(", {} steps skipped", state.skipped);
         }

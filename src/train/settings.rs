@@ -217,7 +217,8 @@ impl Settings {
                 (0 | 1, _) => {}
                 _ => {
                     let names: Vec<String> = group.iter().map(|k| format!("--{k}")).collect();
-                    return Err(Error::usage(format!("more than one of {} is set", names.join(", "))).remedy("give one of them"));
+                    return Err(Error::usage(format!("more than one of {} is set", names.join(", ")))
+                        .remedy("give one of them"));
                 }
             }
         }
@@ -230,7 +231,11 @@ impl Settings {
     fn check(&self) -> Result<()> {
         let open_unit = |x: f64| x > 0.0 && x < 1.0;
         let checks = [
-            ("model", self.model.is_some() || self.config_file.is_some() || self.config_name.is_some(), "give --model, --config-file or --config-name"),
+            (
+                "model",
+                self.model.is_some() || self.config_file.is_some() || self.config_name.is_some(),
+                "give --model, --config-file or --config-name",
+            ),
             ("data", self.data.is_some(), "give --data, the folder that tokenize wrote"),
             ("output", self.output.is_some(), "give --output, the folder of the run"),
             ("batch-size", self.batch_size != Some(0), "must be at least 1"),
@@ -248,7 +253,11 @@ impl Settings {
             ("clip", self.clip >= 0.0 && self.clip.is_finite(), "must be positive, or 0 for no clipping"),
             ("encoder-mask-probability", open_unit(self.encoder_mask_probability), "must lie between 0 and 1"),
             ("decoder-mask-probability", open_unit(self.decoder_mask_probability), "must lie between 0 and 1"),
-            ("device", ["auto", "cpu", "cuda", "emulator"].contains(&&*self.device), "must be auto, cpu, cuda or emulator"),
+            (
+                "device",
+                ["auto", "cpu", "cuda", "emulator"].contains(&&*self.device),
+                "must be auto, cpu, cuda or emulator",
+            ),
             ("seed", i64::try_from(self.seed).is_ok(), "must be below 2^63"),
             ("threads", self.threads != Some(0), "must be at least 1"),
             ("log-every", self.log_every > 0, "must be at least 1"),
@@ -257,7 +266,9 @@ impl Settings {
         ];
         match checks.iter().find(|(_, good, _)| !good) {
             None => Ok(()),
-            Some((key, _, rule)) if rule.starts_with("give") => Err(Error::usage(format!("--{key} is missing")).remedy(*rule)),
+            Some((key, _, rule)) if rule.starts_with("give") => {
+                Err(Error::usage(format!("--{key} is missing")).remedy(*rule))
+            }
             Some((key, _, rule)) => Err(Error::usage(format!("--{key} {rule}")).remedy("see train --help")),
         }
     }
@@ -282,8 +293,11 @@ impl Settings {
     /// is contained; the warm-up in steps contains `warmup-ratio`.
     pub fn identity(&self, about: &About, total: u64) -> Result<BTreeMap<String, String>> {
         let table = Table::try_from(self).map_err(|e| unwritable(&e))?;
-        let mut identity: BTreeMap<String, String> =
-            table.into_iter().filter(|(key, _)| !FREE.contains(&key.as_str())).map(|(key, value)| (key, value.to_string())).collect();
+        let mut identity: BTreeMap<String, String> = table
+            .into_iter()
+            .filter(|(key, _)| !FREE.contains(&key.as_str()))
+            .map(|(key, value)| (key, value.to_string()))
+            .collect();
         identity.insert("steps".into(), total.to_string());
         identity.insert("warmup-steps".into(), self.schedule(total).warmup.to_string());
         identity.insert("model".into(), format!("{} [{}]", about.model, about.model_fingerprint));
@@ -307,13 +321,19 @@ fn unwritable(e: &toml::ser::Error) -> Error {
 
 /// Refuses settings that differ from those of a checkpoint and are not named in `overrides`. `current` and `saved` are
 /// [`Settings::identity`]; a setting that one of them lacks (another version of the engine wrote it) counts as `unset`.
-pub fn compare(current: &BTreeMap<String, String>, saved: &BTreeMap<String, String>, overrides: &[String], checkpoint: &Path) -> Result<()> {
+pub fn compare(
+    current: &BTreeMap<String, String>,
+    saved: &BTreeMap<String, String>,
+    overrides: &[String],
+    checkpoint: &Path,
+) -> Result<()> {
     let mut known: Vec<&String> = current.keys().chain(saved.keys()).collect();
     known.sort();
     known.dedup();
     if let Some(name) = overrides.iter().find(|name| !known.contains(name)) {
         let names: Vec<&str> = known.iter().map(|s| s.as_str()).collect();
-        return Err(Error::usage(format!("--override {name}: no such setting")).remedy(format!("the settings are {}", names.join(", "))));
+        return Err(Error::usage(format!("--override {name}: no such setting"))
+            .remedy(format!("the settings are {}", names.join(", "))));
     }
     let text = |map: &BTreeMap<String, String>, key: &str| map.get(key).cloned().unwrap_or_else(|| "unset".into());
     let changed: Vec<Error> = known
@@ -331,9 +351,12 @@ pub fn compare(current: &BTreeMap<String, String>, saved: &BTreeMap<String, Stri
 /// Reads a configuration file, refusing unknown keys and wrong types with their line.
 fn read_file(path: &Path) -> Result<Table> {
     let bytes = crate::train::disk::Disk::default().read_small(path, 1 << 20)?;
-    let text = String::from_utf8(bytes).map_err(|_| Error::refused("not UTF-8").path(path).remedy("write the file as UTF-8"))?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| Error::refused("not UTF-8").path(path).remedy("write the file as UTF-8"))?;
     let refuse = |e: &toml::de::Error| {
-        let error = Error::new(Kind::Refused, one_line(e)).path(path).remedy("keys are the names of the flags; see train --help");
+        let error = Error::new(Kind::Refused, one_line(e))
+            .path(path)
+            .remedy("keys are the names of the flags; see train --help");
         match e.span() {
             Some(span) => error.line(1 + text[..span.start.min(text.len())].matches('\n').count() as u64),
             None => error,
@@ -380,12 +403,18 @@ mod tests {
     fn identity_is_what_settings_lead_to() -> Result<()> {
         let about = About::default();
         let ratio = Settings::resolve(table(&format!("{LEAST}epochs = 2\nwarmup-ratio = 0.1")), None)?;
-        let steps = Settings::resolve(table(&format!("{LEAST}steps = 100\nwarmup-steps = 10\nlog-every = 3\nresume = 'never'")), None)?;
+        let steps = Settings::resolve(
+            table(&format!("{LEAST}steps = 100\nwarmup-steps = 10\nlog-every = 3\nresume = 'never'")),
+            None,
+        )?;
         assert_eq!(ratio.identity(&about, 100)?, steps.identity(&about, 100)?);
         let other = Settings { learning_rate: 2e-4, ..steps };
         let error = compare(&other.identity(&about, 100)?, &ratio.identity(&about, 100)?, &[], Path::new("c"));
         let error = error.err().map(|e| e.to_string()).unwrap_or_default();
-        assert_eq!(error, "c: learning-rate was 0.0001 and is now 0.0002; give the old value, or --override learning-rate to change it, or another --output");
+        assert_eq!(
+            error,
+            "c: learning-rate was 0.0001 and is now 0.0002; give the old value, or --override learning-rate to change it, or another --output"
+        );
         compare(&other.identity(&about, 100)?, &ratio.identity(&about, 100)?, &["learning-rate".into()], Path::new("c"))
     }
 }

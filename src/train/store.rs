@@ -96,7 +96,9 @@ impl Store {
         let (temporary, fin) = (self.dir.join(format!(".tmp-{name}")), self.dir.join(&name));
         self.disk.remove(&temporary)?;
         self.disk.create_dir(&temporary)?;
-        if let Err(e) = checkpoint::write(&self.disk, &temporary, state, engine).and_then(|()| self.disk.sync_dir(&temporary)) {
+        if let Err(e) =
+            checkpoint::write(&self.disk, &temporary, state, engine).and_then(|()| self.disk.sync_dir(&temporary))
+        {
             // Gives the space of a full disk back; the error that matters is the first one.
             let _ = self.disk.remove(&temporary);
             return Err(e);

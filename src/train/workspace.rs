@@ -38,7 +38,10 @@ impl Workspace {
     /// that may differ from those of the checkpoint. Cheap beside building a model: everything that can be refused is refused here.
     pub fn open(disk: &Disk, plan: &Plan, overrides: &[String], warn: &mut dyn FnMut(String)) -> Result<Workspace> {
         let settings = &plan.settings;
-        let out = settings.output.clone().ok_or_else(|| Error::usage("--output is missing").remedy("give the folder of the run"))?;
+        let out = settings
+            .output
+            .clone()
+            .ok_or_else(|| Error::usage("--output is missing").remedy("give the folder of the run"))?;
         let names = disk.list(&out)?;
         if let Some(name) = names.iter().find(|n| !OURS.contains(&n.as_str()))
             && !names.iter().any(|n| n == SETTINGS)
@@ -56,21 +59,31 @@ impl Workspace {
             settings::compare(&plan.identity, &checkpoint.state.settings, overrides, &checkpoint.dir)?;
         }
         let text = settings.to_toml()?;
-        if disk.list(&out)?.iter().all(|n| n != SETTINGS) || disk.read_small(&out.join(SETTINGS), 1 << 20)? != text.as_bytes() {
+        if disk.list(&out)?.iter().all(|n| n != SETTINGS)
+            || disk.read_small(&out.join(SETTINGS), 1 << 20)? != text.as_bytes()
+        {
             disk.replace(&out, SETTINGS, text.as_bytes())?;
         }
         Ok(Workspace { out, store, disk: disk.clone(), start, _lock: lock })
     }
 }
 
-fn choose(disk: &Disk, store: &Store, out: &Path, resume: Resume, warn: &mut dyn FnMut(String)) -> Result<Option<Checkpoint>> {
+fn choose(
+    disk: &Disk,
+    store: &Store,
+    out: &Path,
+    resume: Resume,
+    warn: &mut dyn FnMut(String),
+) -> Result<Option<Checkpoint>> {
     match resume {
         Resume::Auto => store.newest(warn),
         Resume::Never => match store.list()?.last() {
             None => Ok(None),
-            Some((step, dir)) => Err(Error::refused(format!("the output folder holds a run that was saved at step {step}"))
-                .path(dir)
-                .remedy("leave --resume never out to go on with it, or choose another --output")),
+            Some((step, dir)) => {
+                Err(Error::refused(format!("the output folder holds a run that was saved at step {step}"))
+                    .path(dir)
+                    .remedy("leave --resume never out to go on with it, or choose another --output"))
+            }
         },
         Resume::From(dir) => {
             let checkpoint = match Checkpoint::open(disk, &dir)? {
@@ -80,9 +93,9 @@ fn choose(disk: &Disk, store: &Store, out: &Path, resume: Resume, warn: &mut dyn
             // Steps after the chosen one would be taken for the newest state of this run if it were killed before its next save.
             match store.list()?.last() {
                 Some((step, newer)) if *step > checkpoint.state.step => {
-                    Err(Error::refused(format!("{} holds this later checkpoint", out.display()))
-                        .path(newer)
-                        .remedy("move it away to go back, use --resume auto to go on from it, or choose another --output"))
+                    Err(Error::refused(format!("{} holds this later checkpoint", out.display())).path(newer).remedy(
+                        "move it away to go back, use --resume auto to go on from it, or choose another --output",
+                    ))
                 }
                 _ => Ok(Some(checkpoint)),
             }
