@@ -123,7 +123,7 @@ impl<'a> Run<'a> {
             let stop = self.stop.requested();
             let due = last
                 || stop.is_some()
-                || (self.settings.save_every > 0 && step > 0 && step % self.settings.save_every == 0);
+                || (self.settings.save_every > 0 && step > 0 && step.is_multiple_of(self.settings.save_every));
             if due && self.saved != Some(step) {
                 self.save()?;
             }
@@ -142,7 +142,7 @@ impl<'a> Run<'a> {
 
     fn evaluation_due(&self, step: u64, last: bool) -> bool {
         let every = self.settings.eval_every;
-        step == 0 || last || (every > 0 && step % every == 0)
+        step == 0 || last || (every > 0 && step.is_multiple_of(every))
     }
 
     fn step(&mut self) -> Result<()> {
@@ -167,7 +167,7 @@ impl<'a> Run<'a> {
         self.progress.step(&report);
 
         let step = self.state.step;
-        let due = step == 1 || step == self.state.total_steps || step % self.settings.log_every == 0;
+        let due = step == 1 || step == self.state.total_steps || step.is_multiple_of(self.settings.log_every);
         if due || report.skipped {
             self.log(&micro, lr, &report, waited.as_secs_f64())?;
         }
