@@ -33,6 +33,20 @@ pub fn group_sums(device: Device, from: &Tensor, groups: Groups<'_>, width: usiz
     }
 }
 
+/// `to[rows[i]] = 0` for `i < count`; `rows` ascending and distinct.
+pub fn zero_rows(device: Device, rows: &Tensor, count: usize, width: usize, to: &Tensor) {
+    match device {
+        Device::Cpu => super::on_cpu!(to, cpu::zero_rows, rows, count, width, to),
+    }
+}
+
+/// `to[i] = 0` for the first `count` elements.
+pub fn zero(device: Device, to: &Tensor, count: usize) {
+    match device {
+        Device::Cpu => super::on_cpu!(to, cpu::zero, to, count),
+    }
+}
+
 /// The reference: blocks of output rows in parallel, each finding its part of the ascending indices.
 mod cpu {
     use super::Groups;
@@ -49,6 +63,17 @@ mod cpu {
                 to.copy_from_slice(&from[row as usize * width..][..width]);
             }
         });
+    }
+
+    pub fn zero<F: Real>(to: &Tensor, count: usize) {
+        to.write::<F>()[..count].par_chunks_mut(1 << 16).for_each(|to| to.fill(F::ZERO));
+    }
+
+    pub fn zero_rows<F: Real>(rows: &Tensor, count: usize, width: usize, to: &Tensor) {
+        let (rows, mut to) = (rows.read::<u32>(), to.write::<F>());
+        for &row in &rows[..count] {
+            to[row as usize * width..][..width].fill(F::ZERO);
+        }
     }
 
     pub fn scatter<F: Real>(
