@@ -7,5 +7,6 @@ pub mod graph;
 pub mod model;
 pub mod ops;
 pub mod rng;
+pub mod train;
 
 pub use error::{Error, Result};

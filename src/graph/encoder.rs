@@ -318,7 +318,7 @@ impl Layer {
         );
         let Some(s) = self.pruned else {
             self.qkv.backward(p, (count, c, 3 * c), x, wide, (d, Output::Add));
-            return;
+            return zero_key_bias(p, self.qkv.bias, c);
         };
         let product = |rows: usize, from: usize, to: usize, x: &Tensor, dy: &Tensor, dx: (&Tensor, Output)| {
             let (w, _) = self.part(|id| p.w(id).clone(), c, from, to);
@@ -330,5 +330,12 @@ impl Layer {
         product(needed.count, 0, 1, p.b(s.x), p.b(s.dq), (d, Output::Add));
         product(count, 1, 3, x, wide, (p.b(g.hidden), Output::Set));
         gather::scatter_add(p.device, d, &needed.token, needed.count, c, p.b(g.hidden));
+        zero_key_bias(p, self.qkv.bias, c);
     }
+}
+
+/// The softmax does not change when a constant is added to a row of scores, so the gradient of the key bias is zero; what the
+/// product computes is rounding noise, which Adam would blow up to steps of full size.
+pub fn zero_key_bias(p: &Pass<'_>, qkv_bias: Id, c: usize) {
+    gather::zero(p.device, &p.g(qkv_bias).slice(c..2 * c), c);
 }

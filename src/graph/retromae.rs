@@ -7,7 +7,7 @@
 
 use super::activations::{Plan, Slot};
 use super::block::{Block, Linear, Scratch};
-use super::encoder::{Embedding, Encoder};
+use super::encoder::{Embedding, Encoder, zero_key_bias};
 use super::inputs::{DecoderInputs, Inputs};
 use super::params::Table;
 use super::{Capacity, Dims, Pass};
@@ -169,6 +169,7 @@ impl EnhancedDecoder {
         product(longest, 0, p.w(self.position), dq_position, false, (p.g(self.position), Output::Add));
         product(sequences, 0, p.b(self.c), dq_sentence, true, (dc, Output::Add));
         product(tokens.count, 1, p.b(self.embedding.y), wide, true, (hidden, Output::Set));
+        zero_key_bias(p, self.qkv.bias, c);
         // The first row of each sequence's keys and values was c, not an embedding.
         gather::group_sums(p.device, hidden, inputs.by_first.groups(), c, dc);
         gather::zero_rows(p.device, &inputs.first_tokens, sequences, c, hidden);

@@ -1,0 +1,4 @@
+//! Training.
+
+pub mod contract;
+pub mod step;
