@@ -3,10 +3,10 @@
 //! Every random decision of a run is a pure function of (seed, step, site, sample, position, element). Nothing depends on thread,
 //! rank, batch split or wall clock, and the CPU and the GPU produce equal streams (`kernels/common.cuh` holds the twin).
 
-const M0: u32 = 0xD251_1F53;
-const M1: u32 = 0xCD9E_8D57;
-const W0: u32 = 0x9E37_79B9;
-const W1: u32 = 0xBB67_AE85;
+pub(crate) const M0: u32 = 0xD251_1F53;
+pub(crate) const M1: u32 = 0xCD9E_8D57;
+pub(crate) const W0: u32 = 0x9E37_79B9;
+pub(crate) const W1: u32 = 0xBB67_AE85;
 
 /// Ten rounds of Philox4x32 on counter `c` under key `k`.
 #[inline(always)]
@@ -118,7 +118,16 @@ impl Dropout {
     #[inline(always)]
     pub fn bits(&self, site: u32, sample: u64, position: u32, group: u32) -> [u16; 8] {
         let w = philox4x32(self.key, [group, position | site << 16, sample as u32, (sample >> 32) as u32]);
-        [w[0] as u16, (w[0] >> 16) as u16, w[1] as u16, (w[1] >> 16) as u16, w[2] as u16, (w[2] >> 16) as u16, w[3] as u16, (w[3] >> 16) as u16]
+        [
+            w[0] as u16,
+            (w[0] >> 16) as u16,
+            w[1] as u16,
+            (w[1] >> 16) as u16,
+            w[2] as u16,
+            (w[2] >> 16) as u16,
+            w[3] as u16,
+            (w[3] >> 16) as u16,
+        ]
     }
 }
 
@@ -264,7 +273,12 @@ mod tests {
         let first = |seed, step, site, sample| Stream::new(seed, step, site, sample).next_u64();
         let a = first(1, 2, Site::Init, 3);
         assert_eq!(a, first(1, 2, Site::Init, 3));
-        for b in [first(2, 2, Site::Init, 3), first(1, 3, Site::Init, 3), first(1, 2, Site::Order, 3), first(1, 2, Site::Init, 4)] {
+        for b in [
+            first(2, 2, Site::Init, 3),
+            first(1, 3, Site::Init, 3),
+            first(1, 2, Site::Order, 3),
+            first(1, 2, Site::Init, 4),
+        ] {
             assert_ne!(a, b);
         }
     }

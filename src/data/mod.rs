@@ -1,3 +1,9 @@
 //! From text files to packed batches: readers, tokenization, shards, masks, batches.
 
 pub mod batch;
+pub mod corpus;
+mod draws;
+pub mod loader;
+pub mod masking;
+pub mod order;
+pub mod picture;
