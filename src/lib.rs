@@ -1,8 +1,11 @@
 //! A GPU training engine for retrieval language models.
 
 pub mod data;
+pub mod device;
 pub mod error;
+pub mod graph;
 pub mod model;
+pub mod ops;
 pub mod rng;
 pub mod train;
 

@@ -148,7 +148,7 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
-    /// The micro-batches of one rank.
+    /// The micro-batches of one rank of the plan's `ranks`.
     pub fn of_rank(&self, rank: u64, ranks: u64) -> impl Iterator<Item = &Range<u64>> {
         self.micro.iter().skip(rank as usize).step_by(ranks as usize)
     }
@@ -200,7 +200,8 @@ impl Plan {
         Ok(Some(StepPlan { micro, next }))
     }
 
-    /// Number of steps from `cursor` to the end. With [`BatchSize::Tokens`] this looks at the length of every sample.
+    /// Number of steps from `cursor` to the end. With [`BatchSize::Tokens`] this looks at the length of every sample, a fraction
+    /// of a microsecond each.
     pub fn steps(&self, corpus: &dyn Corpus, mut cursor: u64) -> Result<u64> {
         if let BatchSize::Sequences(n) = self.batching.size {
             let samples = n.saturating_mul(self.batching.accumulation).saturating_mul(self.batching.ranks);

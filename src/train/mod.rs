@@ -17,6 +17,7 @@ use crate::error::Result;
 
 pub mod batches;
 pub mod checkpoint;
+pub mod contract;
 pub mod disk;
 pub mod lock;
 pub mod metrics;
@@ -26,6 +27,7 @@ pub mod run;
 pub mod schedule;
 pub mod settings;
 pub mod signals;
+pub mod step;
 pub mod store;
 pub mod tfevents;
 pub mod workspace;

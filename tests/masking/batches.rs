@@ -34,9 +34,9 @@ fn a_batch_packs_what_the_masker_gives_for_each_text() {
         assert_eq!(decoder_labels, all_but_borders.collect::<Vec<_>>());
         assert_eq!(row, masks.row);
         let span = batch.cu_seqlens[s] as usize..batch.cu_seqlens[s + 1] as usize;
-        for i in 0..ids.len() {
+        for (i, &row) in masks.row.iter().enumerate() {
             for j in 0..ids.len() {
-                let expected = i != j && !masks.hidden[usize::from(row[i])][j];
+                let expected = i != j && !masks.hidden[usize::from(row)][j];
                 assert_eq!(decoder.visibility.sees(s, span.clone(), i, j), expected, "text {s}: {i} sees {j}");
             }
         }
