@@ -343,7 +343,7 @@ impl Machine<'_> {
         if elements > 0 {
             let steps =
                 shape.iter().zip(&stride).try_fold(offset, |at, (d, s)| at.checked_add((d - 1).checked_mul(*s)?));
-            if !steps.is_some_and(|last| last < length) {
+            if steps.is_none_or(|last| last >= length) {
                 return Err(wraps());
             }
         }

@@ -85,7 +85,7 @@ impl Writer {
             Dtype::Bf16 => half::bf16::MAX.to_f32(),
             _ => f32::MAX,
         };
-        if let Some(bad) = values.iter().find(|v| !(v.abs() <= largest)) {
+        if let Some(bad) = values.iter().find(|v| v.is_nan() || v.abs() > largest) {
             let cause = format!("value {bad} cannot be stored as {}", dtype.name());
             return Err(Error::refused(cause)
                 .path(&self.path)
