@@ -157,9 +157,11 @@ fn check_target(target: &Path, overwrite: bool, marker: &str) -> Result<bool> {
     }
     match (overwrite, target.join(marker).is_file()) {
         (true, true) => Ok(true),
-        (true, false) => Err(Error::refused(format!("is not replaced: it holds no {marker}, so this program did not write it"))
-            .path(target)
-            .remedy("choose another --output or remove the folder yourself")),
+        (true, false) => {
+            Err(Error::refused(format!("is not replaced: it holds no {marker}, so this program did not write it"))
+                .path(target)
+                .remedy("choose another --output or remove the folder yourself"))
+        }
         (false, _) => Err(exists(target)),
     }
 }
@@ -187,7 +189,9 @@ fn claim(staging: &Path) -> Result<Lock> {
             return Ok(lock);
         }
     }
-    Err(Error::refused("another process keeps writing here").path(staging).remedy("wait for it or choose another folder"))
+    Err(Error::refused("another process keeps writing here")
+        .path(staging)
+        .remedy("wait for it or choose another folder"))
 }
 
 fn remove(path: &Path) -> Result<()> {

@@ -137,7 +137,10 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         }
         Event::NoDocuments(path) => note(format!("warning: {}: no documents in it", path.display())),
         Event::Duplicate(path, id) => {
-            note(format!("warning: {}: id {id:?} was seen before; such documents are left out and counted", path.display()));
+            note(format!(
+                "warning: {}: id {id:?} was seen before; such documents are left out and counted",
+                path.display()
+            ));
         }
         Event::Progress(documents, text, read) => progress.update(read, documents, text),
     };
@@ -171,5 +174,9 @@ fn report(args: &Arguments, counts: &Counts, seconds: f64, global: &Global) -> R
         ("unknown", counts.unknown),
     ];
     let lines: Vec<String> = rows.iter().map(|(name, n)| format!("{name:<11}{:>15}", grouped(*n))).collect();
-    say(&format!("{}\nwritten to {} in {seconds:.1} s, {rate:.1} MB/s of text", lines.join("\n"), args.output.display()))
+    say(&format!(
+        "{}\nwritten to {} in {seconds:.1} s, {rate:.1} MB/s of text",
+        lines.join("\n"),
+        args.output.display()
+    ))
 }

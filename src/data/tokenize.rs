@@ -115,8 +115,15 @@ pub fn run(inputs: &[Input], tokenizer: &Tokenizer, options: &Options, dir: &Pat
     let chunks = Arc::new(Mutex::new(chunks));
     let (read, mut counts) = std::thread::scope(|scope| {
         let reader = {
-            let mut reader =
-                Reader { options, budget: &budget, out: to_encode, number: 0, seen: Seen::default(), watch, read_bytes: read_bytes.clone() };
+            let mut reader = Reader {
+                options,
+                budget: &budget,
+                out: to_encode,
+                number: 0,
+                seen: Seen::default(),
+                watch,
+                read_bytes: read_bytes.clone(),
+            };
             scope.spawn(move || reader.run(inputs))
         };
         for _ in 0..options.threads {
@@ -129,7 +136,8 @@ pub fn run(inputs: &[Input], tokenizer: &Tokenizer, options: &Options, dir: &Pat
             watch(Event::Progress(documents, text, read_bytes.load(Ordering::Relaxed)));
         });
         budget.close();
-        let read = reader.join().unwrap_or_else(|_| Err(Error::refused("the reading thread failed").remedy("report this")));
+        let read =
+            reader.join().unwrap_or_else(|_| Err(Error::refused("the reading thread failed").remedy("report this")));
         (read, written)
     });
     if let (Err(e), Err(w)) = (&read, &counts) {
@@ -241,7 +249,12 @@ impl Reader<'_> {
 }
 
 /// An encoding thread.
-fn encode_chunks(tokenizer: &Tokenizer, options: &Options, chunks: &Mutex<Receiver<Chunk>>, out: &SyncSender<Result<Encoded>>) {
+fn encode_chunks(
+    tokenizer: &Tokenizer,
+    options: &Options,
+    chunks: &Mutex<Receiver<Chunk>>,
+    out: &SyncSender<Result<Encoded>>,
+) {
     let mut encoder = tokenizer.encoder();
     let sep = tokenizer.special().sep;
     loop {

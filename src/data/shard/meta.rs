@@ -183,7 +183,8 @@ impl Meta {
         if stored != Some(crc32c::crc32c(body.as_bytes())) {
             return Err(bad("does not match its digest".into()));
         }
-        let meta: Meta = serde_json::from_str(&format!("{body}\n}}")).map_err(|e| bad(format!("cannot be read: {e}")))?;
+        let meta: Meta =
+            serde_json::from_str(&format!("{body}\n}}")).map_err(|e| bad(format!("cannot be read: {e}")))?;
         if meta.kind != KIND {
             return Err(foreign());
         }
