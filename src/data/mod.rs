@@ -7,3 +7,8 @@ pub mod loader;
 pub mod masking;
 pub mod order;
 pub mod picture;
+pub mod shard;
+pub mod source;
+pub mod tokenize;
+pub mod tokenizer;
+mod wordpiece;
