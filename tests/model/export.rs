@@ -194,11 +194,11 @@ fn a_failing_export_leaves_nothing_and_an_existing_folder_alone() {
     std::fs::create_dir(&out).unwrap();
     std::fs::write(out.join("mine.txt"), "precious").unwrap();
     spec.replace = true;
-    assert!(line(export(&spec, &out, &mut source)).contains("not written by this engine"));
+    assert!(line(export(&spec, &out, &mut source)).contains("holds no retromae_run.json"));
     std::fs::remove_file(out.join("mine.txt")).unwrap();
     export(&spec, &out, &mut source).unwrap();
     spec.replace = false;
-    assert!(line(export(&spec, &out, &mut source)).contains("exists already"));
+    assert!(line(export(&spec, &out, &mut source)).contains("already exists"));
     spec.replace = true;
     spec.kind = ExportKind::CrossEncoder;
     spec.enhanced_decoder = false;
