@@ -3,8 +3,10 @@
 //! To add a subcommand: a file here with a `clap::Args` struct and `pub fn run(args, &Global) -> Result<()>`, and one line each in
 //! [`Command`] and [`run`]. Results go to standard output through [`say`], progress and warnings to standard error.
 
+mod doctor;
 mod inspect;
 mod progress;
+mod step;
 mod tokenize;
 mod train;
 mod verify;
@@ -49,6 +51,10 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Tell what this machine offers the engine, and what each part means
+    Doctor(doctor::Arguments),
+    /// Compute loss and gradients of one batch, to compare with PyTorch
+    Step(step::Arguments),
     /// Turn text into token shards
     Tokenize(tokenize::Arguments),
     /// Show what a folder of shards holds
@@ -64,6 +70,8 @@ pub fn run(cli: Cli) -> Result<()> {
     let global = &cli.global;
     global.start_threads()?;
     match cli.command {
+        Command::Doctor(args) => doctor::run(args, global),
+        Command::Step(args) => step::run(args, global),
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Inspect(args) => inspect::run(args, global),
         Command::Train(args) => train::run(*args, global),
