@@ -77,7 +77,8 @@ impl Global {
     fn start_threads(&self) -> Result<()> {
         let Some(threads) = self.threads else { return Ok(()) };
         rayon::ThreadPoolBuilder::new().num_threads(threads as usize).build_global().map_err(|e| {
-            Error::new(crate::error::Kind::Io, format!("cannot start {threads} threads: {e}")).remedy("use fewer --threads")
+            Error::new(crate::error::Kind::Io, format!("cannot start {threads} threads: {e}"))
+                .remedy("use fewer --threads")
         })
     }
 

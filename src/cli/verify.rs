@@ -34,7 +34,9 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
                 let name = what.name();
                 let size = grouped(found.bytes);
                 say(&format!("{}: ok, {name}: {} files, {size} bytes", path.display(), found.files))?;
-                results.push(json!({ "path": path, "kind": name, "ok": true, "files": found.files, "bytes": found.bytes }));
+                results.push(
+                    json!({ "path": path, "kind": name, "ok": true, "files": found.files, "bytes": found.bytes }),
+                );
             }
             Err(e) => {
                 results.push(json!({ "path": path, "ok": false, "error": e.to_string() }));

@@ -197,9 +197,12 @@ impl ShardSet {
 
     fn locate(&self, i: u64) -> Result<(&Shard, usize)> {
         if i >= self.len() {
-            return Err(Error::refused(format!("there is no text {i}; the texts are 0 to {}", self.len().saturating_sub(1)))
-                .path(&self.dir)
-                .remedy("name one of these"));
+            return Err(Error::refused(format!(
+                "there is no text {i}; the texts are 0 to {}",
+                self.len().saturating_sub(1)
+            ))
+            .path(&self.dir)
+            .remedy("name one of these"));
         }
         let s = self.first.partition_point(|&f| f <= i) - 1;
         Ok((&self.shards[s], (i - self.first[s]) as usize))
