@@ -2,9 +2,13 @@
 
 pub mod cli;
 pub mod data;
+pub mod device;
 pub mod error;
+pub mod graph;
 pub mod files;
 pub mod model;
+pub mod ops;
 pub mod rng;
+pub mod train;
 
 pub use error::{Error, Result};
