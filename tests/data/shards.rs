@@ -132,6 +132,13 @@ fn output_does_not_depend_on_threads() {
         all.iter().map(|(id, _)| id.as_deref().expect("an id")[1..].parse().expect("a number")).collect();
     assert!(numbers.is_sorted() && numbers[numbers.len() - 1] == 8999);
     assert!(set.text(set.len()).is_err());
+    // Batches see the same texts through their own trait.
+    use retromae_engine::data::corpus::Corpus;
+    let (mut ids, mut starts) = (Vec::new(), Vec::new());
+    for (i, (_, tokens)) in all.iter().enumerate().step_by(97) {
+        set.read(i as u64, &mut ids, &mut starts).expect("a text");
+        assert_eq!((&ids, starts.len()), (tokens, set.length(i as u64).expect("a length")));
+    }
 }
 
 #[test]
@@ -183,6 +190,8 @@ fn inspect_shows_facts_and_texts_and_survives_a_closed_pipe() {
     );
     let one = run(&["inspect", &out, "--text", "3"]).ok().out;
     assert!(one.trim_start().starts_with("#3  d3"), "{one}");
+    let masks = run(&["inspect", &out, "--text", "1", "--masks", "--seed", "3"]).ok().out;
+    assert!(masks.contains("encoder") && masks.contains("sees 0: row ") && masks.contains("C||"), "{masks}");
     assert!(run(&["inspect", &out, "--text", "50"]).error(1).contains("there is no text 50"));
     let script = format!("'{}' inspect '{out}' --samples 50 | true; exit ${{PIPESTATUS[0]}}", binary());
     let ran = finish(std::process::Command::new("bash").args(["-c", &script])).ok();
