@@ -82,7 +82,10 @@ fn check(case: &str, objective: Objective, dtype: DType, loss_tolerance: f64, gr
     let bytes = std::fs::read(&path).unwrap();
     let decoder = objective == Objective::RetroMae;
     let c = model.config().clone();
-    let batch = BatchFile::parse(&path, &bytes, "").unwrap().pretrain(decoder, c.vocab_size, c.max_position_embeddings).unwrap();
+    let batch = BatchFile::parse(&path, &bytes, "")
+        .unwrap()
+        .pretrain(decoder, c.vocab_size, c.max_position_embeddings)
+        .unwrap();
     let losses = model.gradients(&[batch], StepDropout::OFF);
     let expected = std::fs::read(case.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&expected).unwrap();
@@ -98,7 +101,11 @@ fn check(case: &str, objective: Objective, dtype: DType, loss_tolerance: f64, gr
     }
     let mut compared = 0;
     for part in model.params().parts() {
-        let error = relative_error(&part.name, &model.params().get_gradient(part), &floats(&expected, &format!("grad.{}", part.name)));
+        let error = relative_error(
+            &part.name,
+            &model.params().get_gradient(part),
+            &floats(&expected, &format!("grad.{}", part.name)),
+        );
         assert!(error <= gradient_tolerance, "grad.{}: error {error:.2e}", part.name);
         compared += 1;
     }
@@ -147,7 +154,8 @@ fn golden_trajectory() {
         assert!(error <= 1e-4, "step {step}: norm {} instead of {}", out.grad_norm, norms[step]);
     }
     for part in model.params().parts() {
-        let error = relative_error(&part.name, &model.params().get(part), &floats(&expected, &format!("final.{}", part.name)));
+        let error =
+            relative_error(&part.name, &model.params().get(part), &floats(&expected, &format!("final.{}", part.name)));
         assert!(error <= 1e-4, "final.{}: error {error:.2e}", part.name);
     }
 }

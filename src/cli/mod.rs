@@ -6,6 +6,7 @@
 mod inspect;
 mod progress;
 mod tokenize;
+mod train;
 mod verify;
 
 use std::io::{ErrorKind, Write};
@@ -32,9 +33,9 @@ pub struct Global {
     /// Threads to use; all cores by default
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
-    /// Seed of everything random
-    #[arg(long, global = true, default_value_t = 42, value_name = "N")]
-    pub seed: u64,
+    /// Seed of everything random; 42 by default
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    pub seed: Option<u64>,
     /// Write the result to this file as JSON, too
     #[arg(long, global = true, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -52,6 +53,8 @@ enum Command {
     Tokenize(tokenize::Arguments),
     /// Show what a folder of shards holds
     Inspect(inspect::Arguments),
+    /// Pre-train an encoder
+    Train(Box<train::Arguments>),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -63,6 +66,7 @@ pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Inspect(args) => inspect::run(args, global),
+        Command::Train(args) => train::run(*args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

@@ -160,7 +160,16 @@ impl Block {
         self.slots2.y
     }
 
-    fn norm_forward(&self, p: &Pass<'_>, rows: usize, norm: Norm, s: NormSlots, residual: &Tensor, names: RowNames<'_>, site: u32) {
+    fn norm_forward(
+        &self,
+        p: &Pass<'_>,
+        rows: usize,
+        norm: Norm,
+        s: NormSlots,
+        residual: &Tensor,
+        names: RowNames<'_>,
+        site: u32,
+    ) {
         layernorm::forward(
             p.device,
             &layernorm::Forward {
@@ -219,7 +228,15 @@ impl Block {
     }
 
     /// `d` holds the gradient of x2 and leaves holding that of the residual stream; `s.context` gets that of `ctx`.
-    pub fn backward<'a>(&self, p: &Pass<'a>, rows: usize, names: RowNames<'_>, ctx: &Tensor, d: &'a Tensor, s: Scratch) {
+    pub fn backward<'a>(
+        &self,
+        p: &Pass<'a>,
+        rows: usize,
+        names: RowNames<'_>,
+        ctx: &Tensor,
+        d: &'a Tensor,
+        s: Scratch,
+    ) {
         let (c, i) = (self.dims.hidden, self.dims.intermediate);
         let dropped = p.buffers.tensor(s.dropped);
         let wide = p.b(s.wide);

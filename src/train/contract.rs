@@ -30,7 +30,9 @@ impl<'a> BatchFile<'a> {
     /// Parses the bytes of the file at `path`; names are looked up below `prefix` (trajectories number their batches, `0.`).
     pub fn parse(path: &'a Path, bytes: &'a [u8], prefix: &str) -> Result<Self> {
         let tensors = SafeTensors::deserialize(bytes).map_err(|e| {
-            Error::refused(format!("not a safetensors file ({e})")).path(path).remedy("write the batch with safetensors")
+            Error::refused(format!("not a safetensors file ({e})"))
+                .path(path)
+                .remedy("write the batch with safetensors")
         })?;
         Ok(BatchFile { path, tensors, prefix: prefix.to_string() })
     }
@@ -66,11 +68,11 @@ impl<'a> BatchFile<'a> {
         let ids = self.ints("encoder_input_ids", 2)?;
         let shape = ids.shape.clone();
         let mask = self.like("encoder_attention_mask", &shape)?;
-        let packing = Packing::new(&mask, shape[0], shape[1], positions).map_err(|c| self.refuse("encoder_attention_mask", c))?;
+        let packing =
+            Packing::new(&mask, shape[0], shape[1], positions).map_err(|c| self.refuse("encoder_attention_mask", c))?;
         let tokens = |name: &str, padded: &[i64]| packing.tokens(padded, vocabulary).map_err(|c| self.refuse(name, c));
-        let labels = |name: &str| {
-            packing.labels(&self.like(name, &shape)?, vocabulary).map_err(|c| self.refuse(name, c))
-        };
+        let labels =
+            |name: &str| packing.labels(&self.like(name, &shape)?, vocabulary).map_err(|c| self.refuse(name, c));
         let (encoder_label_rows, encoder_label_ids) = labels("encoder_labels")?;
         let decoder = match decoder {
             false => None,
@@ -98,7 +100,10 @@ fn widen(view: &TensorView<'_>) -> Option<Vec<i64>> {
     let bytes = view.data();
     macro_rules! read {
         ($t:ty) => {
-            bytes.chunks_exact(size_of::<$t>()).map(|c| <$t>::from_le_bytes(c.try_into().unwrap_or_default()) as i64).collect()
+            bytes
+                .chunks_exact(size_of::<$t>())
+                .map(|c| <$t>::from_le_bytes(c.try_into().unwrap_or_default()) as i64)
+                .collect()
         };
     }
     Some(match view.dtype() {
@@ -164,7 +169,11 @@ impl Packing {
                         rows.push(first + i as u32);
                         ids.push(label as u32);
                     }
-                    _ => return Err(format!("row {s} holds label {id} at position {i}: padding, or outside the vocabulary")),
+                    _ => {
+                        return Err(format!(
+                            "row {s} holds label {id} at position {i}: padding, or outside the vocabulary"
+                        ));
+                    }
                 }
             }
         }
@@ -177,7 +186,9 @@ impl Packing {
         for (s, _, n) in self.sequences() {
             for i in 0..n {
                 let row = &visible[(s * self.length + i) * self.length..][..n];
-                v.words.extend(row.chunks(32).map(|c| c.iter().enumerate().fold(0u32, |w, (j, &x)| w | u32::from(x == 1) << j)));
+                v.words.extend(
+                    row.chunks(32).map(|c| c.iter().enumerate().fold(0u32, |w, (j, &x)| w | u32::from(x == 1) << j)),
+                );
                 v.row.push(i as u16);
             }
             v.offsets.push(v.words.len() as u32);

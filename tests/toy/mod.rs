@@ -275,7 +275,9 @@ impl Job {
         let plan = Plan::new(settings, about, &batches)?;
         let mut progress = Progress::lines(Box::new(self.told.clone()));
         let workspace = Workspace::open(&self.disk, &plan, &self.overrides, &mut |text| progress.warn(&text))?;
-        Run::new(&plan, workspace, &mut self.toy, &mut batches, &self.stop, &mut progress)?.run()
+        Run::new(&plan, workspace, &mut self.toy, &mut batches, &self.stop, &mut progress)?
+            .run()
+            .map(|(summary, _)| summary)
     }
 }
 
