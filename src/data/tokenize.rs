@@ -38,6 +38,8 @@ pub struct Options {
     pub format: Option<Format>,
     /// Plain text is separated by blank lines.
     pub blank_lines: bool,
+    /// Documents whose id was seen before are kept, too.
+    pub keep_duplicates: bool,
 }
 
 /// What a run tells while it works.
@@ -90,6 +92,7 @@ struct Extent {
 #[derive(Default)]
 struct ReadCounts {
     duplicates: u64,
+    dropped: u64,
     unchecked_ids: u64,
 }
 
@@ -146,6 +149,7 @@ pub fn run(inputs: &[Input], tokenizer: &Tokenizer, options: &Options, dir: &Pat
     }
     let read = read?;
     let counts = counts.as_mut().map_err(|e| e.clone())?;
+    counts.documents += read.dropped;
     counts.duplicates = read.duplicates;
     counts.unchecked_ids = read.unchecked_ids;
     if counts.sequences == 0 {
@@ -219,7 +223,10 @@ impl Reader<'_> {
                     (self.watch)(Event::Duplicate(&input.path, id));
                 }
                 counts.duplicates += 1;
-                continue;
+                if !self.options.keep_duplicates {
+                    counts.dropped += 1;
+                    continue;
+                }
             }
             if !errors.is_empty() {
                 continue;

@@ -218,11 +218,16 @@ impl Encoder<'_> {
         if text.len() <= size {
             return (text, "");
         }
-        let from = text.ceil_char_boundary(size);
+        let from = char_boundary(text, size);
         let at = text[from..].find([' ', '\n', '\t', '\r']).map_or(text.len(), |i| from + i);
         // Words without end, as in Chinese: cut them where they are.
         text.split_at(if at - from > size { from } else { at })
     }
+}
+
+/// The first character boundary at or after byte `at`.
+pub(super) fn char_boundary(text: &str, at: usize) -> usize {
+    (at..text.len()).find(|&i| text.is_char_boundary(i)).unwrap_or(text.len())
 }
 
 /// The folder and the file that `path` means.

@@ -10,7 +10,7 @@ use tokenizers::{ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
 use crate::error::Result;
 
-use super::tokenizer::{Token, Tokenizer};
+use super::tokenizer::{Token, Tokenizer, char_boundary};
 
 /// Longest stretch handed to the crate at once.
 const PIECE: usize = 64 << 10;
@@ -218,8 +218,8 @@ impl Fast {
         if text.len() <= PIECE {
             return (text, "");
         }
-        let from = text.ceil_char_boundary(PIECE);
-        let window = &text[from..text.ceil_char_boundary(2 * PIECE)];
+        let from = char_boundary(text, PIECE);
+        let window = &text[from..char_boundary(text, 2 * PIECE)];
         let found = if self.cuts { window.find(CUTS) } else { None };
         text.split_at(found.map_or(from, |i| from + i))
     }

@@ -4,6 +4,7 @@
 //! all with their digests. Shards are memory-mapped; opening a set reads one header per shard, whatever the number of texts. Every
 //! 64 KiB block is checked against its CRC32C when it is first touched, so that a flipped bit is an error and never a training text.
 
+mod corpus;
 mod file;
 pub mod format;
 mod meta;

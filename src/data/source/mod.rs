@@ -108,7 +108,9 @@ fn file(path: PathBuf) -> Result<Input> {
 }
 
 fn matching(pattern: &str, inputs: &mut Vec<Input>) -> Result<()> {
-    let paths = glob::glob(pattern).map_err(|e| {
+    // As shells do: a star does not mean hidden files.
+    let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
+    let paths = glob::glob_with(pattern, options).map_err(|e| {
         Error::usage(format!("is not a pattern: {}", e.msg))
             .path(pattern)
             .remedy("use *, ? and [abc], or name the files")
