@@ -86,7 +86,7 @@ impl Parts {
             ),
             model_fingerprint: fingerprint(&config, origin.weights.as_deref())?,
             parameters: footprint.parameters as u64,
-            data: format!("{} sequences of {} tokens in all", facts.sequences, facts.tokens),
+            data: format!("{} sequences, {} tokens", facts.sequences, facts.tokens),
             data_fingerprint: short_digest(&std::fs::read(data.join(META)).at(data.join(META), "cannot read")?),
             texts,
             tokens: (facts.tokens as f64 * texts as f64 / shards.texts().max(1) as f64) as u64,

@@ -1,6 +1,5 @@
 //! A toy to run the real loop around: real batches of a small corpus, and an engine of a few numbers whose every bit depends on
 //! every step before. One run takes milliseconds, so the reliability tests can afford hundreds.
-#![allow(dead_code)] // each test crate uses its own part
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
