@@ -7,7 +7,7 @@ use serde_json::{Map, json};
 use sha2::{Digest, Sha256};
 
 use crate::data::corpus::Corpus;
-use crate::data::masking::{LONGEST_TEXT, MaskRules, Vocabulary};
+use crate::data::masking::{LONGEST_TEXT, MaskRules};
 use crate::data::shard::{META, ShardSet};
 use crate::device::{DType, Device};
 use crate::error::{Error, IoContext, Result};
@@ -57,17 +57,8 @@ impl Parts {
             weights.check(&names::encoder(&config))?;
         }
 
-        let special = facts.special;
-        let vocabulary = Vocabulary {
-            size: facts.vocab_size,
-            cls: special.cls,
-            sep: special.sep,
-            pad: special.pad,
-            mask: special.mask,
-            unk: Some(special.unk),
-        };
         let decoder = (settings.objective == Objective::Retromae).then_some(settings.decoder_mask_probability);
-        let rules = MaskRules::new(settings.seed, vocabulary, settings.encoder_mask_probability, decoder)?;
+        let rules = MaskRules::new(settings.seed, facts.vocabulary(), settings.encoder_mask_probability, decoder)?;
         let named = shards.clone();
         let names = Box::new(move |text| named.id(text).ok().flatten().map(str::to_string));
         let batches = CorpusBatches::new(shards.clone(), settings, rules, max_length, 1, names)?;
