@@ -46,7 +46,7 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         let (line, value) = sample(&set, &tokenizer, i, args.text.is_some() || global.verbose)?;
         say(&line)?;
         if args.masks {
-            say(&masks(&set, i, global.seed)?)?;
+            say(&masks(&set, i, global.seed.unwrap_or(42))?)?;
         }
         samples.push(value);
     }
