@@ -13,9 +13,14 @@ mod nvcc;
 mod signatures;
 #[path = "build/stubs.rs"]
 mod stubs;
+#[path = "build/text.rs"]
+mod text;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+/// The emulator that is linked into the crate: fast, for every test run.
+const PLAIN: emulator::Flags = emulator::Flags { all: &["-O2"], kernels: &[] };
 
 fn main() -> ExitCode {
     match build() {
@@ -58,7 +63,7 @@ fn build() -> Result<(), String> {
     };
     nvcc::rerun_when_it_may_appear(ptx.is_none());
     let generated = stubs::generate(&kernels, ptx.as_ref(), nvcc::MISSING)?;
-    jobs::write_if_changed(&out.join("kernels.rs"), &generated)
+    text::write_if_changed(&out.join("kernels.rs"), &generated)
 }
 
 /// Preprocesses each source, so that macros may generate entry points, and parses the result.
@@ -92,7 +97,7 @@ fn read_signatures(
     let units: Vec<signatures::Unit> = sources
         .iter()
         .zip(&list)
-        .map(|(source, job)| signatures::Unit::parse(&jobs::stem(source), &jobs::read(&job.output)?))
+        .map(|(source, job)| signatures::Unit::parse(&jobs::stem(source), &text::read(&job.output)?))
         .collect::<Result<_, _>>()?;
     signatures::check_unique(&units)?;
     Ok(units)
@@ -107,7 +112,7 @@ fn link_emulator(
     parallel: usize,
 ) -> Result<(), String> {
     let objects =
-        emulator::compile(cxx, emulator::Variant::Plain, root, sources, headers, &out.join("emulator"), parallel)?;
+        emulator::compile(cxx, &PLAIN, root, sources, headers, &out.join("emulator"), parallel)?;
     let mut archive = cc::Build::new();
     archive.cpp(true).cargo_warnings(false);
     for object in &objects {

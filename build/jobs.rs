@@ -50,10 +50,6 @@ impl Job {
         Ok(Job { output, program: program.to_path_buf(), arguments, key: format!("{:016x}", hasher.finish()) })
     }
 
-    pub fn log(&self) -> PathBuf {
-        append(&self.output, ".log")
-    }
-
     fn is_done(&self) -> bool {
         self.output.exists() && std::fs::read_to_string(append(&self.output, ".key")).is_ok_and(|k| k == self.key)
     }
@@ -76,7 +72,7 @@ impl Job {
                 line.join(" ")
             ));
         }
-        write(&self.log(), &printed)?;
+        write(&append(&self.output, ".log"), &printed)?;
         write(&key, &self.key)
     }
 }
@@ -125,20 +121,13 @@ pub fn stem(path: &Path) -> String {
     path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
+/// `path` with `suffix` behind its name.
 pub fn append(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_os_string();
     name.push(suffix);
     PathBuf::from(name)
 }
 
-pub fn read(path: &Path) -> Result<String, String> {
-    std::fs::read_to_string(path).map_err(|e| format!("{}: cannot read: {e}", path.display()))
-}
-
-pub fn write(path: &Path, text: &str) -> Result<(), String> {
+fn write(path: &Path, text: &str) -> Result<(), String> {
     std::fs::write(path, text).map_err(|e| format!("{}: cannot write: {e}", path.display()))
-}
-
-pub fn write_if_changed(path: &Path, text: &str) -> Result<(), String> {
-    if std::fs::read_to_string(path).is_ok_and(|old| old == text) { Ok(()) } else { write(path, text) }
 }

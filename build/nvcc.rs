@@ -2,6 +2,7 @@
 
 use super::jobs::{self, Digest, Job};
 use super::signatures::Unit;
+use super::text;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -87,7 +88,7 @@ impl Toolkit {
         jobs::run(&compile, parallel)?;
 
         for ((source, target), job) in pairs().zip(&compile) {
-            jobs::write_if_changed(&named(source, target, ".ptx"), &relabel(&jobs::read(&job.output)?))?;
+            text::write_if_changed(&named(source, target, ".ptx"), &relabel(&text::read(&job.output)?))?;
         }
         let assemble: Vec<Job> = pairs()
             .map(|(source, target)| {
@@ -99,9 +100,9 @@ impl Toolkit {
         let report = out.join("kernels-report.txt");
         let logs: Vec<(&str, String)> = pairs()
             .zip(&assemble)
-            .map(|((_, target), job)| Ok((target, jobs::read(&job.log())?)))
+            .map(|((_, target), job)| Ok((target, text::read(&jobs::append(&job.output, ".log"))?)))
             .collect::<Result<_, String>>()?;
-        jobs::write_if_changed(&report, &resources(&logs, units)?)?;
+        text::write_if_changed(&report, &resources(&logs, units)?)?;
         println!("cargo::rustc-env=RETROMAE_KERNELS_REPORT={}", report.display());
         Ok(Ptx { files: sources.iter().map(|s| TARGETS.map(|t| named(s, t, ".ptx"))).collect(), report })
     }

@@ -78,16 +78,7 @@ impl Dropout {
     #[inline(always)]
     pub fn bits(&self, site: u32, sample: u64, position: u32, group: u32) -> [u16; 8] {
         let w = philox4x32(self.key, [group, position | site << 16, sample as u32, (sample >> 32) as u32]);
-        [
-            w[0] as u16,
-            (w[0] >> 16) as u16,
-            w[1] as u16,
-            (w[1] >> 16) as u16,
-            w[2] as u16,
-            (w[2] >> 16) as u16,
-            w[3] as u16,
-            (w[3] >> 16) as u16,
-        ]
+        [w[0] as u16, (w[0] >> 16) as u16, w[1] as u16, (w[1] >> 16) as u16, w[2] as u16, (w[2] >> 16) as u16, w[3] as u16, (w[3] >> 16) as u16]
     }
 }
 
@@ -216,12 +207,7 @@ mod tests {
         let first = |seed, step, site, sample| Stream::new(seed, step, site, sample).next_u64();
         let a = first(1, 2, Site::Init, 3);
         assert_eq!(a, first(1, 2, Site::Init, 3));
-        for b in [
-            first(2, 2, Site::Init, 3),
-            first(1, 3, Site::Init, 3),
-            first(1, 2, Site::Order, 3),
-            first(1, 2, Site::Init, 4),
-        ] {
+        for b in [first(2, 2, Site::Init, 3), first(1, 3, Site::Init, 3), first(1, 2, Site::Order, 3), first(1, 2, Site::Init, 4)] {
             assert_ne!(a, b);
         }
     }

@@ -11,7 +11,7 @@ void warp_op(std::uint32_t mask, const char* name, WarpFn fn, void* arg, Site si
   PendingCall* call = nullptr;
   for (int i = 0; i < w->pending_count && !call; i++)
     if (w->pending[i].mask & bit) call = &w->pending[i];
-  if (call && (call->mask != mask || call->fn != fn || call->site.line != site.line || call->site.file != site.file))
+  if (call && (call->mask != mask || call->fn != fn || call->name != name || call->site.line != site.line || call->site.file != site.file))
     fail("divergent warp: %s at %s:%d (mask %08x) while lanes %08x wait in %s at %s:%d (mask %08x)", name, site.file, site.line, mask,
          call->arrived, call->name, call->site.file, call->site.line, call->mask);
   w->args[cur->lane] = arg;

@@ -17,7 +17,7 @@ namespace emu {
 
 constexpr std::size_t SIGNAL_STACK_BYTES = 64 * 1024, TRAMPOLINE_ROOM = 4096;
 static __thread void* fault_address;
-static struct sigaction previous_segv, previous_bus;
+static struct sigaction previous_segv, previous_bus, previous_watchdog;
 
 static int watchdog_signal() { return SIGRTMIN + 7; }
 
@@ -42,18 +42,29 @@ static void redirect(void* context, void (*target)()) {
 #endif
 }
 
+// Not ours: another emulator library's, or somebody else's who was there before.
+static void pass_on(const struct sigaction& previous, int signal, siginfo_t* info, void* context) {
+  if (previous.sa_flags & SA_SIGINFO) {
+    previous.sa_sigaction(signal, info, context);
+  } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
+    previous.sa_handler(signal);
+  } else if (signal == SIGSEGV || signal == SIGBUS) {
+    sigaction(signal, &previous, nullptr);   // the instruction faults again, and ends the process as it should
+  }
+}
+
 static void on_fault(int signal, siginfo_t* info, void* context) {
   if (worker && cur) {
     fault_address = info->si_addr;
     redirect(context, &fault_trampoline);
     return;
   }
-  // Not ours: the instruction faults again under the handler that was there before.
-  sigaction(signal, signal == SIGSEGV ? &previous_segv : &previous_bus, nullptr);
+  pass_on(signal == SIGSEGV ? previous_segv : previous_bus, signal, info, context);
 }
 
-static void on_watchdog(int, siginfo_t*, void* context) {
-  if (worker && cur && !worker->in_runtime) redirect(context, &expired_trampoline);
+static void on_watchdog(int signal, siginfo_t* info, void* context) {
+  if (!worker) return pass_on(previous_watchdog, signal, info, context);
+  if (cur && !worker->in_runtime) redirect(context, &expired_trampoline);
 }
 
 void install_fault_handlers() {
@@ -61,7 +72,7 @@ void install_fault_handlers() {
     struct sigaction action {};
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
     action.sa_sigaction = &on_watchdog;
-    sigaction(watchdog_signal(), &action, nullptr);
+    sigaction(watchdog_signal(), &action, &previous_watchdog);
     if (!EMU_ASAN) {   // AddressSanitizer reports faults itself, with more detail
       action.sa_flags |= SA_NODEFER;   // the trampoline never returns to the handler's frame
       action.sa_sigaction = &on_fault;
