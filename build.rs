@@ -111,8 +111,7 @@ fn link_emulator(
     out: &Path,
     parallel: usize,
 ) -> Result<(), String> {
-    let objects =
-        emulator::compile(cxx, &PLAIN, root, sources, headers, &out.join("emulator"), parallel)?;
+    let objects = emulator::compile(cxx, &PLAIN, root, sources, headers, &out.join("emulator"), parallel)?;
     let mut archive = cc::Build::new();
     archive.cpp(true).cargo_warnings(false);
     for object in &objects {

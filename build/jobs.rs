@@ -89,10 +89,7 @@ pub fn run(jobs: &[Job], parallel: usize) -> Result<(), String> {
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..parallel.clamp(1, stale.len().max(1))).map(|_| scope.spawn(work)).collect();
-        workers
-            .into_iter()
-            .map(|w| w.join().unwrap_or_else(|_| Err("a compile thread panicked".into())))
-            .collect::<Result<(), String>>()
+        workers.into_iter().try_for_each(|w| w.join().unwrap_or_else(|_| Err("a compile thread panicked".into())))
     })
 }
 

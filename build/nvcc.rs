@@ -103,7 +103,6 @@ impl Toolkit {
             .map(|((_, target), job)| Ok((target, text::read(&jobs::append(&job.output, ".log"))?)))
             .collect::<Result<_, String>>()?;
         text::write_if_changed(&report, &resources(&logs, units)?)?;
-        println!("cargo::rustc-env=RETROMAE_KERNELS_REPORT={}", report.display());
         Ok(Ptx { files: sources.iter().map(|s| TARGETS.map(|t| named(s, t, ".ptx"))).collect(), report })
     }
 

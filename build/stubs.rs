@@ -145,7 +145,7 @@ fn rust_type(field: &Field) -> String {
         Type::ConstPtr(t) => format!("ConstPtr<{t}>"),
         Type::MutPtr(t) => format!("MutPtr<{t}>"),
         Type::Struct(name) => name.clone(),
-        Type::TensorMap => "TensorMap".to_string(),
+        Type::TensorMap => "super::launch::TensorMap".to_string(),
     };
     field.array.map_or(one.clone(), |n| format!("[{one}; {n}]"))
 }

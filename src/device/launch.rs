@@ -105,7 +105,7 @@ macro_rules! pointer {
             }
 
             /// The pointer `elements` further on.
-            pub fn add(self, elements: usize) -> Self {
+            pub fn offset(self, elements: usize) -> Self {
                 Self::new(self.address + (elements * size_of::<T>()) as u64)
             }
         }

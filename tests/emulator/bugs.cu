@@ -310,3 +310,38 @@ KERNEL bug_no_wgmma_wait(float* o) { product<true, false>(o); }
 RM_EXPORT(bug_no_wgmma_wait)
 KERNEL ok_product(float* o) { product<true, true>(o); }
 RM_EXPORT(ok_product)
+
+// A ring of one stage: without waiting until the consumers are done with it, the producer overwrites what they still read.
+template <bool EMPTY_WAIT> __device__ __forceinline__ void ring(float* o, const CUtensorMap* map) {
+  RM_DYN_SMEM(smem);
+  const uint32_t tile = smem_u32(smem), full = tile + 4096, empty = full + 8;
+  const int t = int(threadIdx.x);
+  if (t == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, 1);
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  if (t >= 32) {
+    if (t == 32) {
+      for (int i = 0; i < 4; i++) {
+        if (EMPTY_WAIT) mbarrier_wait(empty, uint32_t(i & 1) ^ 1);
+        mbarrier_expect_tx(full, 4096);
+        tma_load_2d(tile, map, 0, i * 32, full);
+      }
+    }
+    return;
+  }
+  float sum = 0.f;
+  for (int i = 0; i < 4; i++) {
+    mbarrier_wait(full, uint32_t(i & 1));
+    for (int j = 0; j < 32; j++) sum += smem_at<float>(smem, 0)[j * 32 + (t ^ (j / 8 % 4 * 8))];
+    __syncwarp();
+    if (t == 0) mbarrier_arrive(empty);
+  }
+  o[t] = sum;
+}
+KERNEL bug_no_empty_wait(float* o, const __grid_constant__ CUtensorMap map) { ring<false>(o, &map); }
+RM_EXPORT(bug_no_empty_wait)
+KERNEL ok_empty_wait(float* o, const __grid_constant__ CUtensorMap map) { ring<true>(o, &map); }
+RM_EXPORT(ok_empty_wait)

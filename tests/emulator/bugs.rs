@@ -1,9 +1,9 @@
 //! Planted bugs (`bugs.cu`): each is found by the builds that promise to find it, and correct kernels raise nothing anywhere.
 
 use crate::libraries;
-use crate::support::Buffer;
+use crate::support::{Buffer, every_order};
 use retromae_engine::device::emulator::{Asynchronous, Emulator, LIBRARY_VARIABLE, Options};
-use retromae_engine::device::launch::{Kernel, Launcher, Module, Shape};
+use retromae_engine::device::launch::{Kernel, Launcher, Module, Shape, TensorLayout};
 use std::ffi::c_void;
 use std::process::Command;
 
@@ -22,6 +22,7 @@ enum Found {
 use Found::{Error, No, Results};
 
 /// A kernel of `bugs.cu`: parameters (`o`, then `x` and `n` where it takes them), and what each build makes of it.
+#[derive(Clone, Copy)]
 struct Case {
     name: &'static str,
     takes_x: bool,
@@ -38,7 +39,18 @@ struct Case {
 /// One block of 64 threads with 256 bytes of shared memory, found alike by all builds.
 const fn case(name: &'static str, found: Found) -> Case {
     let (plain, check, asan) = (found, found, found);
-    Case { name, takes_x: false, n: None, threads: 64, blocks: 1, shared_bytes: 256, watchdog_ms: 60_000, plain, check, asan }
+    Case {
+        name,
+        takes_x: false,
+        n: None,
+        threads: 64,
+        blocks: 1,
+        shared_bytes: 256,
+        watchdog_ms: 60_000,
+        plain,
+        check,
+        asan,
+    }
 }
 
 impl Case {
@@ -76,15 +88,25 @@ const CASES: &[Case] = &[
     case("bug_endless_barriers", Error("the watchdog stopped it")).n(1).watchdog(300),
     case("bug_stack_overflow", Error("illegal address")).n(100_000).asan(Error("stack-overflow")),
     // Past the end by one, before the start by one, far past the end.
-    case("bug_dynamic_overrun", Error("past the end of dynamic")).n(1).check(Error("shared write out of bounds")).asan(Error("use-after-poison")),
-    case("bug_dynamic_overrun", Error("before the start of dynamic")).n(-1).check(Error("shared write out of bounds")).asan(Error("use-after-poison")),
+    case("bug_dynamic_overrun", Error("past the end of dynamic"))
+        .n(1)
+        .check(Error("shared write out of bounds"))
+        .asan(Error("use-after-poison")),
+    case("bug_dynamic_overrun", Error("before the start of dynamic"))
+        .n(-1)
+        .check(Error("shared write out of bounds"))
+        .asan(Error("use-after-poison")),
     case("bug_dynamic_overrun", Error("illegal address")).n(4000).asan(Error("SEGV")),
-    case("bug_static_overrun", Error("past the end of a static")).n(1).check(Error("shared write out of bounds")).asan(Error("out of bounds for type")),
+    case("bug_static_overrun", Error("past the end of a static"))
+        .n(1)
+        .check(Error("shared write out of bounds"))
+        .asan(Error("out of bounds for type")),
     case("bug_global_read", Error("illegal address")).x().n(1024).asan(Error("heap-buffer-overflow")),
     case("bug_global_write", Error("illegal address")).n(128).asan(Error("heap-buffer-overflow")),
     case("bug_misaligned", No).x().asan(Error("misaligned address")),
     case("bug_int_overflow", No).n(9000).asan(Error("signed integer overflow")),
-    case("bug_uninitialised_shared", Results).check(Error("read of uninitialised shared memory: dynamic shared memory +0x14")),
+    case("bug_uninitialised_shared", Results)
+        .check(Error("read of uninitialised shared memory: dynamic shared memory +0x14")),
     case("bug_read_after_write", Results).check(Error("race (")),
     case("bug_write_after_read", Results).check(Error("race (")),
     case("bug_write_after_write", Results).check(Error("race (write after write)")),
@@ -121,7 +143,8 @@ fn launch(device: &Emulator, case: &Case) -> Result<Vec<f32>, String> {
         params.push((&raw const n).cast());
         sizes.push(4);
     }
-    let kernel = Kernel { name: case.name, module: &BUGS, param_sizes: sizes.leak(), max_threads: 1024, emulated: None };
+    let kernel =
+        Kernel { name: case.name, module: &BUGS, param_sizes: sizes.leak(), max_threads: 1024, emulated: None };
     let shape = Shape::linear(case.blocks, case.threads).shared(case.shared_bytes);
     // SAFETY: the parameters are those of the kernel; what it does wrong with them is what the test is about.
     unsafe { device.launch(&kernel, shape, &params) }.map_err(|e| e.to_string())?;
@@ -188,12 +211,65 @@ fn global_memory_that_nobody_wrote_is_reported() {
     let o = Buffer::from(&device, &[0f32; 64]);
     let x: Buffer<f32> = Buffer::new(&device, 64);
     let (o, x, n) = (o.get_mut(), x.get(), 1i32);
-    let kernel =
-        Kernel { name: "bug_uninitialised_global", module: &BUGS, param_sizes: &[8, 8, 4], max_threads: 1024, emulated: None };
+    let kernel = Kernel {
+        name: "bug_uninitialised_global",
+        module: &BUGS,
+        param_sizes: &[8, 8, 4],
+        max_threads: 1024,
+        emulated: None,
+    };
     let params = [(&raw const o).cast(), (&raw const x).cast(), (&raw const n).cast()];
     // SAFETY: the parameters are those of the kernel.
     let error = unsafe { device.launch(&kernel, Shape::linear(1, 64), &params) }.expect_err("it is found").to_string();
     assert!(error.contains("read of uninitialised global memory: byte 0 of a buffer of 256 bytes"), "{error}");
+}
+
+/// Output of a kernel that sums four tiles which TMA brings: x [128, 32] in boxes of [32, 32].
+fn launch_ring(device: &Emulator, name: &'static str) -> Result<Vec<f32>, String> {
+    let x = Buffer::from(device, &(0..128 * 32).map(|i| (i / 32 + i % 32) as f32).collect::<Vec<_>>());
+    let o = Buffer::from(device, &[0f32; 32]);
+    let layout = TensorLayout {
+        base: x.address(),
+        width: 32,
+        height: 128,
+        row_bytes: 128,
+        box_width: 32,
+        box_height: 32,
+        element_bytes: 4,
+        swizzle_128b: false,
+    };
+    let (o_address, map) = (o.get_mut(), device.tensor_map(&layout).expect("the layout is aligned"));
+    let kernel = Kernel { name, module: &BUGS, param_sizes: &[8, 128], max_threads: 64, emulated: None };
+    let params = [(&raw const o_address).cast(), (&raw const map).cast()];
+    // SAFETY: the parameters are those of the kernel.
+    unsafe { device.launch(&kernel, Shape::linear(1, 64).shared(4096 + 16), &params) }.map_err(|e| e.to_string())?;
+    Ok(o.read())
+}
+
+#[test]
+fn a_ring_without_its_empty_barrier_is_found() {
+    let plain = Emulator::from_library(libraries::plain(), Options::default()).expect("it loads");
+    let check = Emulator::from_library(libraries::check(), Options::default()).expect("it loads");
+    // Column c of row r holds r + c, and each lane sums every column class once a tile: rows sum to 128 * 127 / 2.
+    let good = launch_ring(&plain, "ok_empty_wait").expect("a correct kernel raises nothing");
+    for (lane, sum) in good.iter().enumerate() {
+        let columns: usize = (0..128).map(|row| lane ^ (row % 32 / 8 * 8)).sum();
+        assert_eq!(*sum, (128 * 127 / 2 + columns) as f32, "lane {lane}");
+    }
+    for options in every_order() {
+        assert_eq!(launch_ring(&plain.with(options), "ok_empty_wait").as_ref(), Ok(&good), "{options:?}");
+        assert_eq!(launch_ring(&check.with(options), "ok_empty_wait").as_ref(), Ok(&good), "{options:?}");
+    }
+    let outcomes: Vec<_> =
+        every_order().into_iter().map(|o| launch_ring(&plain.with(o), "bug_no_empty_wait")).collect();
+    assert!(
+        outcomes.iter().any(|outcome| outcome.as_ref() != Ok(&good)),
+        "the plain build computes as if nothing were wrong"
+    );
+    let message = launch_ring(&check, "bug_no_empty_wait").expect_err("the checker finds it");
+    // Seen as a second arrival in a phase, as a read of a tile in flight, or as a race, whichever comes first.
+    let signs = ["more arrivals than its count", "asynchronous copy", "race ("];
+    assert!(signs.iter().any(|sign| message.contains(sign)), "{message}");
 }
 
 /// Says to [`one_case_in_a_process_of_its_own`] which case of the table to run.
@@ -242,4 +318,61 @@ fn the_sanitizers_find_their_bugs() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_failed_launch_leaves_the_device_usable() {
+    let device = Emulator::from_library(libraries::plain(), Options::default()).expect("it loads");
+    let named = |name: &str| CASES.iter().find(|c| c.name == name).expect("it is in the table");
+    let failing = [
+        "bug_divergent_barrier",
+        "bug_exit_before_barrier",
+        "bug_mbarrier_deadlock",
+        "bug_global_read",
+        "bug_stack_overflow",
+    ];
+    for round in 0..100 {
+        let device = device.with(Options { seed: round % 5, threads: 1 + round as u32 % 2, ..Options::default() });
+        let bug = Case { blocks: 8, ..*named(failing[round as usize % failing.len()]) };
+        assert!(launch(&device, &bug).is_err(), "round {round}: {} was not found", bug.name);
+        let good = launch(&device, named("ok_inside_warp")).expect("the launch after a failed one succeeds");
+        assert!((0..64).all(|i| good[i] == (i ^ 1) as f32), "round {round}: wrong results after {}", bug.name);
+    }
+}
+
+#[test]
+fn threads_may_launch_at_the_same_time() {
+    let device = Emulator::from_library(libraries::plain(), Options::default()).expect("it loads");
+    let named = |name: &str| CASES.iter().find(|c| c.name == name).expect("it is in the table");
+    std::thread::scope(|scope| {
+        for seed in 0..4 {
+            let device = device.with(Options { seed, ..Options::default() });
+            scope.spawn(move || {
+                for _ in 0..50 {
+                    let error =
+                        launch(&device, named("bug_divergent_barrier")).expect_err("each thread gets its own error");
+                    assert!(error.contains("bug_divergent_barrier"), "{error}");
+                    assert!(launch(&device, named("ok_trailing_barrier")).is_ok());
+                }
+            });
+        }
+    });
+}
+
+/// The other tests of this program, on the instrumented builds.
+#[test]
+fn correct_kernels_raise_nothing_on_the_instrumented_builds() {
+    let program = std::env::current_exe().expect("the test program has a path");
+    let children = [("check", libraries::check(), None), ("asan", libraries::asan(), Some(libraries::preload()))];
+    for (variant, library, preload) in children {
+        let mut child = Command::new(&program);
+        child.args(["layernorm::", "primitives::", "--test-threads=1"]).env(LIBRARY_VARIABLE, library);
+        if let Some(preload) = preload {
+            child.env("LD_PRELOAD", preload).env("ASAN_OPTIONS", "detect_leaks=0");
+        }
+        let done = child.output().expect("the test program runs");
+        let printed = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+        assert!(done.status.success() && printed.contains("test result: ok"), "{variant}: {printed}");
+        assert!(!printed.contains("running 0 tests"), "{variant}: {printed}");
+    }
 }

@@ -16,12 +16,13 @@ struct Build {
     path: OnceLock<PathBuf>,
 }
 
+// The one build whose warnings are errors: the others' optimisers see other code.
 static PLAIN: Build =
-    Build { name: "plain", flags: Flags { all: &["-O2"], kernels: &[] }, link: &[], path: OnceLock::new() };
+    Build { name: "plain", flags: Flags { all: &["-O2", "-Werror"], kernels: &[] }, link: &[], path: OnceLock::new() };
 
 static CHECK: Build = Build {
     name: "check",
-    // -g: reports name the line. Warnings about fences are about the real thread sanitizer.
+    // -g: reports name the line.
     flags: Flags { all: &["-O2", "-g", "-DEMU_CHECK=1"], kernels: &["-fsanitize=thread"] },
     link: &[],
     path: OnceLock::new(),
@@ -64,7 +65,9 @@ fn compiler() -> Compiler {
 
 impl Build {
     fn build(&'static self) -> &'static Path {
-        self.path.get_or_init(|| self.compile_and_link().unwrap_or_else(|e| panic!("the {} build of the emulator: {e}", self.name)))
+        self.path.get_or_init(|| {
+            self.compile_and_link().unwrap_or_else(|e| panic!("the {} build of the emulator: {e}", self.name))
+        })
     }
 
     fn compile_and_link(&self) -> Result<PathBuf, String> {
@@ -81,9 +84,20 @@ impl Build {
         let digests = jobs::Digest::of_files(&objects)?;
         std::fs::write(&list, format!("{objects:?}")).map_err(|e| format!("{}: cannot write: {e}", list.display()))?;
         let library = jobs::append(&folder, ".so");
-        let link = jobs::Job::new(&list, digests, library, |command, output| {
-            command.args(["-shared", "-Wl,-Bsymbolic", "-Wl,-z,now", "-pthread"]).args(self.link).args(&objects).arg("-o").arg(output);
-        }, &cxx.path)?;
+        let link = jobs::Job::new(
+            &list,
+            digests,
+            library,
+            |command, output| {
+                command
+                    .args(["-shared", "-Wl,-Bsymbolic", "-Wl,-z,now", "-pthread"])
+                    .args(self.link)
+                    .args(&objects)
+                    .arg("-o")
+                    .arg(output);
+            },
+            &cxx.path,
+        )?;
         jobs::run(std::slice::from_ref(&link), 1)?;
         Ok(link.output)
     }
