@@ -54,7 +54,7 @@ fn build() -> Result<(), String> {
 
     let kernels = read_signatures(&cxx, &sources, headers, &out, parallel)?;
     link_emulator(&cxx, &root, &sources, headers, &out, parallel)?;
-    let ptx = match nvcc::Toolkit::find() {
+    let ptx = match nvcc::Toolkit::find()? {
         Some(toolkit) => Some(toolkit.compile(&sources, headers, &kernels, &out, parallel)?),
         None => {
             println!("cargo::warning={}", nvcc::MISSING);

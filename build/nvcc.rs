@@ -42,30 +42,38 @@ pub fn rerun_when_it_may_appear(missing: bool) {
 }
 
 impl Toolkit {
-    /// `NVCC`, `CUDA_HOME`, `PATH`, `/usr/local/cuda`, then the wheel of the active Python.
-    pub fn find() -> Option<Toolkit> {
+    /// `NVCC`, `CUDA_HOME`, `PATH`, `/usr/local/cuda`, then the wheel of the active Python. A wrong `NVCC` is an error: whoever set it
+    /// wants GPU kernels.
+    pub fn find() -> Result<Option<Toolkit>, String> {
         let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-        let mut candidates: Vec<PathBuf> = var("NVCC").into_iter().collect();
-        candidates.extend(["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(var).map(|home| home.join("bin/nvcc")));
-        if let Some(path) = std::env::var_os("PATH") {
-            candidates.extend(std::env::split_paths(&path).map(|folder| folder.join("nvcc")));
+        let path: Vec<PathBuf> =
+            std::env::var_os("PATH").map(|p| std::env::split_paths(&p).collect()).unwrap_or_default();
+        if let Some(nvcc) = var("NVCC") {
+            let places = std::iter::once(nvcc.clone()).chain(path.iter().map(|folder| folder.join(&nvcc)));
+            let found = places.into_iter().find_map(|place| Toolkit::at(&place));
+            return found.map(Some).ok_or_else(|| {
+                format!("NVCC={} is no nvcc with ptxas beside it; correct or unset it", nvcc.display())
+            });
         }
-        candidates.push("/usr/local/cuda/bin/nvcc".into());
-        candidates.into_iter().chain(std::iter::once_with(wheels).flatten()).find_map(|nvcc| Toolkit::at(&nvcc))
+        let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(var).map(|home| home.join("bin"));
+        let folders = homes.chain(path).chain(std::iter::once(PathBuf::from("/usr/local/cuda/bin")));
+        let candidates = folders.map(|folder| folder.join("nvcc")).chain(std::iter::once_with(wheels).flatten());
+        Ok(candidates.into_iter().find_map(|nvcc| Toolkit::at(&nvcc)))
     }
 
     fn at(nvcc: &Path) -> Option<Toolkit> {
-        let nvcc = nvcc.canonicalize().ok().filter(|p| p.is_file())?;
-        let bin = nvcc.parent()?;
-        let ptxas = Some(bin.join("ptxas")).filter(|p| p.is_file())?;
+        let real = nvcc.canonicalize().ok().filter(|p| p.is_file())?;
+        // Distributions link nvcc into a folder of its own and leave ptxas beside the link.
+        let ptxas =
+            [real.parent()?, nvcc.parent()?].map(|folder| folder.join("ptxas")).into_iter().find(|p| p.is_file())?;
         // Wheels of CUDA 12 keep each component's headers apart.
-        let includes = match bin.parent()?.parent() {
+        let includes = match real.parent()?.parent()?.parent() {
             Some(nvidia) if nvidia.ends_with("nvidia") => std::fs::read_dir(nvidia)
                 .map(|entries| entries.flatten().map(|e| e.path().join("include")).filter(|p| p.is_dir()).collect())
                 .unwrap_or_default(),
             _ => Vec::new(),
         };
-        Some(Toolkit { nvcc, ptxas, includes })
+        Some(Toolkit { nvcc: real, ptxas, includes })
     }
 
     /// Compiles every unit for every target; fails on any warning of nvcc or ptxas, and on spills in kernels exported as hot.
