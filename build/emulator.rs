@@ -38,7 +38,8 @@ pub fn compile(
             out.join(name),
             |command, output| {
                 command.args(["-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]);
-                command.args(["-Wno-unknown-pragmas", "-Wno-psabi"]).args(flags.all);
+                // No contraction: every build of the emulator, on every host, computes the same bits.
+                command.args(["-Wno-unknown-pragmas", "-Wno-psabi", "-ffp-contract=off"]).args(flags.all);
                 // Reports name `kernels/<op>.cu`, wherever the sources lie.
                 command.arg(format!("-ffile-prefix-map={}/=", root.display()));
                 if cxx.avx2 {

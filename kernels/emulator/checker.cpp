@@ -67,14 +67,14 @@ static std::string with_thread(int warp, std::uint32_t lanes) {
 }
 
 // Lanes of `a` whose access is not ordered before the current thread's.
-static std::uint32_t unordered(const Access& a) {
+static inline __attribute__((always_inline)) std::uint32_t unordered(const Access& a) {
   if (a.lanes == 0) return 0;
   const Warp& me = *cur->warp;
   if (a.warp == me.id) return a.epoch < me.clock.epoch[me.id] ? 0 : a.lanes & ~(1u << cur->lane);
   return a.epoch <= me.clock.epoch[a.warp] ? 0 : a.lanes;
 }
 
-static Cell& cell_at(std::size_t offset) {
+static inline Cell& cell_at(std::size_t offset) {
   Cell& c = worker->shadow.cells[offset];
   if (c.generation != worker->shadow.generation) {
     c = Cell{};
@@ -83,7 +83,7 @@ static Cell& cell_at(std::size_t offset) {
   return c;
 }
 
-static Access this_access() { return {cur->warp->clock.epoch[cur->warp->id], 1u << cur->lane, cur->warp->id}; }
+static inline Access this_access() { return {cur->warp->clock.epoch[cur->warp->id], 1u << cur->lane, cur->warp->id}; }
 
 static void add_reader(Cell& c) {
   const Access me = this_access();

@@ -123,10 +123,12 @@ impl Library {
         // SAFETY: the name is a C string; the library's initialisers are ours.
         let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
         if handle.is_null() {
-            // SAFETY: dlerror returns null or a C string that is valid until the next call of this thread.
-            let text = unsafe { libc::dlerror().as_ref() }
-                .map(|text| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned());
-            return Err(refused(format!("cannot load the emulator: {}", text.unwrap_or_default())));
+            // SAFETY: dlerror returns null or a C string that stays valid until this thread's next call.
+            let text = unsafe {
+                let text = libc::dlerror();
+                if text.is_null() { c"unknown cause" } else { CStr::from_ptr(text) }
+            };
+            return Err(refused(format!("cannot load the emulator: {}", text.to_string_lossy())));
         }
         Ok(Library { handle, path: path.to_path_buf() })
     }
