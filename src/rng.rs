@@ -3,10 +3,10 @@
 //! Every random decision of a run is a pure function of (seed, step, site, sample, position, element). Nothing depends on thread,
 //! rank, batch split or wall clock, and the CPU and the GPU produce equal streams (`kernels/common.cuh` holds the twin).
 
-const M0: u32 = 0xD251_1F53;
-const M1: u32 = 0xCD9E_8D57;
-const W0: u32 = 0x9E37_79B9;
-const W1: u32 = 0xBB67_AE85;
+pub(crate) const M0: u32 = 0xD251_1F53;
+pub(crate) const M1: u32 = 0xCD9E_8D57;
+pub(crate) const W0: u32 = 0x9E37_79B9;
+pub(crate) const W1: u32 = 0xBB67_AE85;
 
 /// Ten rounds of Philox4x32 on counter `c` under key `k`.
 #[inline(always)]
@@ -18,6 +18,26 @@ pub fn philox4x32(mut k: [u32; 2], mut c: [u32; 4]) -> [u32; 4] {
         k = [k[0].wrapping_add(W0), k[1].wrapping_add(W1)];
     }
     c
+}
+
+/// [`philox4x32`] on `N` counters that differ in their first word, `first`, `first + 1`, …; a loop over lanes, so that it vectorises.
+/// Result `[w][i]` is word `w` of counter `first + i`.
+#[inline(always)]
+pub fn philox4x32_lanes<const N: usize>(mut k: [u32; 2], first: u32, c: [u32; 3]) -> [[u32; N]; 4] {
+    let mut x = [[0; N], [c[0]; N], [c[1]; N], [c[2]; N]];
+    for (i, word) in x[0].iter_mut().enumerate() {
+        *word = first.wrapping_add(i as u32);
+    }
+    for _ in 0..10 {
+        for i in 0..N {
+            let p0 = u64::from(M0) * u64::from(x[0][i]);
+            let p1 = u64::from(M1) * u64::from(x[2][i]);
+            (x[0][i], x[2][i]) = ((p1 >> 32) as u32 ^ x[1][i] ^ k[0], (p0 >> 32) as u32 ^ x[3][i] ^ k[1]);
+            (x[1][i], x[3][i]) = (p1 as u32, p0 as u32);
+        }
+        k = [k[0].wrapping_add(W0), k[1].wrapping_add(W1)];
+    }
+    x
 }
 
 /// Where randomness is used; part of every counter or key, so that no two sites share a stream.
@@ -74,11 +94,40 @@ impl Dropout {
         65536.0 / f64::from(65536 - self.threshold)
     }
 
+    /// Whether anything is dropped.
+    pub fn is_on(&self) -> bool {
+        self.threshold > 0
+    }
+
+    /// Calls `f(element, kept)` for the elements `0..n` of one row. Call inside `device::cpu::vectorized`.
+    #[inline(always)]
+    pub fn each(&self, site: u32, sample: u64, position: u32, base: u32, n: usize, mut f: impl FnMut(usize, bool)) {
+        const N: usize = 16;
+        let c = [position | site << 16, sample as u32, (sample >> 32) as u32];
+        for start in (0..n).step_by(8 * N) {
+            let w = philox4x32_lanes::<N>(self.key, base + (start / 8) as u32, c);
+            let count = (n - start).min(8 * N);
+            for e in 0..count {
+                let word = w[e % 8 / 2][e / 8];
+                f(start + e, word >> (e % 2 * 16) & 0xFFFF >= self.threshold);
+            }
+        }
+    }
+
     /// The sixteen-bit randoms of the eight elements `8·group .. 8·group + 8`.
     #[inline(always)]
     pub fn bits(&self, site: u32, sample: u64, position: u32, group: u32) -> [u16; 8] {
         let w = philox4x32(self.key, [group, position | site << 16, sample as u32, (sample >> 32) as u32]);
-        [w[0] as u16, (w[0] >> 16) as u16, w[1] as u16, (w[1] >> 16) as u16, w[2] as u16, (w[2] >> 16) as u16, w[3] as u16, (w[3] >> 16) as u16]
+        [
+            w[0] as u16,
+            (w[0] >> 16) as u16,
+            w[1] as u16,
+            (w[1] >> 16) as u16,
+            w[2] as u16,
+            (w[2] >> 16) as u16,
+            w[3] as u16,
+            (w[3] >> 16) as u16,
+        ]
     }
 }
 
@@ -188,6 +237,23 @@ mod tests {
     }
 
     #[test]
+    fn lanes_equal_single_calls_and_rows_equal_their_groups() {
+        let lanes = philox4x32_lanes::<5>([7, 8], u32::MAX - 1, [1, 2, 3]);
+        for i in 0..5u32 {
+            let one = philox4x32([7, 8], [(u32::MAX - 1).wrapping_add(i), 1, 2, 3]);
+            assert_eq!(one, [lanes[0][i as usize], lanes[1][i as usize], lanes[2][i as usize], lanes[3][i as usize]]);
+        }
+        let d = Dropout::new(1, 2, 0.3);
+        let mut kept = 0;
+        d.each(5, 1 << 40 | 9, 77, 3, 1001, |e, keep| {
+            let bits = d.bits(5, 1 << 40 | 9, 77, 3 + (e / 8) as u32)[e % 8];
+            assert_eq!(keep, u32::from(bits) >= d.threshold, "element {e}");
+            kept += u32::from(keep);
+        });
+        assert!((600..800).contains(&kept), "{kept} of 1001 kept at p = 0.3");
+    }
+
+    #[test]
     fn permutation_is_a_bijection_at_every_size() {
         for n in [1u64, 2, 3, 7, 64, 65, 1000, 4097] {
             let p = Permutation::new(9, 3, Site::Order, n);
@@ -207,7 +273,12 @@ mod tests {
         let first = |seed, step, site, sample| Stream::new(seed, step, site, sample).next_u64();
         let a = first(1, 2, Site::Init, 3);
         assert_eq!(a, first(1, 2, Site::Init, 3));
-        for b in [first(2, 2, Site::Init, 3), first(1, 3, Site::Init, 3), first(1, 2, Site::Order, 3), first(1, 2, Site::Init, 4)] {
+        for b in [
+            first(2, 2, Site::Init, 3),
+            first(1, 3, Site::Init, 3),
+            first(1, 2, Site::Order, 3),
+            first(1, 2, Site::Init, 4),
+        ] {
             assert_ne!(a, b);
         }
     }

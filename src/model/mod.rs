@@ -1,3 +1,19 @@
 //! Model folders: configuration, checkpoint names, weights, export.
+//!
+//! Reading goes `hub` (which folder) → `config` (sizes) → `weights` (one view over every checkpoint form, in canonical `names`);
+//! writing goes through `export`. `safetensors` and `torch_bin` (with `pickle`) are the two file formats below `weights`.
 
+pub mod card;
 pub mod config;
+pub mod element;
+pub mod export;
+pub mod hub;
+pub mod names;
+mod pickle;
+pub mod presets;
+pub mod safetensors;
+mod small_file;
+pub mod tensor_file;
+mod tokenizer_files;
+mod torch_bin;
+pub mod weights;

@@ -1,0 +1,357 @@
+//! The BERT encoder over a packed token stream.
+//!
+//! The last layer computes queries, attention rows, output projection, feed-forward and LayerNorms only for the rows that are
+//! needed of it (labels, [CLS]); keys and values for all. Loss and gradients are those of the full layer.
+
+use super::activations::{Plan, Slot};
+use super::block::{Block, Linear, Norm, Scratch};
+use super::inputs::{Rows, TokenInputs};
+use super::params::{Id, Init, Table};
+use super::{Capacity, Dims, Pass};
+use crate::device::{Matrix, Output, Tensor};
+use crate::model::config::BertConfig;
+use crate::ops::embed::Tables;
+use crate::ops::{attention, embed, gather, layernorm, linear};
+
+/// Numbers of the embedding tables; the decoder reads them too.
+#[derive(Clone, Copy, Debug)]
+pub struct Embeddings {
+    /// `[V, C]`, tied to the LM head.
+    pub word: Id,
+    /// `[max positions, C]`.
+    pub position: Id,
+    token_type: Id,
+    norm: Norm,
+}
+
+impl Embeddings {
+    fn new(t: &mut Table, config: &BertConfig) -> Self {
+        let c = config.hidden_size;
+        let name = |part: &str| [format!("bert.embeddings.{part}_embeddings.weight")];
+        Embeddings {
+            word: t.matrices(&name("word"), config.vocab_size, c, Init::NormalWithPad(config.pad_token_id)),
+            position: t.matrices(&name("position"), config.max_position_embeddings, c, Init::Normal),
+            token_type: t.matrices(&name("token_type"), config.type_vocab_size, c, Init::Normal),
+            norm: Norm::new(t, "bert.embeddings.LayerNorm", c),
+        }
+    }
+
+    fn tables<'a>(&self, of: impl Fn(Id) -> &'a Tensor) -> Tables<'a> {
+        Tables {
+            word: of(self.word),
+            position: of(self.position),
+            token_type: of(self.token_type),
+            gamma: of(self.norm.gamma),
+            beta: of(self.norm.beta),
+        }
+    }
+}
+
+/// One use of the embedding layer: its dropout site and buffers.
+#[derive(Clone, Copy, Debug)]
+pub struct Embedding {
+    tables: Embeddings,
+    dims: Dims,
+    site: u32,
+    mean: Slot,
+    rstd: Slot,
+    /// `[T, C]`.
+    pub y: Slot,
+}
+
+impl Embedding {
+    /// For up to `tokens` rows.
+    pub fn new(plan: &mut Plan, tables: Embeddings, dims: Dims, name: &str, tokens: usize, site: u32) -> Self {
+        Embedding {
+            tables,
+            dims,
+            site,
+            mean: plan.add(format!("{name}.mean"), tokens, 1),
+            rstd: plan.add(format!("{name}.rstd"), tokens, 1),
+            y: plan.add(format!("{name}.y"), tokens, dims.hidden),
+        }
+    }
+
+    fn shape(&self, tokens: &TokenInputs) -> layernorm::Shape {
+        layernorm::Shape { rows: tokens.count, width: self.dims.hidden, eps: self.dims.eps }
+    }
+
+    /// Embeds the tokens into `y`.
+    pub fn forward(&self, p: &Pass<'_>, tokens: &TokenInputs) {
+        embed::forward(
+            p.device,
+            &embed::Forward {
+                shape: self.shape(tokens),
+                tokens: embed::Tokens { ids: &tokens.ids, types: &tokens.types, names: tokens.names() },
+                tables: self.tables.tables(|id| p.w(id)),
+                dropout: p.dropout.hidden(self.site),
+                y: p.b(self.y),
+                mean: p.b(self.mean),
+                rstd: p.b(self.rstd),
+            },
+        );
+    }
+
+    /// Adds the gradients of the tables; `dy [T, C]` is used up.
+    pub fn backward(&self, p: &Pass<'_>, tokens: &TokenInputs, dy: &Tensor) {
+        embed::backward(
+            p.device,
+            &embed::Backward {
+                shape: self.shape(tokens),
+                tokens: embed::Tokens { ids: &tokens.ids, types: &tokens.types, names: tokens.names() },
+                tables: self.tables.tables(|id| p.w(id)),
+                dropout: p.dropout.hidden(self.site),
+                mean: p.b(self.mean),
+                rstd: p.b(self.rstd),
+                dy,
+                groups: tokens.groups(),
+                grad_acc: self.tables.tables(|id| p.g(id)),
+            },
+        );
+    }
+}
+
+/// One layer.
+#[derive(Clone, Debug)]
+struct Layer {
+    site: u32,
+    qkv: Linear,
+    block: Block,
+    /// `[T, 3C]`; in a pruned layer `[T, 2C]` keys and values, and `q` apart.
+    wide: Slot,
+    ctx: Slot,
+    lse: Slot,
+    pruned: Option<Pruned>,
+}
+
+/// Buffers of the last layer when only some rows of it are needed.
+#[derive(Clone, Copy, Debug)]
+struct Pruned {
+    /// `[R, C]` needed rows of the layer's input.
+    x: Slot,
+    /// `[R, C]`.
+    q: Slot,
+    /// `[R, C]`.
+    dq: Slot,
+}
+
+/// Gradient buffers of the encoder, shared with the decoder.
+#[derive(Clone, Copy, Debug)]
+pub struct Gradients {
+    /// `[T, C]`: gradient of the current layer's output, then input.
+    pub hidden: Slot,
+    /// `[R, C]`: gradient of the needed rows.
+    pub rows: Slot,
+    /// `[T, 3C]`.
+    pub wide: Slot,
+    /// Shared by all blocks.
+    pub block: Scratch,
+}
+
+/// The encoder.
+#[derive(Clone, Debug)]
+pub struct Encoder {
+    dims: Dims,
+    /// The embedding tables.
+    pub embeddings: Embeddings,
+    embedding: Embedding,
+    layers: Vec<Layer>,
+    /// Gradient buffers.
+    pub gradients: Gradients,
+}
+
+impl Encoder {
+    /// Dropout sites of a layer: attention, then those of its block.
+    const SITES: u32 = 1 + Block::SITES;
+
+    /// Adds the encoder's parameters and buffers to the tables. `rows`: most rows needed of the last layer.
+    pub fn new(t: &mut Table, plan: &mut Plan, config: &BertConfig, capacity: Capacity, rows: usize) -> Self {
+        let dims = Dims::new(config);
+        let (tokens, c) = (capacity.tokens, dims.hidden);
+        let embeddings = Embeddings::new(t, config);
+        let embedding = Embedding::new(plan, embeddings, dims, "embeddings", tokens, 0);
+        let last = config.num_hidden_layers - 1;
+        let layers = (0..=last).map(|i| {
+            let site = 1 + i as u32 * Self::SITES;
+            Layer::new(t, plan, dims, &format!("bert.encoder.layer.{i}"), tokens, site, (i == last).then_some(rows))
+        });
+        let layers = layers.collect();
+        let gradients = Gradients {
+            hidden: plan.add("backward.hidden", tokens, c),
+            rows: plan.add("backward.rows", rows, c),
+            wide: plan.add("backward.qkv", tokens, 3 * c),
+            block: Scratch::new(plan, &dims, tokens),
+        };
+        Encoder { dims, embeddings, embedding, layers, gradients }
+    }
+
+    /// First dropout site after the encoder's.
+    pub fn next_site(&self) -> u32 {
+        1 + self.layers.len() as u32 * Self::SITES
+    }
+
+    /// Where [`Self::forward`] leaves the needed rows `[R, C]` of the last layer.
+    pub fn output(&self) -> Slot {
+        self.layers.last().map_or(self.embedding.y, |l| l.block.output())
+    }
+
+    /// Input of layer `i`.
+    fn input(&self, i: usize) -> Slot {
+        if i == 0 { self.embedding.y } else { self.layers[i - 1].block.output() }
+    }
+
+    /// Tokens to the needed rows of the last hidden state.
+    pub fn forward(&self, p: &Pass<'_>, tokens: &TokenInputs, needed: &Rows) {
+        self.embedding.forward(p, tokens);
+        for (i, layer) in self.layers.iter().enumerate() {
+            layer.forward(p, &self.dims, tokens, needed, p.b(self.input(i)));
+        }
+    }
+
+    /// `gradients.rows` holds the gradient of the output; adds those of all parameters.
+    pub fn backward(&self, p: &Pass<'_>, tokens: &TokenInputs, needed: &Rows) {
+        for (i, layer) in self.layers.iter().enumerate().rev() {
+            layer.backward(p, &self.dims, tokens, needed, p.b(self.input(i)), self.gradients);
+        }
+        self.embedding.backward(p, tokens, p.b(self.gradients.hidden));
+    }
+}
+
+impl Layer {
+    fn new(
+        t: &mut Table,
+        plan: &mut Plan,
+        dims: Dims,
+        name: &str,
+        tokens: usize,
+        site: u32,
+        pruned: Option<usize>,
+    ) -> Self {
+        let c = dims.hidden;
+        let names = ["query", "key", "value"].map(|x| format!("{name}.attention.self.{x}"));
+        let rows = pruned.unwrap_or(tokens);
+        Layer {
+            site,
+            qkv: Linear::fused(t, &names, c, c),
+            block: Block::new(t, plan, dims, name, rows, site + 1),
+            wide: plan.add(format!("{name}.qkv"), tokens, if pruned.is_some() { 2 * c } else { 3 * c }),
+            ctx: plan.add(format!("{name}.ctx"), rows, c),
+            lse: plan.add(format!("{name}.lse"), rows, dims.heads),
+            pruned: pruned.map(|rows| Pruned {
+                x: plan.add(format!("{name}.x"), rows, c),
+                q: plan.add(format!("{name}.q"), rows, c),
+                dq: plan.add(format!("{name}.dq"), rows, c),
+            }),
+        }
+    }
+
+    /// Rows `from..to` (in units of C) of the fused weight or gradient, and of the bias.
+    fn part(&self, of: impl Fn(Id) -> Tensor, c: usize, from: usize, to: usize) -> (Tensor, Tensor) {
+        (of(self.qkv.weight).slice(from * c * c..to * c * c), of(self.qkv.bias).slice(from * c..to * c))
+    }
+
+    fn attention_shape<'a>(dims: &Dims, tokens: &'a TokenInputs, rows: Option<&'a Rows>) -> attention::Shape<'a> {
+        attention::Shape {
+            sequences: tokens.sequences,
+            heads: dims.heads,
+            head_size: dims.head_size(),
+            cu_rows: rows.map_or(&tokens.cu_seqlens, |r| &r.cu_rows),
+            cu_seqlens: &tokens.cu_seqlens,
+        }
+    }
+
+    /// Queries, keys, values of the layer as matrices.
+    fn qkv<'a>(&self, p: &Pass<'a>, c: usize) -> [Matrix<'a>; 3] {
+        let wide = p.buffers.tensor(self.wide);
+        match self.pruned {
+            None => [0, c, 2 * c].map(|offset| Matrix::columns(wide, offset, 3 * c)),
+            Some(s) => [
+                Matrix::new(p.buffers.tensor(s.q), c),
+                Matrix::columns(wide, 0, 2 * c),
+                Matrix::columns(wide, c, 2 * c),
+            ],
+        }
+    }
+
+    fn forward(&self, p: &Pass<'_>, dims: &Dims, tokens: &TokenInputs, needed: &Rows, x: &Tensor) {
+        let (c, count) = (dims.hidden, tokens.count);
+        let rows = self.pruned.map(|_| needed);
+        let mut residual = x;
+        match self.pruned {
+            None => self.qkv.forward(p, (count, c, 3 * c), x, p.b(self.wide)),
+            Some(s) => {
+                residual = p.b(s.x);
+                gather::gather(p.device, x, &needed.token, needed.count, c, residual);
+                let product = |rows: usize, from: usize, to: usize, x: &Tensor, y: &Tensor| {
+                    let (w, b) = self.part(|id| p.w(id).clone(), c, from, to);
+                    let (inputs, outputs) = (c, (to - from) * c);
+                    let (x, y) = (Matrix::new(x, inputs), Matrix::new(y, outputs));
+                    linear::forward(p.device, &linear::Forward { rows, inputs, outputs, x, w: &w, b: Some(&b), y });
+                };
+                product(needed.count, 0, 1, residual, p.b(s.q));
+                product(count, 1, 3, x, p.b(self.wide));
+            }
+        }
+        let names = rows.map_or(tokens.names(), |r| tokens.names_of(r));
+        let [q, k, v] = self.qkv(p, c);
+        let shape = Self::attention_shape(dims, tokens, rows);
+        let dropout = p.dropout.attention(self.site);
+        let (out, lse) = (p.b(self.ctx), p.b(self.lse));
+        attention::forward(p.device, &attention::Forward { shape, q, k, v, names, dropout, out, lse });
+        self.block.forward(p, rows.map_or(count, |r| r.count), names, p.b(self.ctx), residual);
+    }
+
+    /// From the gradient of the output (`g.rows` in the pruned layer, `g.hidden` else) to that of the input in `g.hidden`.
+    fn backward(&self, p: &Pass<'_>, dims: &Dims, tokens: &TokenInputs, needed: &Rows, x: &Tensor, g: Gradients) {
+        let (c, count) = (dims.hidden, tokens.count);
+        let rows = self.pruned.map(|_| needed);
+        let names = rows.map_or(tokens.names(), |r| tokens.names_of(r));
+        let d = p.buffers.tensor(if self.pruned.is_some() { g.rows } else { g.hidden });
+        self.block.backward(p, rows.map_or(count, |r| r.count), names, p.b(self.ctx), d, g.block);
+        let [q, k, v] = self.qkv(p, c);
+        let wide = p.b(g.wide);
+        attention::backward(
+            p.device,
+            &attention::Backward {
+                shape: Self::attention_shape(dims, tokens, rows),
+                q,
+                k,
+                v,
+                names,
+                dropout: p.dropout.attention(self.site),
+                out: p.b(self.ctx),
+                lse: p.b(self.lse),
+                dout: p.b(g.block.context),
+                gradient: match self.pruned {
+                    None => attention::Gradient::Fused(wide),
+                    Some(s) => attention::Gradient::Split(p.b(s.dq), wide),
+                },
+            },
+        );
+        let Some(s) = self.pruned else {
+            self.qkv.backward(p, (count, c, 3 * c), x, wide, (d, Output::Add));
+            return zero_key_bias(p, self.qkv.bias, c);
+        };
+        let product = |rows: usize, from: usize, to: usize, x: &Tensor, dy: &Tensor, dx: (&Tensor, Output)| {
+            let (w, _) = self.part(|id| p.w(id).clone(), c, from, to);
+            let (dw, db) = self.part(|id| p.g(id).clone(), c, from, to);
+            let (inputs, outputs) = (c, (to - from) * c);
+            let (x, dy, dx) =
+                (Matrix::new(x, inputs), Matrix::new(dy, outputs), Some((Matrix::new(dx.0, inputs), dx.1)));
+            linear::backward(
+                p.device,
+                &linear::Backward { rows, inputs, outputs, x, w: &w, dy, dx, dw_acc: &dw, db_acc: Some(&db) },
+            );
+        };
+        product(needed.count, 0, 1, p.b(s.x), p.b(s.dq), (d, Output::Add));
+        product(count, 1, 3, x, wide, (p.b(g.hidden), Output::Set));
+        gather::scatter_add(p.device, d, &needed.token, needed.count, c, p.b(g.hidden));
+        zero_key_bias(p, self.qkv.bias, c);
+    }
+}
+
+/// The softmax does not change when a constant is added to a row of scores, so the gradient of the key bias is zero; what the
+/// product computes is rounding noise, which Adam would blow up to steps of full size.
+pub fn zero_key_bias(p: &Pass<'_>, qkv_bias: Id, c: usize) {
+    gather::zero(p.device, &p.g(qkv_bias).slice(c..2 * c), c);
+}

@@ -1,0 +1,144 @@
+//! BERT's masked-LM head and its loss: `y = LN(act(h W + b))`, logits over the tied word embeddings, cross entropy.
+//!
+//! Only rows with a label come here. Loss and backward are one pass: the gradient of `h` is ready when the loss is.
+
+use super::activations::{Plan, Slot};
+use super::block::{Linear, Norm};
+use super::params::{Id, Init, Table};
+use super::{Dims, Pass};
+use crate::device::{DType, Output, Tensor};
+use crate::model::config::BertConfig;
+use crate::ops::{activation, cross_entropy, layernorm};
+
+/// Bytes of logits that exist at a time on the CPU.
+const LOGITS_BYTES: usize = 64 << 20;
+
+/// The head.
+pub struct MlmHead {
+    dims: Dims,
+    transform: Linear,
+    norm: Norm,
+    /// Tied to the embedding table.
+    word: Id,
+    bias: Id,
+    chunk: usize,
+    u: Slot,
+    z: Slot,
+    mean: Slot,
+    rstd: Slot,
+    y: Slot,
+    dy: Slot,
+    logits: Slot,
+    row_loss: Slot,
+    row_correct: Tensor,
+    sums: Tensor,
+}
+
+/// Loss of the labelled rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossSums {
+    /// Sum of the rows' losses.
+    pub loss: f64,
+    /// Rows whose label has the largest logit.
+    pub correct: f64,
+}
+
+impl MlmHead {
+    /// For up to `rows` labelled rows; `word` is the embedding table.
+    pub fn new(t: &mut Table, plan: &mut Plan, config: &BertConfig, word: Id, rows: usize) -> Self {
+        let dims = Dims::new(config);
+        let (c, v) = (dims.hidden, dims.vocabulary);
+        let chunk = (LOGITS_BYTES / (4 * v)).clamp(16, rows.max(16));
+        MlmHead {
+            dims,
+            transform: Linear::new(t, "cls.predictions.transform.dense".into(), c, c),
+            norm: Norm::new(t, "cls.predictions.transform.LayerNorm", c),
+            word,
+            bias: t.vectors(&["cls.predictions.bias".into()], v, Init::Zeros),
+            chunk,
+            u: plan.add("head.u", rows, c),
+            z: plan.add("head.z", rows, c),
+            mean: plan.add("head.mean", rows, 1),
+            rstd: plan.add("head.rstd", rows, 1),
+            y: plan.add("head.y", rows, c),
+            dy: plan.add("head.dy", rows, c),
+            logits: plan.add("head.logits", chunk, v),
+            row_loss: plan.add("head.row_loss", rows, 1),
+            row_correct: Tensor::zeros(DType::U32, rows),
+            sums: Tensor::zeros(DType::F64, 2),
+        }
+    }
+
+    /// Loss of `rows` rows `h [rows, C]` with their labels. With `gradient` (weight of a row's loss, and where to write the gradient
+    /// of `h`, `[rows, C]`), parameter gradients are added too.
+    pub fn loss(
+        &self,
+        p: &Pass<'_>,
+        rows: usize,
+        h: &Tensor,
+        labels: &Tensor,
+        gradient: Option<(f64, &Tensor)>,
+    ) -> LossSums {
+        if rows == 0 {
+            return LossSums::default();
+        }
+        let c = self.dims.hidden;
+        let shape = layernorm::Shape { rows, width: c, eps: self.dims.eps };
+        self.transform.forward(p, (rows, c, c), h, p.b(self.u));
+        activation::forward(p.device, self.dims.activation, p.b(self.u), p.b(self.z), rows * c);
+        let (gamma, beta) = (p.w(self.norm.gamma), p.w(self.norm.beta));
+        let (x, y, mean, rstd) = (p.b(self.z), p.b(self.y), p.b(self.mean), p.b(self.rstd));
+        layernorm::forward(
+            p.device,
+            &layernorm::Forward { shape, x, residual: None, dropout: None, gamma, beta, y, mean, rstd },
+        );
+        let (dw_acc, db_acc) = (p.g(self.word), p.g(self.bias));
+        cross_entropy::run(
+            p.device,
+            &cross_entropy::CrossEntropy {
+                shape: cross_entropy::Shape { rows, width: c, vocabulary: self.dims.vocabulary, chunk: self.chunk },
+                h: y,
+                w: p.w(self.word),
+                b: p.w(self.bias),
+                labels,
+                logits: p.b(self.logits),
+                row_loss: p.b(self.row_loss),
+                row_correct: &self.row_correct,
+                sums: &self.sums,
+                gradients: gradient.map(|(scale, _)| cross_entropy::Gradients {
+                    scale,
+                    dh: p.b(self.dy),
+                    dw_acc,
+                    db_acc,
+                }),
+            },
+        );
+        if let Some((_, dh)) = gradient {
+            self.backward(p, shape, h, dh);
+        }
+        let sums = self.sums.read::<f64>();
+        LossSums { loss: sums[0], correct: sums[1] }
+    }
+
+    /// From the gradient of `y` in `dy` to that of `h` in `dh`.
+    fn backward(&self, p: &Pass<'_>, shape: layernorm::Shape, h: &Tensor, dh: &Tensor) {
+        let (rows, c) = (shape.rows, shape.width);
+        let dy = p.b(self.dy);
+        layernorm::backward(
+            p.device,
+            &layernorm::Backward {
+                shape,
+                z: p.b(self.z),
+                mean: p.b(self.mean),
+                rstd: p.b(self.rstd),
+                gamma: p.w(self.norm.gamma),
+                dy,
+                dropout: None,
+                dgamma_acc: p.g(self.norm.gamma),
+                dbeta_acc: p.g(self.norm.beta),
+            },
+        );
+        activation::backward(p.device, self.dims.activation, p.b(self.u), dy, rows * c);
+        self.transform.backward(p, (rows, c, c), h, dy, (dh, Output::Set));
+    }
+}

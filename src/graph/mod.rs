@@ -1,0 +1,132 @@
+//! The transformer graph: explicit forward and backward, no tape.
+//!
+//! Each part (`encoder`, `mlm`, `retromae`) owns the numbers of its parameters in the [`params::Params`] table and of its buffers in
+//! the activation plan; a forward stands directly above its backward, which is the forward's list reversed.
+//!
+//! Glossary: B sequences of a batch (also S), T tokens, R rows needed of the last layer, M labelled rows, C hidden size, H heads,
+//! D head size, I feed-forward width, V vocabulary.
+
+pub mod activations;
+pub mod block;
+pub mod encoder;
+pub mod inputs;
+pub mod mlm;
+pub mod params;
+pub mod retromae;
+
+use crate::device::{Device, Tensor};
+use crate::model::config::{Activation, BertConfig};
+use crate::ops::SiteDropout;
+use crate::ops::activation::Function;
+use crate::rng::Dropout;
+use activations::{Activations, Slot};
+use params::{Id, Params};
+
+/// Largest batch that buffers are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// T.
+    pub tokens: usize,
+    /// S.
+    pub sequences: usize,
+    /// Longest sequence.
+    pub length: usize,
+    /// M: rows with an encoder label.
+    pub encoder_labels: usize,
+}
+
+/// Sizes of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// C.
+    pub hidden: usize,
+    /// H.
+    pub heads: usize,
+    /// I.
+    pub intermediate: usize,
+    /// V.
+    pub vocabulary: usize,
+    /// ε of LayerNorm.
+    pub eps: f32,
+    /// Feed-forward activation.
+    pub activation: Function,
+}
+
+impl Dims {
+    /// The sizes of `config`.
+    pub fn new(config: &BertConfig) -> Self {
+        Dims {
+            hidden: config.hidden_size,
+            heads: config.num_attention_heads,
+            intermediate: config.intermediate_size,
+            vocabulary: config.vocab_size,
+            eps: config.layer_norm_eps,
+            activation: match config.hidden_act {
+                Activation::Gelu => Function::Gelu,
+                Activation::GeluTanh => Function::GeluTanh,
+                Activation::QuickGelu => Function::QuickGelu,
+                Activation::Relu => Function::Relu,
+                Activation::Silu => Function::Silu,
+            },
+        }
+    }
+
+    /// D.
+    pub fn head_size(&self) -> usize {
+        self.hidden / self.heads
+    }
+}
+
+/// The dropout masks of one step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepDropout {
+    /// Of hidden states.
+    pub hidden: Dropout,
+    /// Of attention probabilities.
+    pub attention: Dropout,
+}
+
+impl StepDropout {
+    /// None: evaluation.
+    pub const OFF: StepDropout = StepDropout { hidden: Dropout::OFF, attention: Dropout::OFF };
+
+    /// Hidden-state dropout at `site`.
+    pub fn hidden(&self, site: u32) -> SiteDropout {
+        SiteDropout { mask: self.hidden, site }
+    }
+
+    /// Attention dropout at `site`.
+    pub fn attention(&self, site: u32) -> SiteDropout {
+        SiteDropout { mask: self.attention, site }
+    }
+}
+
+/// What every part of the graph works with during one pass.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    /// Where.
+    pub device: Device,
+    /// Weights and gradients.
+    pub params: &'a Params,
+    /// Buffers.
+    pub buffers: &'a Activations,
+    /// Masks of the step.
+    pub dropout: StepDropout,
+}
+
+impl Pass<'_> {
+    /// Weight tensor.
+    pub fn w(&self, id: Id) -> &Tensor {
+        self.params.weight(id)
+    }
+
+    /// Gradient tensor.
+    pub fn g(&self, id: Id) -> &Tensor {
+        self.params.gradient(id)
+    }
+
+    /// Buffer.
+    pub fn b(&self, slot: Slot) -> &Tensor {
+        self.buffers.tensor(slot)
+    }
+}

@@ -1,0 +1,195 @@
+//! RetroMAE's enhanced decoder (arXiv 2205.12035, section 3.3): one BERT layer that rebuilds the whole text from the sentence
+//! embedding and position-specific glimpses of the text.
+//!
+//! Keys and values come from `[c, e_1, e_2, …]`: the sentence embedding in place of the first token's embedding. The query stream is
+//! `p_i + c`. Since `W_q (p_i + c) = W_q p_i + W_q c`, the query product is one `[L, C]` and one `[S, C]` product, and its
+//! backward needs only the sums of dQ over sequences and over positions. Only labelled rows are computed.
+
+use super::activations::{Plan, Slot};
+use super::block::{Block, Linear, Scratch};
+use super::encoder::{Embedding, Encoder, zero_key_bias};
+use super::inputs::{DecoderInputs, Inputs};
+use super::params::Table;
+use super::{Capacity, Dims, Pass};
+use crate::device::{Matrix, Output, Tensor};
+use crate::ops::{attention, enhanced_decoding, gather, linear};
+
+/// The decoder.
+pub struct EnhancedDecoder {
+    dims: Dims,
+    site: u32,
+    position: super::params::Id,
+    embedding: Embedding,
+    qkv: Linear,
+    block: Block,
+    /// `[S, C]` sentence embeddings.
+    c: Slot,
+    /// `[T, 2C]`.
+    kv: Slot,
+    q_position: Slot,
+    q_sentence: Slot,
+    ctx: Slot,
+    lse: Slot,
+    /// `[N, C]` residual stream p_i + c.
+    query: Slot,
+    /// `[N, C]`.
+    dq: Slot,
+    dq_position: Slot,
+    dq_sentence: Slot,
+    /// `[N, C]` gradient of the decoder's output.
+    d: Slot,
+    /// `[S, C]` gradient of the sentence embeddings.
+    dc: Slot,
+}
+
+impl EnhancedDecoder {
+    /// Adds the decoder's parameters and buffers to the tables.
+    pub fn new(t: &mut Table, plan: &mut Plan, encoder: &Encoder, dims: Dims, capacity: Capacity) -> Self {
+        let (tokens, sequences, length, c) = (capacity.tokens, capacity.sequences, capacity.length, dims.hidden);
+        let names = ["query", "key", "value"].map(|x| format!("c_head.attention.self.{x}"));
+        let site = encoder.next_site();
+        EnhancedDecoder {
+            dims,
+            site,
+            position: encoder.embeddings.position,
+            embedding: Embedding::new(plan, encoder.embeddings, dims, "decoder.embeddings", tokens, site),
+            qkv: Linear::fused(t, &names, c, c),
+            block: Block::new(t, plan, dims, "c_head", tokens, site + 2),
+            c: plan.add("decoder.c", sequences, c),
+            kv: plan.add("decoder.kv", tokens, 2 * c),
+            q_position: plan.add("decoder.q_position", length, c),
+            q_sentence: plan.add("decoder.q_sentence", sequences, c),
+            ctx: plan.add("decoder.ctx", tokens, c),
+            lse: plan.add("decoder.lse", tokens, dims.heads),
+            query: plan.add("decoder.query", tokens, c),
+            dq: plan.add("decoder.dq", tokens, c),
+            dq_position: plan.add("decoder.dq_position", length, c),
+            dq_sentence: plan.add("decoder.dq_sentence", sequences, c),
+            d: plan.add("decoder.d", tokens, c),
+            dc: plan.add("decoder.dc", sequences, c),
+        }
+    }
+
+    /// Where [`Self::forward`] leaves the labelled rows `[N, C]`.
+    pub fn output(&self) -> Slot {
+        self.block.output()
+    }
+
+    /// Where the gradient of the output must be before [`Self::backward`].
+    pub fn output_gradient(&self) -> Slot {
+        self.d
+    }
+
+    /// Where [`Self::backward`] leaves the gradient of the sentence embeddings `[S, C]`.
+    pub fn sentence_gradient(&self) -> Slot {
+        self.dc
+    }
+
+    /// Query weight (0) or key and value weights (1) of the fused matrix or its gradient, with the bias.
+    fn part(weight: &Tensor, bias: &Tensor, c: usize, which: usize) -> (Tensor, Tensor) {
+        let (from, to) = if which == 0 { (0, 1) } else { (1, 3) };
+        (weight.slice(from * c * c..to * c * c), bias.slice(from * c..to * c))
+    }
+
+    fn attention<'a>(&self, p: &Pass<'a>, inputs: &'a DecoderInputs) -> enhanced_decoding::Forward<'a> {
+        let (c, tokens) = (self.dims.hidden, &inputs.tokens);
+        let kv = p.buffers.tensor(self.kv);
+        enhanced_decoding::Forward {
+            shape: attention::Shape {
+                sequences: tokens.sequences,
+                heads: self.dims.heads,
+                head_size: self.dims.head_size(),
+                cu_rows: &inputs.rows.cu_rows,
+                cu_seqlens: &tokens.cu_seqlens,
+            },
+            queries: enhanced_decoding::Queries {
+                position: p.buffers.tensor(self.q_position),
+                sentence: p.buffers.tensor(self.q_sentence),
+            },
+            k: Matrix::columns(kv, 0, 2 * c),
+            v: Matrix::columns(kv, c, 2 * c),
+            visible: enhanced_decoding::Visible { offsets: &inputs.offsets, words: &inputs.words, row: &inputs.row },
+            names: tokens.names_of(&inputs.rows),
+            dropout: p.dropout.attention(self.site + 1),
+            out: p.buffers.tensor(self.ctx),
+            lse: p.buffers.tensor(self.lse),
+        }
+    }
+
+    /// From the encoder's needed rows `[R, C]` to [`Self::output`].
+    pub fn forward(&self, p: &Pass<'_>, inputs: &Inputs, decoder: &DecoderInputs, encoder_rows: &Tensor) {
+        let (c, tokens) = (self.dims.hidden, &decoder.tokens);
+        let (sequences, rows) = (tokens.sequences, decoder.rows.count);
+        let (sentence, e) = (p.b(self.c), p.b(self.embedding.y));
+        gather::gather(p.device, encoder_rows, &inputs.cls_rows, sequences, c, sentence);
+        self.embedding.forward(p, tokens);
+        gather::scatter(p.device, sentence, &inputs.first_tokens, sequences, c, e);
+        let product = |rows: usize, which: usize, x: &Tensor, with_bias: bool, y: &Tensor| {
+            let (w, b) = Self::part(p.w(self.qkv.weight), p.w(self.qkv.bias), c, which);
+            let (inputs, outputs) = (c, (1 + which) * c);
+            let (x, y) = (Matrix::new(x, inputs), Matrix::new(y, outputs));
+            linear::forward(
+                p.device,
+                &linear::Forward { rows, inputs, outputs, x, w: &w, b: with_bias.then_some(&b), y },
+            );
+        };
+        product(tokens.count, 1, e, true, p.b(self.kv));
+        product(tokens.longest, 0, p.w(self.position), false, p.b(self.q_position));
+        product(sequences, 0, sentence, true, p.b(self.q_sentence));
+        enhanced_decoding::forward(p.device, &self.attention(p, decoder));
+        let names = tokens.names_of(&decoder.rows);
+        enhanced_decoding::add_rows(p.device, p.w(self.position), sentence, names, rows, c, p.b(self.query));
+        self.block.forward(p, rows, names, p.b(self.ctx), p.b(self.query));
+    }
+
+    /// From the gradient of the output to [`Self::sentence_gradient`]; adds those of all parameters. `hidden [T, C]` and
+    /// `wide [T, 2C]` are scratch.
+    pub fn backward(
+        &self,
+        p: &Pass<'_>,
+        inputs: &Inputs,
+        decoder: &DecoderInputs,
+        (hidden, wide): (&Tensor, &Tensor),
+        s: Scratch,
+    ) {
+        let (c, tokens) = (self.dims.hidden, &decoder.tokens);
+        let (sequences, rows, longest) = (tokens.sequences, decoder.rows.count, tokens.longest);
+        let (by_position, by_sequence) = (decoder.by_position.groups(), decoder.by_sequence.groups());
+        let (d, dc, dq) = (p.buffers.tensor(self.d), p.b(self.dc), p.b(self.dq));
+        let (dq_position, dq_sentence) = (p.b(self.dq_position), p.b(self.dq_sentence));
+        self.block.backward(p, rows, tokens.names_of(&decoder.rows), p.b(self.ctx), d, s);
+        // The residual stream is p_i + c.
+        gather::zero(p.device, dc, sequences * c);
+        gather::group_sums(p.device, d, by_position, c, p.g(self.position));
+        gather::group_sums(p.device, d, by_sequence, c, dc);
+        let forward = self.attention(p, decoder);
+        enhanced_decoding::backward(
+            p.device,
+            &enhanced_decoding::Backward { forward, dout: p.b(s.context), dq, dkv: wide },
+        );
+        gather::zero(p.device, dq_position, longest * c);
+        gather::zero(p.device, dq_sentence, sequences * c);
+        gather::group_sums(p.device, dq, by_position, c, dq_position);
+        gather::group_sums(p.device, dq, by_sequence, c, dq_sentence);
+        let product = |rows: usize, which: usize, x: &Tensor, dy: &Tensor, bias: bool, dx: (&Tensor, Output)| {
+            let (w, _) = Self::part(p.w(self.qkv.weight), p.w(self.qkv.bias), c, which);
+            let (dw, db) = Self::part(p.g(self.qkv.weight), p.g(self.qkv.bias), c, which);
+            let (inputs, outputs) = (c, (1 + which) * c);
+            let (x, dy, dx) =
+                (Matrix::new(x, inputs), Matrix::new(dy, outputs), Some((Matrix::new(dx.0, inputs), dx.1)));
+            let db_acc = bias.then_some(&db);
+            linear::backward(
+                p.device,
+                &linear::Backward { rows, inputs, outputs, x, w: &w, dy, dx, dw_acc: &dw, db_acc },
+            );
+        };
+        product(longest, 0, p.w(self.position), dq_position, false, (p.g(self.position), Output::Add));
+        product(sequences, 0, p.b(self.c), dq_sentence, true, (dc, Output::Add));
+        product(tokens.count, 1, p.b(self.embedding.y), wide, true, (hidden, Output::Set));
+        zero_key_bias(p, self.qkv.bias, c);
+        // The first row of each sequence's keys and values was c, not an embedding.
+        gather::group_sums(p.device, hidden, inputs.by_first.groups(), c, dc);
+        gather::zero_rows(p.device, &inputs.first_tokens, sequences, c, hidden);
+        self.embedding.backward(p, tokens, hidden);
+    }
+}

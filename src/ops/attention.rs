@@ -1,0 +1,368 @@
+//! Multi-head self-attention over packed sequences.
+//!
+//! Per sequence and head: `P = softmax(Q Kᵀ / √D)`, `out = dropout(P) V`. The queries may be some of the sequence's rows only (last
+//! layer). Saved: `out` and `lse`, the log-sum-exp of each row's scores, from which the backward recomputes P:
+//! `dV = dropout(P)ᵀ dO`, `dS = P ∘ (dropout(dO Vᵀ) − rowsum(dO ∘ out))`, `dQ = dS K / √D`, `dK = dSᵀ Q / √D`.
+
+use super::{RowNames, SiteDropout};
+use crate::device::{Device, Matrix, Tensor};
+
+/// Sizes and sequence borders.
+#[derive(Clone, Copy)]
+pub struct Shape<'a> {
+    /// S.
+    pub sequences: usize,
+    /// H.
+    pub heads: usize,
+    /// D.
+    pub head_size: usize,
+    /// `[S + 1]` u32: first query row of each sequence.
+    pub cu_rows: &'a Tensor,
+    /// `[S + 1]` u32: first key of each sequence.
+    pub cu_seqlens: &'a Tensor,
+}
+
+/// Arguments of [`forward`].
+pub struct Forward<'a> {
+    /// Sizes.
+    pub shape: Shape<'a>,
+    /// `[R, H·D]`.
+    pub q: Matrix<'a>,
+    /// `[T, H·D]`.
+    pub k: Matrix<'a>,
+    /// `[T, H·D]`.
+    pub v: Matrix<'a>,
+    /// Names of the query rows.
+    pub names: RowNames<'a>,
+    /// Dropout of the probabilities.
+    pub dropout: SiteDropout,
+    /// `[R, H·D]`, written.
+    pub out: &'a Tensor,
+    /// `[R, H]`, written.
+    pub lse: &'a Tensor,
+}
+
+/// `out = dropout(softmax(Q Kᵀ / √D)) V`.
+pub fn forward(device: Device, a: &Forward<'_>) {
+    match device {
+        Device::Cpu => super::on_cpu!(a.out, cpu::forward, a),
+    }
+}
+
+/// Where the gradients of queries, keys and values go.
+#[derive(Clone, Copy)]
+pub enum Gradient<'a> {
+    /// `[T, 3·H·D]`: dQ, dK, dV side by side, for queries of all rows.
+    Fused(&'a Tensor),
+    /// dQ `[R, H·D]`, and dK, dV side by side `[T, 2·H·D]`.
+    Split(&'a Tensor, &'a Tensor),
+}
+
+/// Arguments of [`backward`].
+pub struct Backward<'a> {
+    /// As in the forward.
+    pub shape: Shape<'a>,
+    /// As in the forward.
+    pub q: Matrix<'a>,
+    /// As in the forward.
+    pub k: Matrix<'a>,
+    /// As in the forward.
+    pub v: Matrix<'a>,
+    /// As in the forward.
+    pub names: RowNames<'a>,
+    /// As in the forward.
+    pub dropout: SiteDropout,
+    /// Saved output.
+    pub out: &'a Tensor,
+    /// Saved log-sum-exp.
+    pub lse: &'a Tensor,
+    /// `[R, H·D]`.
+    pub dout: &'a Tensor,
+    /// Written.
+    pub gradient: Gradient<'a>,
+}
+
+/// Gradients of queries, keys and values.
+pub fn backward(device: Device, a: &Backward<'_>) {
+    match device {
+        Device::Cpu => super::on_cpu!(a.out, cpu::backward, a),
+    }
+}
+
+/// The reference: sequences in parallel, a head at a time with the whole score matrix; no tiling, no online softmax. Shared with the
+/// enhanced decoder, which adds a visibility mask.
+pub(super) mod cpu {
+    use super::{Backward, Forward, Gradient, RowNames, SiteDropout};
+    use crate::device::Output;
+    use crate::device::cpu::{Real, Threads, View, gemm, max, scratch, sum1, sum2, vectorized};
+    use rayon::prelude::*;
+
+    /// Which keys each query row of a sequence sees.
+    #[derive(Clone, Copy)]
+    pub struct Visible<'a> {
+        /// Bit rows of the sequence's pool.
+        pub pool: &'a [u32],
+        /// Row of the pool, by position.
+        pub row: &'a [u16],
+    }
+
+    /// Dropout of one sequence's probabilities.
+    #[derive(Clone, Copy)]
+    pub struct Drop {
+        pub site: SiteDropout,
+        pub sample: u64,
+    }
+
+    impl Drop {
+        pub fn new(site: SiteDropout, names: &RowNames<'_>, sequence: usize) -> Self {
+            Drop { site, sample: names.samples.read::<u64>()[sequence] }
+        }
+    }
+
+    /// Attention of one sequence: Lq query rows over L keys.
+    pub struct Sequence<'a, F> {
+        pub heads: usize,
+        pub head_size: usize,
+        /// L.
+        pub keys: usize,
+        pub q: View<'a, F>,
+        pub k: View<'a, F>,
+        pub v: View<'a, F>,
+        /// `[Lq]` position of each query.
+        pub positions: &'a [u32],
+        pub visible: Option<Visible<'a>>,
+        pub drop: Drop,
+    }
+
+    impl<F: Real> Sequence<'_, F> {
+        fn head<'b>(&self, m: View<'b, F>, head: usize) -> View<'b, F> {
+            View { data: &m.data[(head * self.head_size).min(m.data.len())..], ..m }
+        }
+
+        fn scale(&self) -> F {
+            F::of(1.0 / (self.head_size as f64).sqrt())
+        }
+
+        /// `[Lq, L]` scaled scores, hidden ones −∞.
+        fn scores(&self, head: usize, s: &mut [F]) {
+            let (n, l) = (self.positions.len(), self.keys);
+            let (q, k) = (self.head(self.q, head), self.head(self.k, head));
+            gemm((n, l, self.head_size), self.scale(), q, k.t(), s, l, Output::Set, Threads::One);
+            let Some(visible) = self.visible else { return };
+            let words = l.div_ceil(32);
+            for (s, &own) in s.chunks_exact_mut(l).zip(self.positions) {
+                let bits = &visible.pool[visible.row[own as usize] as usize * words..][..words];
+                for (s, &bits) in s.chunks_mut(32).zip(bits) {
+                    for (j, s) in s.iter_mut().enumerate() {
+                        *s = if bits >> j & 1 == 0 { F::NEG_INFINITY } else { *s };
+                    }
+                }
+                s[own as usize] = F::NEG_INFINITY;
+            }
+        }
+
+        /// Zeroes or scales the probabilities (or their gradients) of one row.
+        #[inline(always)]
+        fn dropout_row(&self, head: usize, row: usize, p: &mut [F]) {
+            let mask = self.drop.site.mask;
+            if !mask.is_on() {
+                return;
+            }
+            let scale = F::of(mask.scale());
+            let base = (head as u32) << 13;
+            mask.each(self.drop.site.site, self.drop.sample, self.positions[row], base, p.len(), |j, keep| {
+                p[j] = if keep { p[j] * scale } else { F::ZERO };
+            });
+        }
+
+        /// `out [Lq, H·D]` and `lse [Lq, H]` of all heads.
+        pub fn forward(&self, out: &mut [F], lse: &mut [F]) {
+            let (n, l, d, c) = (self.positions.len(), self.keys, self.head_size, self.heads * self.head_size);
+            scratch(n * l, |s| {
+                for head in 0..self.heads {
+                    self.scores(head, s);
+                    vectorized(|| {
+                        for (row, s) in s.chunks_exact_mut(l).enumerate() {
+                            lse[row * self.heads + head] = softmax(s);
+                            self.dropout_row(head, row, s);
+                        }
+                    });
+                    let (p, v) = (View::rows(&*s, l), self.head(self.v, head));
+                    gemm((n, d, l), F::ONE, p, v, &mut out[head * d..], c, Output::Set, Threads::One);
+                }
+            });
+        }
+
+        /// Gradients of all heads from the saved `out`, `lse` and the incoming `dout`.
+        pub fn backward(&self, out: &[F], lse: &[F], dout: &[F], grad: &mut SequenceGrad<'_, F>) {
+            let (n, l, d, c) = (self.positions.len(), self.keys, self.head_size, self.heads * self.head_size);
+            let scale = self.scale();
+            scratch(2 * n * l, |buffer| {
+                let (p, ds) = buffer.split_at_mut(n * l);
+                for head in 0..self.heads {
+                    let (q, k, v) = (self.head(self.q, head), self.head(self.k, head), self.head(self.v, head));
+                    let dout = View::rows(&dout[(head * d).min(dout.len())..], c);
+                    self.scores(head, p);
+                    gemm((n, l, d), F::ONE, dout, v.t(), ds, l, Output::Set, Threads::One);
+                    vectorized(|| {
+                        for row in 0..n {
+                            let (p, ds) = (&mut p[row * l..(row + 1) * l], &mut ds[row * l..(row + 1) * l]);
+                            let o = row * c + head * d;
+                            let delta = sum2(&out[o..o + d], &dout.data[row * c..row * c + d], |a, b| a * b);
+                            let lse = lse[row * self.heads + head];
+                            self.dropout_row(head, row, ds);
+                            for (p, ds) in p.iter_mut().zip(ds.iter_mut()) {
+                                *p = (*p - lse).exp();
+                                *ds = *p * (*ds - delta);
+                            }
+                            self.dropout_row(head, row, p);
+                        }
+                    });
+                    let (p, ds) = (View::rows(&*p, l), View::rows(&*ds, l));
+                    let (wide, stride) = (&mut *grad.wide, grad.stride);
+                    gemm(
+                        (l, d, n),
+                        F::ONE,
+                        p.t(),
+                        dout,
+                        &mut wide[grad.dv + head * d..],
+                        stride,
+                        Output::Set,
+                        Threads::One,
+                    );
+                    gemm(
+                        (l, d, n),
+                        scale,
+                        ds.t(),
+                        q,
+                        &mut wide[grad.dk + head * d..],
+                        stride,
+                        Output::Set,
+                        Threads::One,
+                    );
+                    match &mut grad.dq {
+                        Some(dq) if n > 0 => {
+                            gemm((n, d, l), scale, ds, k, &mut dq[head * d..], c, Output::Set, Threads::One)
+                        }
+                        Some(_) => {}
+                        None => gemm((n, d, l), scale, ds, k, &mut wide[head * d..], stride, Output::Set, Threads::One),
+                    }
+                }
+            });
+        }
+    }
+
+    /// Where one sequence's gradients go.
+    pub struct SequenceGrad<'a, F> {
+        /// `[Lq, H·D]`; `None`: the first columns of `wide`.
+        pub dq: Option<&'a mut [F]>,
+        /// `[L, stride]`.
+        pub wide: &'a mut [F],
+        pub stride: usize,
+        /// First column of dK in `wide`.
+        pub dk: usize,
+        /// First column of dV in `wide`.
+        pub dv: usize,
+    }
+
+    /// Softmax in place; returns the log-sum-exp. A row that sees nothing becomes zeros with log-sum-exp +∞.
+    #[inline(always)]
+    fn softmax<F: Real>(s: &mut [F]) -> F {
+        let top = max(s);
+        if top == F::NEG_INFINITY {
+            s.fill(F::ZERO);
+            return -F::NEG_INFINITY;
+        }
+        for s in s.iter_mut() {
+            *s = (*s - top).exp();
+        }
+        let sum = sum1(s, |s| s);
+        let inverse = F::ONE / sum;
+        for s in s.iter_mut() {
+            *s *= inverse;
+        }
+        top + sum.ln()
+    }
+
+    /// Cuts rows of `width` elements at the sequence borders `cu`.
+    pub fn split<'a, F>(mut x: &'a mut [F], cu: &[u32], width: usize) -> Vec<&'a mut [F]> {
+        cu.windows(2)
+            .map(|w| {
+                let (head, tail) = std::mem::take(&mut x).split_at_mut((w[1] - w[0]) as usize * width);
+                x = tail;
+                head
+            })
+            .collect()
+    }
+
+    pub fn forward<F: Real>(a: &Forward<'_>) {
+        let (h, d) = (a.shape.heads, a.shape.head_size);
+        let (q, k, v) = (a.q.tensor.read::<F>(), a.k.tensor.read::<F>(), a.v.tensor.read::<F>());
+        let (cu_rows, cu_seqlens) = (a.shape.cu_rows.read::<u32>(), a.shape.cu_seqlens.read::<u32>());
+        let (cu_rows, cu_seqlens) = (&cu_rows[..a.shape.sequences + 1], &cu_seqlens[..a.shape.sequences + 1]);
+        let positions = a.names.position.read::<u32>();
+        let (mut out, mut lse) = (a.out.write::<F>(), a.lse.write::<F>());
+        let out = split(&mut out, cu_rows, h * d);
+        let lse = split(&mut lse, cu_rows, h);
+        out.into_par_iter().zip(lse).enumerate().for_each(|(s, (out, lse))| {
+            let (rows, first) = (cu_rows[s] as usize..cu_rows[s + 1] as usize, cu_seqlens[s] as usize);
+            Sequence {
+                heads: h,
+                head_size: d,
+                keys: cu_seqlens[s + 1] as usize - first,
+                q: View::rows(&q[(a.q.offset + rows.start * a.q.stride).min(q.len())..], a.q.stride),
+                k: View::rows(&k[a.k.offset + first * a.k.stride..], a.k.stride),
+                v: View::rows(&v[a.v.offset + first * a.v.stride..], a.v.stride),
+                positions: &positions[rows],
+                visible: None,
+                drop: Drop::new(a.dropout, &a.names, s),
+            }
+            .forward(out, lse);
+        });
+    }
+
+    pub fn backward<F: Real>(a: &Backward<'_>) {
+        let (h, d) = (a.shape.heads, a.shape.head_size);
+        let c = h * d;
+        let (q, k, v) = (a.q.tensor.read::<F>(), a.k.tensor.read::<F>(), a.v.tensor.read::<F>());
+        let (out, lse, dout) = (a.out.read::<F>(), a.lse.read::<F>(), a.dout.read::<F>());
+        let (cu_rows, cu_seqlens) = (a.shape.cu_rows.read::<u32>(), a.shape.cu_seqlens.read::<u32>());
+        let (cu_rows, cu_seqlens) = (&cu_rows[..a.shape.sequences + 1], &cu_seqlens[..a.shape.sequences + 1]);
+        let positions = a.names.position.read::<u32>();
+        let sequence = |s: usize, grad: &mut SequenceGrad<'_, F>| {
+            let (rows, first) = (cu_rows[s] as usize..cu_rows[s + 1] as usize, cu_seqlens[s] as usize);
+            Sequence {
+                heads: h,
+                head_size: d,
+                keys: cu_seqlens[s + 1] as usize - first,
+                q: View::rows(&q[(a.q.offset + rows.start * a.q.stride).min(q.len())..], a.q.stride),
+                k: View::rows(&k[a.k.offset + first * a.k.stride..], a.k.stride),
+                v: View::rows(&v[a.v.offset + first * a.v.stride..], a.v.stride),
+                positions: &positions[rows.clone()],
+                visible: None,
+                drop: Drop::new(a.dropout, &a.names, s),
+            }
+            .backward(
+                &out[rows.start * c..rows.end * c],
+                &lse[rows.start * h..rows.end * h],
+                &dout[rows.start * c..rows.end * c],
+                grad,
+            );
+        };
+        match a.gradient {
+            Gradient::Fused(wide) => {
+                let mut wide = wide.write::<F>();
+                split(&mut wide, cu_seqlens, 3 * c).into_par_iter().enumerate().for_each(|(s, wide)| {
+                    sequence(s, &mut SequenceGrad { dq: None, wide, stride: 3 * c, dk: c, dv: 2 * c });
+                });
+            }
+            Gradient::Split(dq, wide) => {
+                let (mut dq, mut wide) = (dq.write::<F>(), wide.write::<F>());
+                let parts = split(&mut dq, cu_rows, c).into_par_iter().zip(split(&mut wide, cu_seqlens, 2 * c));
+                parts.enumerate().for_each(|(s, (dq, wide))| {
+                    sequence(s, &mut SequenceGrad { dq: Some(dq), wide, stride: 2 * c, dk: 0, dv: c });
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Attention of RetroMAE's enhanced decoder (arXiv 2205.12035, section 3.3): every position has its own visibility mask, and no
+//! position sees itself.
+//!
+//! The query of row i is `W_q (p_i + c) + b_q`, with `p_i` the position embedding and `c` the sentence embedding, so it is the sum of
+//! a row of `q_position = P W_qᵀ` `[Lmax, C]` and a row of `q_sentence = c W_qᵀ + b_q` `[S, C]`; no `[T, C]` query exists. Keys and
+//! values come from the stream `[c, e_1, e_2, …]`. Masks are bit rows. Formulas and saved tensors are those of `attention`.
+
+use super::attention::Shape;
+use super::{RowNames, SiteDropout};
+use crate::device::{Device, Matrix, Tensor};
+
+/// Position-specific masks of a batch, as in [`crate::data::batch::Visibility`].
+#[derive(Clone, Copy)]
+pub struct Visible<'a> {
+    /// `[S + 1]` u32: first word of each sequence's pool.
+    pub offsets: &'a Tensor,
+    /// u32 bit rows.
+    pub words: &'a Tensor,
+    /// `[T]` u16: row of the pool, by token.
+    pub row: &'a Tensor,
+}
+
+/// What the queries are made of.
+#[derive(Clone, Copy)]
+pub struct Queries<'a> {
+    /// `[Lmax, C]`.
+    pub position: &'a Tensor,
+    /// `[S, C]`.
+    pub sentence: &'a Tensor,
+}
+
+/// Arguments of [`forward`].
+pub struct Forward<'a> {
+    /// Sizes; `cu_rows` counts the decoder's rows.
+    pub shape: Shape<'a>,
+    /// The two parts of the queries.
+    pub queries: Queries<'a>,
+    /// `[T, C]`.
+    pub k: Matrix<'a>,
+    /// `[T, C]`.
+    pub v: Matrix<'a>,
+    /// Who sees what.
+    pub visible: Visible<'a>,
+    /// Names of the query rows.
+    pub names: RowNames<'a>,
+    /// Dropout of the probabilities.
+    pub dropout: SiteDropout,
+    /// `[R, C]`, written.
+    pub out: &'a Tensor,
+    /// `[R, H]`, written.
+    pub lse: &'a Tensor,
+}
+
+/// `out = dropout(softmax(masked(Q Kᵀ / √D))) V`.
+pub fn forward(device: Device, a: &Forward<'_>) {
+    match device {
+        Device::Cpu => super::on_cpu!(a.out, cpu::forward, a),
+    }
+}
+
+/// Arguments of [`backward`].
+pub struct Backward<'a> {
+    /// The forward's arguments; `out` and `lse` are read here.
+    pub forward: Forward<'a>,
+    /// `[R, C]`.
+    pub dout: &'a Tensor,
+    /// `[R, C]`: gradient of each row's query, written; its sums by position and by sequence are the gradients of the two parts.
+    pub dq: &'a Tensor,
+    /// `[T, 2C]`: dK, dV side by side, written.
+    pub dkv: &'a Tensor,
+}
+
+/// Gradients of queries, keys and values.
+pub fn backward(device: Device, a: &Backward<'_>) {
+    match device {
+        Device::Cpu => super::on_cpu!(a.dq, cpu::backward, a),
+    }
+}
+
+/// `query[r] = position[position of r] + sentence[sequence of r]` for each row: the residual stream of the decoder.
+pub fn add_rows(
+    device: Device,
+    position: &Tensor,
+    sentence: &Tensor,
+    names: RowNames<'_>,
+    rows: usize,
+    width: usize,
+    query: &Tensor,
+) {
+    match device {
+        Device::Cpu => super::on_cpu!(query, cpu::add_rows, position, sentence, names, rows, width, query),
+    }
+}
+
+/// The reference: builds the queries of a sequence, then the attention of `attention::cpu` with a mask.
+mod cpu {
+    use super::super::RowNames;
+    use super::super::attention::cpu::{Drop, Sequence, SequenceGrad, Visible, split};
+    use super::{Backward, Forward};
+    use crate::device::cpu::{Real, View, scratch, vectorized};
+    use crate::device::{Read, Tensor};
+    use rayon::prelude::*;
+
+    /// Everything the sequences read.
+    struct Inputs<'a, F> {
+        position: Read<'a, F>,
+        sentence: Read<'a, F>,
+        k: Read<'a, F>,
+        v: Read<'a, F>,
+        cu_rows: Read<'a, u32>,
+        cu_seqlens: Read<'a, u32>,
+        offsets: Read<'a, u32>,
+        words: Read<'a, u32>,
+        row: Read<'a, u16>,
+        positions: Read<'a, u32>,
+    }
+
+    impl<'a, F: Real> Inputs<'a, F> {
+        fn new(a: &Forward<'a>) -> Self {
+            Inputs {
+                position: a.queries.position.read(),
+                sentence: a.queries.sentence.read(),
+                k: a.k.tensor.read(),
+                v: a.v.tensor.read(),
+                cu_rows: a.shape.cu_rows.read(),
+                cu_seqlens: a.shape.cu_seqlens.read(),
+                offsets: a.visible.offsets.read(),
+                words: a.visible.words.read(),
+                row: a.visible.row.read(),
+                positions: a.names.position.read(),
+            }
+        }
+
+        fn rows(&self, s: usize) -> std::ops::Range<usize> {
+            self.cu_rows[s] as usize..self.cu_rows[s + 1] as usize
+        }
+
+        /// Lends `f` the attention problem of sequence `s`.
+        fn with(&self, a: &Forward<'_>, s: usize, f: impl FnOnce(&Sequence<'_, F>)) {
+            let c = a.shape.heads * a.shape.head_size;
+            let (rows, first) = (self.rows(s), self.cu_seqlens[s] as usize);
+            let keys = self.cu_seqlens[s + 1] as usize - first;
+            let positions = &self.positions[rows.clone()];
+            let sentence = &self.sentence[s * c..(s + 1) * c];
+            scratch(rows.len() * c, |q| {
+                for (q, &p) in q.chunks_exact_mut(c).zip(positions) {
+                    for ((q, &p), &s) in q.iter_mut().zip(&self.position[p as usize * c..]).zip(sentence) {
+                        *q = p + s;
+                    }
+                }
+                f(&Sequence {
+                    heads: a.shape.heads,
+                    head_size: a.shape.head_size,
+                    keys,
+                    q: View::rows(q, c),
+                    k: View::rows(&self.k[a.k.offset + first * a.k.stride..], a.k.stride),
+                    v: View::rows(&self.v[a.v.offset + first * a.v.stride..], a.v.stride),
+                    positions,
+                    visible: Some(Visible {
+                        pool: &self.words[self.offsets[s] as usize..self.offsets[s + 1] as usize],
+                        row: &self.row[first..first + keys],
+                    }),
+                    drop: Drop::new(a.dropout, &a.names, s),
+                });
+            });
+        }
+    }
+
+    pub fn forward<F: Real>(a: &Forward<'_>) {
+        let inputs = Inputs::<F>::new(a);
+        let (mut out, mut lse) = (a.out.write::<F>(), a.lse.write::<F>());
+        let cu_rows = &inputs.cu_rows[..a.shape.sequences + 1];
+        let out = split(&mut out, cu_rows, a.shape.heads * a.shape.head_size);
+        let lse = split(&mut lse, cu_rows, a.shape.heads);
+        out.into_par_iter().zip(lse).enumerate().for_each(|(s, (out, lse))| {
+            inputs.with(a, s, |sequence| sequence.forward(out, lse));
+        });
+    }
+
+    pub fn backward<F: Real>(a: &Backward<'_>) {
+        let fwd = &a.forward;
+        let (h, c) = (fwd.shape.heads, fwd.shape.heads * fwd.shape.head_size);
+        let inputs = Inputs::<F>::new(fwd);
+        let (out, lse, dout) = (fwd.out.read::<F>(), fwd.lse.read::<F>(), a.dout.read::<F>());
+        let (mut dq, mut dkv) = (a.dq.write::<F>(), a.dkv.write::<F>());
+        let dq = split(&mut dq, &inputs.cu_rows[..fwd.shape.sequences + 1], c);
+        let dkv = split(&mut dkv, &inputs.cu_seqlens[..fwd.shape.sequences + 1], 2 * c);
+        dq.into_par_iter().zip(dkv).enumerate().for_each(|(s, (dq, wide))| {
+            let r = inputs.rows(s);
+            let mut grad = SequenceGrad { dq: Some(dq), wide, stride: 2 * c, dk: 0, dv: c };
+            inputs.with(fwd, s, |sequence| {
+                sequence.backward(
+                    &out[r.start * c..r.end * c],
+                    &lse[r.start * h..r.end * h],
+                    &dout[r.start * c..r.end * c],
+                    &mut grad,
+                );
+            });
+        });
+    }
+
+    pub fn add_rows<F: Real>(
+        position: &Tensor,
+        sentence: &Tensor,
+        names: RowNames<'_>,
+        rows: usize,
+        width: usize,
+        query: &Tensor,
+    ) {
+        let (position, sentence, mut query) = (position.read::<F>(), sentence.read::<F>(), query.write::<F>());
+        let (sequences, positions) = (names.sequence.read::<u32>(), names.position.read::<u32>());
+        query[..rows * width].par_chunks_exact_mut(width).enumerate().for_each(|(r, query)| {
+            let p = &position[positions[r] as usize * width..][..width];
+            let s = &sentence[sequences[r] as usize * width..][..width];
+            vectorized(|| {
+                for i in 0..width {
+                    query[i] = p[i] + s[i];
+                }
+            });
+        });
+    }
+}

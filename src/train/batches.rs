@@ -1,0 +1,152 @@
+//! [`Batches`] over a corpus: the prefetching loader for training, and the same held-out batches at every evaluation.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::data::batch::{Builder, PretrainBatch};
+use crate::data::corpus::Corpus;
+use crate::data::loader::{Loader, LoaderSettings};
+use crate::data::masking::MaskRules;
+use crate::data::order::{BatchSize, Batching, Order, Part, Plan};
+use crate::error::{Error, Result};
+use crate::train::Batches;
+use crate::train::settings::Settings;
+
+/// Steps built ahead of the one that is computed.
+const AHEAD: usize = 3;
+
+/// Held-out texts of a run that does not say how many: 1 % of the data, at most 1,000, and none of fewer than 20 texts.
+pub fn held_out_texts(settings: &Settings, texts: u64) -> u64 {
+    settings.eval_size.unwrap_or(if texts < 20 { 0 } else { (texts / 100).clamp(1, 1000) })
+}
+
+/// How a text is called in messages, from its number in the corpus.
+pub type Names = Box<dyn Fn(u64) -> Option<String> + Send>;
+
+/// The batches of a corpus.
+pub struct CorpusBatches {
+    corpus: Arc<dyn Corpus>,
+    plan: Plan,
+    evaluation: Plan,
+    rules: MaskRules,
+    threads: usize,
+    names: Names,
+    /// Started at the first batch, so that a plan costs no thread.
+    loader: Option<Loader>,
+    /// Waiting of loaders that are gone.
+    waited: Duration,
+    cursor: u64,
+}
+
+impl CorpusBatches {
+    /// The batches of `corpus` under `settings`. Texts are cut to `max_length` tokens, which the model and the settings bound;
+    /// `threads` build ahead; `names` gives a text's id.
+    pub fn new(
+        corpus: Arc<dyn Corpus>,
+        settings: &Settings,
+        rules: MaskRules,
+        max_length: usize,
+        threads: usize,
+        names: Names,
+    ) -> Result<Self> {
+        let order = Order::new(settings.seed, corpus.texts(), held_out_texts(settings, corpus.texts()))?;
+        let size = match (settings.tokens_per_batch, settings.batch_size) {
+            (Some(tokens), _) => BatchSize::Tokens(u64::from(tokens)),
+            (None, sequences) => BatchSize::Sequences(u64::from(sequences.unwrap_or(32))),
+        };
+        let batching = Batching { size, accumulation: u64::from(settings.accumulate), ranks: 1, max_length };
+        let end = match (settings.steps, settings.epochs) {
+            (None, Some(epochs)) => order.samples(epochs),
+            _ => u64::MAX,
+        };
+        let held_out = order.texts(Part::HeldOut);
+        let evaluation = Plan::new(order.clone(), Part::HeldOut, Batching { accumulation: 1, ..batching }, held_out)?;
+        let plan = Plan::new(order, Part::Train, batching, end)?;
+        Ok(CorpusBatches {
+            corpus,
+            plan,
+            evaluation,
+            rules,
+            threads,
+            names,
+            loader: None,
+            waited: Duration::ZERO,
+            cursor: 0,
+        })
+    }
+
+    /// Texts held out.
+    pub fn held_out_count(&self) -> u64 {
+        self.plan.order().texts(Part::HeldOut)
+    }
+}
+
+impl Batches for CorpusBatches {
+    fn next(&mut self) -> Result<Vec<PretrainBatch>> {
+        if self.loader.is_none() {
+            let settings = LoaderSettings {
+                plan: self.plan.clone(),
+                rules: self.rules,
+                cursor: self.cursor,
+                rank: 0,
+                ahead: AHEAD,
+                threads: self.threads,
+            };
+            self.loader = Some(Loader::start(self.corpus.clone(), settings)?);
+        }
+        let step = self.loader.as_mut().and_then(Iterator::next).unwrap_or_else(|| {
+            Err(Error::refused(format!("the data ended at sample {}", self.cursor)).remedy("report this as a defect"))
+        })?;
+        self.cursor = step.next;
+        // At the end of the data a micro-batch may hold no text.
+        Ok(step.micro.into_iter().filter(|batch| batch.sequences() > 0).collect())
+    }
+
+    fn cursor(&self) -> u64 {
+        self.cursor
+    }
+
+    fn seek(&mut self, cursor: u64) -> Result<()> {
+        self.waited = self.waited();
+        self.loader = None;
+        self.cursor = cursor;
+        Ok(())
+    }
+
+    fn texts(&self) -> u64 {
+        self.plan.order().texts(Part::Train)
+    }
+
+    fn steps_of(&self, epochs: f64) -> Result<u64> {
+        let order = self.plan.order().clone();
+        let end = order.samples(epochs);
+        Plan::new(order, Part::Train, *self.plan.batching(), end)?.steps(&*self.corpus, 0)
+    }
+
+    fn held_out(&self) -> Box<dyn Iterator<Item = Result<PretrainBatch>> + '_> {
+        let batching = self.evaluation.batching();
+        let builder = Builder::new(self.rules, self.evaluation.order().clone(), Part::HeldOut, batching.max_length);
+        let mut cursor = 0;
+        Box::new(std::iter::from_fn(move || match self.evaluation.step(&*self.corpus, cursor) {
+            Ok(Some(step)) => {
+                let samples = cursor..step.next;
+                cursor = step.next;
+                Some(builder.build(&*self.corpus, samples))
+            }
+            Ok(None) => None,
+            Err(e) => {
+                cursor = u64::MAX;
+                Some(Err(e))
+            }
+        }))
+    }
+
+    fn name(&self, sample: u64) -> String {
+        let text = self.plan.order().text(Part::Train, sample);
+        (self.names)(text).unwrap_or_else(|| format!("text {text}"))
+    }
+
+    fn waited(&self) -> Duration {
+        self.waited + self.loader.as_ref().map_or(Duration::ZERO, Loader::waited)
+    }
+}

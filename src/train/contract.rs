@@ -1,0 +1,199 @@
+//! The step contract: padded PyTorch-style batches in a safetensors file, and what the engine makes of them.
+//!
+//! Inputs are named as the reference names them (`encoder_input_ids` `[B, L]`, …, `decoder_attention_mask` `[B, L, L]`), integers of
+//! any width. They are packed here: padding goes, labels of −100 go, a dense visibility matrix becomes bit rows.
+
+use std::path::Path;
+
+use crate::data::batch::{DecoderBatch, PretrainBatch, Visibility};
+use crate::error::{Error, IoContext, Result};
+use crate::model::element::Dtype;
+use crate::model::safetensors::SafeTensors;
+use crate::model::safetensors::writer::{Spec, Writer};
+use crate::model::tensor_file::{Info, TensorFile};
+use crate::train::step::{Losses, Objective, Pretrainer};
+
+/// The label that means "no loss here".
+const IGNORE: i64 = -100;
+
+/// A file of named integer tensors.
+pub struct BatchFile {
+    file: SafeTensors,
+    prefix: String,
+}
+
+/// An integer tensor, widened.
+struct Ints {
+    shape: Vec<usize>,
+    values: Vec<i64>,
+}
+
+impl BatchFile {
+    /// Opens the file at `path`; names are looked up below `prefix` (trajectories number their batches, `0.`).
+    pub fn open(path: &Path, prefix: &str) -> Result<Self> {
+        Ok(BatchFile { file: SafeTensors::open(path)?, prefix: prefix.to_string() })
+    }
+
+    fn refuse(&self, name: &str, cause: String) -> Error {
+        let remedy = "see `step --help` for the inputs of an objective";
+        Error::refused(cause).path(self.file.path()).tensor(format!("{}{name}", self.prefix)).remedy(remedy)
+    }
+
+    fn ints(&self, name: &str, rank: usize) -> Result<Ints> {
+        let full = format!("{}{name}", self.prefix);
+        let info = self.file.info(&full).ok_or_else(|| self.refuse(name, "the input is missing".into()))?;
+        if info.shape.len() != rank {
+            return Err(self.refuse(name, format!("has shape {:?}, not {rank} dimensions", info.shape)));
+        }
+        let mut values = vec![0; info.shape.iter().product()];
+        self.file.read_i64(&full, &info.shape, &mut values)?;
+        Ok(Ints { shape: info.shape, values })
+    }
+
+    /// A tensor that must have the shape `[B, L]` of the batch.
+    fn like(&self, name: &str, shape: &[usize]) -> Result<Vec<i64>> {
+        let t = self.ints(name, shape.len())?;
+        if t.shape != shape {
+            return Err(self.refuse(name, format!("has shape {:?}, not {shape:?}", t.shape)));
+        }
+        Ok(t.values)
+    }
+
+    /// The batch of a pre-training objective, for a model with `vocabulary` tokens and at most `positions` positions.
+    pub fn pretrain(&self, decoder: bool, vocabulary: usize, positions: usize) -> Result<PretrainBatch> {
+        let ids = self.ints("encoder_input_ids", 2)?;
+        let shape = ids.shape.clone();
+        let mask = self.like("encoder_attention_mask", &shape)?;
+        let packing =
+            Packing::new(&mask, shape[0], shape[1], positions).map_err(|c| self.refuse("encoder_attention_mask", c))?;
+        let tokens = |name: &str, padded: &[i64]| packing.tokens(padded, vocabulary).map_err(|c| self.refuse(name, c));
+        let labels =
+            |name: &str| packing.labels(&self.like(name, &shape)?, vocabulary).map_err(|c| self.refuse(name, c));
+        let (encoder_label_rows, encoder_label_ids) = labels("encoder_labels")?;
+        let decoder = match decoder {
+            false => None,
+            true => {
+                let (label_rows, label_ids) = labels("decoder_labels")?;
+                let ids = self.like("decoder_input_ids", &shape)?;
+                let visible = self.like("decoder_attention_mask", &[shape[0], shape[1], shape[1]])?;
+                let visibility = packing.visibility(&visible);
+                Some(DecoderBatch { ids: tokens("decoder_input_ids", &ids)?, label_rows, label_ids, visibility })
+            }
+        };
+        Ok(PretrainBatch {
+            encoder_ids: tokens("encoder_input_ids", &ids.values)?,
+            samples: (0..shape[0] as u64).collect(),
+            encoder_label_rows,
+            encoder_label_ids,
+            decoder,
+            cu_seqlens: packing.cu_seqlens,
+        })
+    }
+}
+
+/// Writes `loss`, `loss.<part>` and `grad.<parameter>` of one forward and backward to the file `path`, which must not exist.
+pub fn write_gradients(path: &Path, model: &Pretrainer, losses: &Losses) -> Result<()> {
+    let mut scalars = vec![("loss".to_string(), losses.total())];
+    if model.objective() == Objective::RetroMae {
+        scalars.push(("loss.encoder".into(), losses.encoder_loss()));
+        scalars.push(("loss.decoder".into(), losses.decoder_loss()));
+    }
+    let spec = |name: String, shape: Vec<usize>| Spec { name, info: Info { dtype: Dtype::F32, shape } };
+    let parts = model.params().parts();
+    let specs = scalars.iter().map(|(name, _)| spec(name.clone(), Vec::new()));
+    let specs = specs.chain(parts.iter().map(|p| spec(format!("grad.{}", p.name), p.shape.clone()))).collect();
+    let written = Writer::create(path, specs, &[]).and_then(|mut writer| {
+        for (name, value) in &scalars {
+            writer.write_f32(name, &[*value as f32])?;
+        }
+        for part in parts {
+            writer.write_f32(&format!("grad.{}", part.name), &model.params().get_gradient(part))?;
+        }
+        writer.finish()
+    });
+    if written.is_err() && path.is_file() {
+        std::fs::remove_file(path).at(path, "cannot remove the unfinished file")?;
+    }
+    written.map(|_| ())
+}
+
+/// Which cells of a padded batch are tokens.
+struct Packing {
+    length: usize,
+    cu_seqlens: Vec<u32>,
+}
+
+impl Packing {
+    fn new(mask: &[i64], count: usize, length: usize, positions: usize) -> std::result::Result<Self, String> {
+        let mut cu_seqlens = vec![0u32];
+        for (s, row) in mask.chunks_exact(length.max(1)).take(count).enumerate() {
+            let n = row.iter().take_while(|&&m| m == 1).count();
+            if n == 0 || row[n..].iter().any(|&m| m != 0) {
+                return Err(format!("row {s} is not ones followed by zeros"));
+            }
+            if n > positions {
+                return Err(format!("row {s} has {n} tokens but the model has {positions} positions"));
+            }
+            cu_seqlens.push(cu_seqlens[s] + n as u32);
+        }
+        if cu_seqlens.len() == 1 {
+            return Err("holds no sequence".into());
+        }
+        Ok(Packing { length, cu_seqlens })
+    }
+
+    /// Row, first token and length of each sequence.
+    fn sequences(&self) -> impl Iterator<Item = (usize, u32, usize)> + '_ {
+        self.cu_seqlens.windows(2).enumerate().map(|(s, w)| (s, w[0], (w[1] - w[0]) as usize))
+    }
+
+    fn tokens(&self, padded: &[i64], vocabulary: usize) -> std::result::Result<Vec<u32>, String> {
+        let mut out = Vec::new();
+        for (s, _, n) in self.sequences() {
+            for &id in &padded[s * self.length..][..n] {
+                match usize::try_from(id) {
+                    Ok(i) if i < vocabulary => out.push(i as u32),
+                    _ => return Err(format!("row {s} holds id {id}, outside the vocabulary of {vocabulary}")),
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    fn labels(&self, padded: &[i64], vocabulary: usize) -> std::result::Result<(Vec<u32>, Vec<u32>), String> {
+        let (mut rows, mut ids) = (Vec::new(), Vec::new());
+        for (s, first, n) in self.sequences() {
+            for (i, &id) in padded[s * self.length..][..self.length].iter().enumerate() {
+                match usize::try_from(id) {
+                    _ if id == IGNORE => {}
+                    Ok(label) if label < vocabulary && i < n => {
+                        rows.push(first + i as u32);
+                        ids.push(label as u32);
+                    }
+                    _ => {
+                        return Err(format!(
+                            "row {s} holds label {id} at position {i}: padding, or outside the vocabulary"
+                        ));
+                    }
+                }
+            }
+        }
+        Ok((rows, ids))
+    }
+
+    /// One bit row a position.
+    fn visibility(&self, visible: &[i64]) -> Visibility {
+        let mut v = Visibility { offsets: vec![0], ..Visibility::default() };
+        for (s, _, n) in self.sequences() {
+            for i in 0..n {
+                let row = &visible[(s * self.length + i) * self.length..][..n];
+                v.words.extend(
+                    row.chunks(32).map(|c| c.iter().enumerate().fold(0u32, |w, (j, &x)| w | u32::from(x == 1) << j)),
+                );
+                v.row.push(i as u16);
+            }
+            v.offsets.push(v.words.len() as u32);
+        }
+        v
+    }
+}

@@ -1,0 +1,73 @@
+//! One writer to an output folder: an exclusive `flock` whose holder is known by its process id.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use crate::error::{Error, IoContext, Result};
+
+/// Name of the lock file in the output folder. It stays when the run ends: removing it would race with the next holder.
+pub const FILE: &str = ".lock";
+
+/// The lock; given back by the system when this is dropped or the process ends in any way.
+#[derive(Debug)]
+pub struct Lock {
+    file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing the file is not enough: a child that another thread has just forked holds a copy until its exec.
+        let _ = self.file.unlock();
+    }
+}
+
+impl Lock {
+    /// Takes the lock of `dir` or says who holds it.
+    pub fn take(dir: &Path) -> Result<Lock> {
+        let path = dir.join(FILE);
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .at(&path, "cannot open the lock file")?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(held(dir, &mut file)),
+            Err(TryLockError::Error(e)) => return Err(Error::io(&path, "cannot lock", &e)),
+        }
+        // The id is for the message only; the lock itself is what excludes. Blanks cover a longer id of an earlier holder, so
+        // that the file never has to be emptied first and another process never reads nothing.
+        file.write_all(format!("{:<20}\n", std::process::id()).as_bytes()).at(&path, "cannot write the lock file")?;
+        Ok(Lock { file })
+    }
+}
+
+fn held(dir: &Path, file: &mut File) -> Error {
+    let mut text = String::new();
+    let read = file.seek(SeekFrom::Start(0)).and_then(|_| file.take(64).read_to_string(&mut text));
+    let holder = match (read, text.trim().parse::<u32>()) {
+        (Ok(_), Ok(pid)) => format!("process {pid}"),
+        _ => "another process".to_string(),
+    };
+    Error::refused(format!("{holder} is writing to this output folder"))
+        .path(dir)
+        .remedy("wait for it, stop it, or choose another --output")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn second_holder_is_told_the_first_ones_pid() -> Result<()> {
+        let dir = tempfile::tempdir().at("temporary folder", "cannot create")?;
+        let first = Lock::take(dir.path())?;
+        let refused = Lock::take(dir.path()).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(refused.contains(&format!("process {} is writing", std::process::id())), "{refused}");
+        drop(first);
+        Lock::take(dir.path()).map(drop)
+    }
+}

@@ -1,0 +1,184 @@
+//! A training run around the step: what happens before the first step, between steps, and when something goes wrong.
+//!
+//! [`step`] is what one step computes; this module and its siblings decide when to take one, log it, evaluate, save and stop.
+//! They know the model only through [`Engine`] and the data only through [`Batches`], so the reliability tests run the same loop
+//! around a toy of a few numbers, thousands of times.
+//!
+//! - [`plan`]: what a run will do; [`run`]: the loop; [`workspace`]: the output folder, the lock, and what to resume from
+//! - [`settings`]: every knob with its default; [`schedule`]: the learning rate; [`batches`]: [`Batches`] over a corpus
+//! - [`checkpoint`], [`store`]: one checkpoint, and the folder of them; [`disk`]: the file operations below both
+//! - [`pretrain`]: [`Engine`] of the pre-training objectives; [`parts`]: model and data of the settings, brought together
+//! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
+//! - [`lock`], [`signals`]: one writer; orderly stops
+
+use std::time::Duration;
+
+use crate::data::batch::PretrainBatch;
+use crate::error::Result;
+
+pub mod batches;
+pub mod checkpoint;
+pub mod contract;
+pub mod disk;
+pub mod lock;
+pub mod metrics;
+pub mod parts;
+pub mod plan;
+pub mod pretrain;
+pub mod progress;
+pub mod run;
+pub mod schedule;
+pub mod settings;
+pub mod signals;
+pub mod step;
+pub mod store;
+pub mod tfevents;
+pub mod workspace;
+
+/// A model with its optimizer, as the run sees it.
+pub trait Engine {
+    /// One optimizer step over all micro-batches, gradients normalised over the labels of the whole step. `step` counts from 0
+    /// and keys dropout; the bias correction of AdamW is that of update `step + 1`, so the engine holds no counter of its own.
+    /// Never changes any bit of state when the gradient is not finite.
+    fn step(&mut self, micro: &[PretrainBatch], step: u64, lr: f32) -> Result<StepReport>;
+
+    /// Sums of the loss without dropout and without update.
+    fn evaluate(&mut self, batch: &PretrainBatch) -> Result<EvalReport>;
+
+    /// All parameters in the order of the arenas.
+    fn parameters(&self) -> Vec<ParamInfo>;
+
+    /// Replaces `out` by a copy of an arena.
+    fn read_arena(&self, which: Arena, out: &mut Vec<f32>) -> Result<()>;
+
+    /// Overwrites an arena; `data` is as long as [`Engine::read_arena`] gives.
+    fn write_arena(&mut self, which: Arena, data: &[f32]) -> Result<()>;
+}
+
+/// Which of the engine's flat fp32 arrays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arena {
+    /// Master weights.
+    Weights,
+    /// First moment of AdamW.
+    Moment1,
+    /// Second moment of AdamW.
+    Moment2,
+}
+
+/// One parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParamInfo {
+    /// Canonical checkpoint name.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// First element in every arena.
+    pub offset: usize,
+    /// Whether weight decay applies.
+    pub decay: bool,
+}
+
+impl ParamInfo {
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// What one step did.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepReport {
+    /// Loss that was differentiated.
+    pub loss: f64,
+    /// Its parts by name: `encoder`, `decoder`.
+    pub parts: Vec<(&'static str, f64)>,
+    /// Fraction of labels predicted, by the same names.
+    pub accuracy: Vec<(&'static str, f64)>,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// The gradient was not finite and nothing was updated.
+    pub skipped: bool,
+    /// Tokens of the step.
+    pub tokens: u64,
+    /// Texts of the step.
+    pub sequences: u64,
+    /// Labels of the step.
+    pub labels: u64,
+}
+
+/// Sums over one batch of the held-out texts.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EvalReport {
+    /// One entry for each part of the loss.
+    pub parts: Vec<EvalPart>,
+}
+
+/// Sums of one part of the loss.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvalPart {
+    /// `encoder` or `decoder`.
+    pub name: &'static str,
+    /// Sum of the loss over the labels.
+    pub loss_sum: f64,
+    /// Labels predicted.
+    pub correct: u64,
+    /// Labels.
+    pub labels: u64,
+}
+
+/// The batches of a run, in their order, from any point.
+pub trait Batches {
+    /// The micro-batches of the next step.
+    fn next(&mut self) -> Result<Vec<PretrainBatch>>;
+
+    /// Samples of all steps handed out so far, counted over epochs: the whole state of the order.
+    fn cursor(&self) -> u64;
+
+    /// Goes to a cursor, in constant time.
+    fn seek(&mut self, cursor: u64) -> Result<()>;
+
+    /// Texts of one epoch, held-out ones left out.
+    fn texts(&self) -> u64;
+
+    /// Steps that `epochs` epochs take.
+    fn steps_of(&self, epochs: f64) -> Result<u64>;
+
+    /// The held-out texts in batches, always the same ones in the same order.
+    fn held_out(&self) -> Box<dyn Iterator<Item = Result<PretrainBatch>> + '_>;
+
+    /// How a person finds the text of a sample: its id, or its number in the data.
+    fn name(&self, sample: u64) -> String;
+
+    /// Time that [`Batches::next`] spent waiting for data, in all.
+    fn waited(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+/// What a run is made of, for the plan, the header and the check that a resumed run is the same one.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct About {
+    /// The model in words: layers, width, where the weights come from.
+    pub model: String,
+    /// Differs when configuration or initial weights differ, wherever they lie.
+    pub model_fingerprint: String,
+    /// Parameters that are trained.
+    pub parameters: u64,
+    /// The data in words.
+    pub data: String,
+    /// Differs when texts, order or tokenizer differ, wherever they lie.
+    pub data_fingerprint: String,
+    /// Texts that are trained on.
+    pub texts: u64,
+    /// Tokens of these texts.
+    pub tokens: u64,
+    /// Texts held out.
+    pub held_out: u64,
+    /// The device in words.
+    pub device: String,
+    /// Precision in words, after `auto` is resolved; part of what makes two runs the same.
+    pub precision: String,
+    /// Memory the run will need, in bytes.
+    pub memory: u64,
+}

@@ -1,0 +1,13 @@
+//! `train`: the run, its interruptions and refusals on a toy engine, and the command on the real one. One crate, so that all share
+//! the toy and link once.
+
+#[path = "train/cli.rs"]
+mod cli;
+#[path = "train/interrupted.rs"]
+mod interrupted;
+#[path = "train/refused.rs"]
+mod refused;
+#[path = "train/run.rs"]
+mod run;
+#[path = "train/toy.rs"]
+mod toy;
