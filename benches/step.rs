@@ -48,7 +48,13 @@ fn lengths(workload: &str) -> Vec<usize> {
     let (mut out, mut left) = (Vec::new(), 2048usize);
     while left > 0 {
         let drawn = (75.0 * f64::from(stream.normal() * 0.45).exp()).round().clamp(8.0, 150.0) as usize;
-        let n = if drawn + 8 <= left { drawn } else if left <= 150 { left } else { left / 2 };
+        let n = if drawn + 8 <= left {
+            drawn
+        } else if left <= 150 {
+            left
+        } else {
+            left / 2
+        };
         out.push(n);
         left -= n;
     }
@@ -101,7 +107,10 @@ fn run(workload: &str) -> retromae_engine::Result<()> {
 
 fn main() -> retromae_engine::Result<()> {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    println!("| workload, {} threads | median step | median | best |\n| --- | --- | --- | --- |", rayon::current_num_threads());
+    println!(
+        "| workload, {} threads | median step | median | best |\n| --- | --- | --- | --- |",
+        rayon::current_num_threads()
+    );
     for workload in ["full512", "passages"] {
         if wanted.is_empty() || wanted.iter().any(|w| w == workload) {
             run(workload)?;

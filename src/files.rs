@@ -17,7 +17,8 @@ use crate::error::{Error, IoContext, Result};
 /// Writes `path` by `fill`, atomically: temporary file, fsync, rename, fsync of the folder. An existing file is replaced.
 pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>) -> Result<()> {
     let tmp = sibling(path, &format!(".tmp-{}", std::process::id()))?;
-    let written = write_synced(&tmp, fill).and_then(|()| fs::rename(&tmp, path).at(path, "cannot rename to this name"));
+    let written =
+        fill_file(&tmp, path, fill).and_then(|()| fs::rename(&tmp, path).at(path, "cannot rename to this name"));
     if written.is_err() {
         // The error that matters is the first one; the temporary file may not even exist.
         let _ = fs::remove_file(&tmp);
@@ -28,10 +29,15 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> std:
 
 /// Writes a file under its own name and flushes it to the disk; for files inside a folder that is renamed as a whole afterwards.
 pub fn write_synced(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>) -> Result<()> {
-    let mut writer = BufWriter::with_capacity(1 << 20, File::create(path).at(path, "cannot create")?);
-    fill(&mut writer).at(path, "cannot write")?;
-    let file = writer.into_inner().map_err(std::io::IntoInnerError::into_error).at(path, "cannot write")?;
-    file.sync_all().at(path, "cannot flush to the disk")
+    fill_file(path, path, fill)
+}
+
+/// Creates `real`, fills and flushes it; errors speak of `named`.
+fn fill_file(real: &Path, named: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>) -> Result<()> {
+    let mut writer = BufWriter::with_capacity(1 << 20, File::create(real).at(named, "cannot create")?);
+    fill(&mut writer).at(named, "cannot write")?;
+    let file = writer.into_inner().map_err(std::io::IntoInnerError::into_error).at(named, "cannot write")?;
+    file.sync_all().at(named, "cannot flush to the disk")
 }
 
 /// Flushes a folder's entries to the disk.
@@ -157,9 +163,11 @@ fn check_target(target: &Path, overwrite: bool, marker: &str) -> Result<bool> {
     }
     match (overwrite, target.join(marker).is_file()) {
         (true, true) => Ok(true),
-        (true, false) => Err(Error::refused(format!("is not replaced: it holds no {marker}, so this program did not write it"))
-            .path(target)
-            .remedy("choose another --output or remove the folder yourself")),
+        (true, false) => {
+            Err(Error::refused(format!("is not replaced: it holds no {marker}, so this program did not write it"))
+                .path(target)
+                .remedy("choose another --output or remove the folder yourself"))
+        }
         (false, _) => Err(exists(target)),
     }
 }
@@ -187,7 +195,9 @@ fn claim(staging: &Path) -> Result<Lock> {
             return Ok(lock);
         }
     }
-    Err(Error::refused("another process keeps writing here").path(staging).remedy("wait for it or choose another folder"))
+    Err(Error::refused("another process keeps writing here")
+        .path(staging)
+        .remedy("wait for it or choose another folder"))
 }
 
 fn remove(path: &Path) -> Result<()> {

@@ -79,10 +79,9 @@ fn check(case: &str, objective: Objective, dtype: DType, loss_tolerance: f64, gr
     let case = golden(case);
     let mut model = model(&case, objective, dtype);
     let path = case.join("batch.safetensors");
-    let bytes = std::fs::read(&path).unwrap();
     let decoder = objective == Objective::RetroMae;
     let c = model.config().clone();
-    let batch = BatchFile::parse(&path, &bytes, "").unwrap().pretrain(decoder, c.vocab_size, c.max_position_embeddings).unwrap();
+    let batch = BatchFile::open(&path, "").unwrap().pretrain(decoder, c.vocab_size, c.max_position_embeddings).unwrap();
     let losses = model.gradients(&[batch], StepDropout::OFF);
     let expected = std::fs::read(case.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&expected).unwrap();
@@ -98,7 +97,11 @@ fn check(case: &str, objective: Objective, dtype: DType, loss_tolerance: f64, gr
     }
     let mut compared = 0;
     for part in model.params().parts() {
-        let error = relative_error(&part.name, &model.params().get_gradient(part), &floats(&expected, &format!("grad.{}", part.name)));
+        let error = relative_error(
+            &part.name,
+            &model.params().get_gradient(part),
+            &floats(&expected, &format!("grad.{}", part.name)),
+        );
         assert!(error <= gradient_tolerance, "grad.{}: error {error:.2e}", part.name);
         compared += 1;
     }
@@ -132,13 +135,12 @@ fn golden_trajectory() {
     let mut model = model(&case, Objective::RetroMae, DType::F32);
     let c = model.config().clone();
     let path = case.join("batch.safetensors");
-    let bytes = std::fs::read(&path).unwrap();
     let expected = std::fs::read(case.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&expected).unwrap();
     let [losses, norms, lrs] = ["losses", "grad_norms", "lrs"].map(|n| floats(&expected, n));
     for step in 0..25 {
         let prefix = format!("{}.", step % 5);
-        let batch = BatchFile::parse(&path, &bytes, &prefix).unwrap();
+        let batch = BatchFile::open(&path, &prefix).unwrap();
         let batch = batch.pretrain(true, c.vocab_size, c.max_position_embeddings).unwrap();
         let out = model.step(&[batch], &AdamW::default(), f64::from(lrs[step]), step as u64 + 1, 0);
         let error = (out.losses.total() / f64::from(losses[step]) - 1.0).abs();
@@ -147,7 +149,8 @@ fn golden_trajectory() {
         assert!(error <= 1e-4, "step {step}: norm {} instead of {}", out.grad_norm, norms[step]);
     }
     for part in model.params().parts() {
-        let error = relative_error(&part.name, &model.params().get(part), &floats(&expected, &format!("final.{}", part.name)));
+        let error =
+            relative_error(&part.name, &model.params().get(part), &floats(&expected, &format!("final.{}", part.name)));
         assert!(error <= 1e-4, "final.{}: error {error:.2e}", part.name);
     }
 }

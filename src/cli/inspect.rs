@@ -4,9 +4,16 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
+use crate::data::batch::Builder;
+use crate::data::corpus::{Corpus, MemoryCorpus, Tokens};
+use crate::data::masking::MaskRules;
+use crate::data::order::{Order, Part};
+use crate::data::picture::{LEGEND, picture};
 use crate::data::shard::{Facts, ShardSet};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+
+use crate::train::settings::Settings;
 
 use super::{Global, grouped, say};
 
@@ -21,7 +28,13 @@ pub struct Arguments {
     /// Show this text, numbered from 0
     #[arg(long, value_name = "NUMBER", conflicts_with = "samples")]
     text: Option<u64>,
+    /// Draw the masks that --seed gives the shown texts: encoder, and some rows of the enhanced decoder
+    #[arg(long)]
+    masks: bool,
 }
+
+/// Fractions of a text that the published recipe hides from encoder and decoder.
+const HIDDEN: (f64, f64) = (0.3, 0.5);
 
 /// Runs the subcommand.
 pub fn run(args: Arguments, global: &Global) -> Result<()> {
@@ -34,11 +47,28 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     for i in chosen(&args, set.len()) {
         let (line, value) = sample(&set, &tokenizer, i, args.text.is_some() || global.verbose)?;
         say(&line)?;
+        if args.masks {
+            say(&masks(&set, i, global.seed.unwrap_or(Settings::default().seed))?)?;
+        }
         samples.push(value);
     }
     let facts = serde_json::to_value(set.facts())
         .map_err(|e| Error::refused(format!("the facts cannot be written: {e}")).remedy("report this"))?;
     global.write_json(&json!({ "facts": facts, "samples": samples }))
+}
+
+/// The masks of text `i`, drawn with characters: it is made the only text of a corpus, and so the first sample.
+fn masks(set: &ShardSet, i: u64, seed: u64) -> Result<String> {
+    let (mut ids, mut word_start) = (Vec::new(), Vec::new());
+    set.read(i, &mut ids, &mut word_start)?;
+    let mut one = MemoryCorpus::default();
+    one.push(Tokens { ids: &ids, word_start: &word_start });
+    let vocabulary = set.facts().vocabulary();
+    let rules = MaskRules::new(seed, vocabulary, HIDDEN.0, Some(HIDDEN.1))?;
+    let batch = Builder::new(rules, Order::new(seed, 1, 0)?, Part::Train, ids.len()).build(&one, 0..1)?;
+    // The first, the last and three between.
+    let positions: Vec<usize> = (0..5).map(|k| k * ids.len().saturating_sub(1) / 4).collect();
+    Ok(format!("{LEGEND}\n{}", picture(&batch, 0, &word_start, &vocabulary, &positions, 100)))
 }
 
 /// The texts to show: the one asked for, or some spread evenly.

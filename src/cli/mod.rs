@@ -3,9 +3,12 @@
 //! To add a subcommand: a file here with a `clap::Args` struct and `pub fn run(args, &Global) -> Result<()>`, and one line each in
 //! [`Command`] and [`run`]. Results go to standard output through [`say`], progress and warnings to standard error.
 
+mod doctor;
 mod inspect;
 mod progress;
+mod step;
 mod tokenize;
+mod train;
 mod verify;
 
 use std::io::{ErrorKind, Write};
@@ -32,9 +35,9 @@ pub struct Global {
     /// Threads to use; all cores by default
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
-    /// Seed of everything random
-    #[arg(long, global = true, default_value_t = 42, value_name = "N")]
-    pub seed: u64,
+    /// Seed of everything random; 42 by default
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    pub seed: Option<u64>,
     /// Write the result to this file as JSON, too
     #[arg(long, global = true, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -48,10 +51,16 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Tell what this machine offers the engine, and what each part means
+    Doctor(doctor::Arguments),
+    /// Compute loss and gradients of one batch, to compare with PyTorch
+    Step(step::Arguments),
     /// Turn text into token shards
     Tokenize(tokenize::Arguments),
     /// Show what a folder of shards holds
     Inspect(inspect::Arguments),
+    /// Pre-train an encoder
+    Train(Box<train::Arguments>),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -61,8 +70,11 @@ pub fn run(cli: Cli) -> Result<()> {
     let global = &cli.global;
     global.start_threads()?;
     match cli.command {
+        Command::Doctor(args) => doctor::run(args, global),
+        Command::Step(args) => step::run(args, global),
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Inspect(args) => inspect::run(args, global),
+        Command::Train(args) => train::run(*args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }
@@ -77,7 +89,8 @@ impl Global {
     fn start_threads(&self) -> Result<()> {
         let Some(threads) = self.threads else { return Ok(()) };
         rayon::ThreadPoolBuilder::new().num_threads(threads as usize).build_global().map_err(|e| {
-            Error::new(crate::error::Kind::Io, format!("cannot start {threads} threads: {e}")).remedy("use fewer --threads")
+            Error::new(crate::error::Kind::Io, format!("cannot start {threads} threads: {e}"))
+                .remedy("use fewer --threads")
         })
     }
 
@@ -110,7 +123,7 @@ pub fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, c) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             out.push(',');
         }
         out.push(c);

@@ -26,7 +26,8 @@ impl Progress {
         let terminal = std::io::stderr().is_terminal();
         let bar = (!quiet && terminal).then(|| {
             let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr());
-            let template = if total.is_some() { "{bar:30} {percent:>3} % {msg}, {eta} left" } else { "{spinner} {msg}" };
+            let template =
+                if total.is_some() { "{bar:30} {percent:>3} % {msg}, {eta} left" } else { "{spinner} {msg}" };
             if let Ok(style) = ProgressStyle::with_template(template) {
                 bar.set_style(style);
             }

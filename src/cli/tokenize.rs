@@ -19,8 +19,8 @@ use super::{Global, grouped, say};
 /// Turn text into token shards.
 ///
 /// Reads plain text, JSON lines, tab-separated columns (2: id text, 3: id title text, 4: id url title body), BEIR folders and
-/// Parquet, each also as .gz or .zst. Documents without text are left out and counted. A document whose id was seen before is left
-/// out and counted; the first one stays.
+/// Parquet, each also as .gz or .zst. Documents without text are left out and counted. Of documents with the same id the first one
+/// stays, the others are left out and counted; --keep-duplicates keeps them.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Files, folders, globs, or - for standard input
@@ -51,6 +51,9 @@ pub struct Arguments {
     /// What separates documents of plain text
     #[arg(long, value_enum, default_value = "line")]
     doc_sep: DocSep,
+    /// Keep documents whose id was seen before
+    #[arg(long)]
+    keep_duplicates: bool,
     /// Tokens after which the next shard begins
     #[arg(long, default_value_t = 1 << 25, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
     shard_tokens: u32,
@@ -107,6 +110,7 @@ impl Arguments {
                 FormatArg::Parquet => Some(Format::Parquet),
             },
             blank_lines: self.doc_sep == DocSep::Blank,
+            keep_duplicates: self.keep_duplicates,
         }
     }
 }
@@ -137,7 +141,11 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         }
         Event::NoDocuments(path) => note(format!("warning: {}: no documents in it", path.display())),
         Event::Duplicate(path, id) => {
-            note(format!("warning: {}: id {id:?} was seen before; such documents are left out and counted", path.display()));
+            let fate = if args.keep_duplicates { "kept" } else { "left out" };
+            note(format!(
+                "warning: {}: id {id:?} was seen before; such documents are {fate} and counted",
+                path.display()
+            ));
         }
         Event::Progress(documents, text, read) => progress.update(read, documents, text),
     };
@@ -171,5 +179,9 @@ fn report(args: &Arguments, counts: &Counts, seconds: f64, global: &Global) -> R
         ("unknown", counts.unknown),
     ];
     let lines: Vec<String> = rows.iter().map(|(name, n)| format!("{name:<11}{:>15}", grouped(*n))).collect();
-    say(&format!("{}\nwritten to {} in {seconds:.1} s, {rate:.1} MB/s of text", lines.join("\n"), args.output.display()))
+    say(&format!(
+        "{}\nwritten to {} in {seconds:.1} s, {rate:.1} MB/s of text",
+        lines.join("\n"),
+        args.output.display()
+    ))
 }

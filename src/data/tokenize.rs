@@ -38,6 +38,8 @@ pub struct Options {
     pub format: Option<Format>,
     /// Plain text is separated by blank lines.
     pub blank_lines: bool,
+    /// Documents whose id was seen before are kept, too.
+    pub keep_duplicates: bool,
 }
 
 /// What a run tells while it works.
@@ -90,6 +92,7 @@ struct Extent {
 #[derive(Default)]
 struct ReadCounts {
     duplicates: u64,
+    dropped: u64,
     unchecked_ids: u64,
 }
 
@@ -115,8 +118,15 @@ pub fn run(inputs: &[Input], tokenizer: &Tokenizer, options: &Options, dir: &Pat
     let chunks = Arc::new(Mutex::new(chunks));
     let (read, mut counts) = std::thread::scope(|scope| {
         let reader = {
-            let mut reader =
-                Reader { options, budget: &budget, out: to_encode, number: 0, seen: Seen::default(), watch, read_bytes: read_bytes.clone() };
+            let mut reader = Reader {
+                options,
+                budget: &budget,
+                out: to_encode,
+                number: 0,
+                seen: Seen::default(),
+                watch,
+                read_bytes: read_bytes.clone(),
+            };
             scope.spawn(move || reader.run(inputs))
         };
         for _ in 0..options.threads {
@@ -129,7 +139,8 @@ pub fn run(inputs: &[Input], tokenizer: &Tokenizer, options: &Options, dir: &Pat
             watch(Event::Progress(documents, text, read_bytes.load(Ordering::Relaxed)));
         });
         budget.close();
-        let read = reader.join().unwrap_or_else(|_| Err(Error::refused("the reading thread failed").remedy("report this")));
+        let read =
+            reader.join().unwrap_or_else(|_| Err(Error::refused("the reading thread failed").remedy("report this")));
         (read, written)
     });
     if let (Err(e), Err(w)) = (&read, &counts) {
@@ -138,6 +149,7 @@ pub fn run(inputs: &[Input], tokenizer: &Tokenizer, options: &Options, dir: &Pat
     }
     let read = read?;
     let counts = counts.as_mut().map_err(|e| e.clone())?;
+    counts.documents += read.dropped;
     counts.duplicates = read.duplicates;
     counts.unchecked_ids = read.unchecked_ids;
     if counts.sequences == 0 {
@@ -211,7 +223,10 @@ impl Reader<'_> {
                     (self.watch)(Event::Duplicate(&input.path, id));
                 }
                 counts.duplicates += 1;
-                continue;
+                if !self.options.keep_duplicates {
+                    counts.dropped += 1;
+                    continue;
+                }
             }
             if !errors.is_empty() {
                 continue;
@@ -241,7 +256,12 @@ impl Reader<'_> {
 }
 
 /// An encoding thread.
-fn encode_chunks(tokenizer: &Tokenizer, options: &Options, chunks: &Mutex<Receiver<Chunk>>, out: &SyncSender<Result<Encoded>>) {
+fn encode_chunks(
+    tokenizer: &Tokenizer,
+    options: &Options,
+    chunks: &Mutex<Receiver<Chunk>>,
+    out: &SyncSender<Result<Encoded>>,
+) {
     let mut encoder = tokenizer.encoder();
     let sep = tokenizer.special().sep;
     loop {

@@ -218,11 +218,16 @@ impl Encoder<'_> {
         if text.len() <= size {
             return (text, "");
         }
-        let from = text.ceil_char_boundary(size);
+        let from = char_boundary(text, size);
         let at = text[from..].find([' ', '\n', '\t', '\r']).map_or(text.len(), |i| from + i);
         // Words without end, as in Chinese: cut them where they are.
         text.split_at(if at - from > size { from } else { at })
     }
+}
+
+/// The first character boundary at or after byte `at`.
+pub(super) fn char_boundary(text: &str, at: usize) -> usize {
+    (at..text.len()).find(|&i| text.is_char_boundary(i)).unwrap_or(text.len())
 }
 
 /// The folder and the file that `path` means.
@@ -243,7 +248,9 @@ fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
 }
 
 fn unusable(path: &Path, cause: &str) -> Error {
-    Error::refused(format!("the tokenizer cannot be used: {cause}")).path(path).remedy("use the files of a BERT-like model")
+    Error::refused(format!("the tokenizer cannot be used: {cause}"))
+        .path(path)
+        .remedy("use the files of a BERT-like model")
 }
 
 fn from_json(file: &Path) -> Result<tokenizers::Tokenizer> {
@@ -294,8 +301,9 @@ impl Names {
             let path = dir.join(name);
             if path.is_file() {
                 let bytes = fs::read(&path).at(&path, "cannot read")?;
-                let value: Value = serde_json::from_slice(&bytes)
-                    .map_err(|e| Error::refused(format!("is not JSON: {e}")).path(&path).remedy("restore or remove the file"))?;
+                let value: Value = serde_json::from_slice(&bytes).map_err(|e| {
+                    Error::refused(format!("is not JSON: {e}")).path(&path).remedy("restore or remove the file")
+                })?;
                 values.push(value);
             }
         }
@@ -318,8 +326,9 @@ impl Names {
     fn find(&self, tokenizer: &tokenizers::Tokenizer) -> Result<Special> {
         let id = |name: &str, other: &str| {
             tokenizer.token_to_id(name).or_else(|| tokenizer.token_to_id(other)).ok_or_else(|| {
-                Error::refused(format!("the vocabulary has no {name}"))
-                    .remedy("use the tokenizer of a BERT-like model, or name its special tokens in tokenizer_config.json")
+                Error::refused(format!("the vocabulary has no {name}")).remedy(
+                    "use the tokenizer of a BERT-like model, or name its special tokens in tokenizer_config.json",
+                )
             })
         };
         Ok(Special {

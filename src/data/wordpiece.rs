@@ -10,7 +10,7 @@ use tokenizers::{ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
 use crate::error::Result;
 
-use super::tokenizer::{Token, Tokenizer};
+use super::tokenizer::{Token, Tokenizer, char_boundary};
 
 /// Longest stretch handed to the crate at once.
 const PIECE: usize = 64 << 10;
@@ -59,7 +59,12 @@ impl Fast {
         let added: Vec<_> = tokenizer.get_added_tokens_decoder().into_values().collect();
         let plain_added = added.iter().all(|t| {
             let text = t.content.as_str();
-            !(t.lstrip || t.rstrip || t.single_word || t.normalized || text.is_empty() || text.contains(char::is_whitespace))
+            !(t.lstrip
+                || t.rstrip
+                || t.single_word
+                || t.normalized
+                || text.is_empty()
+                || text.contains(char::is_whitespace))
         });
         if !(bert_words && normalizer.clean_text && plain_added) {
             return None;
@@ -91,7 +96,14 @@ impl Fast {
     }
 
     /// Appends the tokens of `text` until `out` holds `limit` of them or the text ends.
-    pub fn encode(&self, full: &Tokenizer, cache: &mut Cache, text: &str, limit: usize, out: &mut Vec<Token>) -> Result<()> {
+    pub fn encode(
+        &self,
+        full: &Tokenizer,
+        cache: &mut Cache,
+        text: &str,
+        limit: usize,
+        out: &mut Vec<Token>,
+    ) -> Result<()> {
         let bytes = text.as_bytes();
         let mut at = 0;
         while at < bytes.len() && out.len() < limit {
@@ -170,7 +182,14 @@ impl Fast {
     }
 
     /// A stretch that the crate must encode.
-    fn other(&self, full: &Tokenizer, cache: &mut Cache, stretch: &str, limit: usize, out: &mut Vec<Token>) -> Result<()> {
+    fn other(
+        &self,
+        full: &Tokenizer,
+        cache: &mut Cache,
+        stretch: &str,
+        limit: usize,
+        out: &mut Vec<Token>,
+    ) -> Result<()> {
         if stretch.len() > CACHED_LEN {
             let mut rest = stretch;
             while !rest.is_empty() && out.len() < limit {
@@ -199,8 +218,8 @@ impl Fast {
         if text.len() <= PIECE {
             return (text, "");
         }
-        let from = text.ceil_char_boundary(PIECE);
-        let window = &text[from..text.ceil_char_boundary(2 * PIECE)];
+        let from = char_boundary(text, PIECE);
+        let window = &text[from..char_boundary(text, 2 * PIECE)];
         let found = if self.cuts { window.find(CUTS) } else { None };
         text.split_at(found.map_or(from, |i| from + i))
     }

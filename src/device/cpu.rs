@@ -98,7 +98,13 @@ impl Real for f32 {
         let p = p * r + 4.166_666_6e-2;
         let p = p * r + 1.666_666_7e-1;
         let p = (p * r + 0.5) * (r * r) + r + 1.0;
-        if self < -87.3 { 0.0 } else if self.is_nan() { self } else { p * power }
+        if self < -87.3 {
+            0.0
+        } else if self.is_nan() {
+            self
+        } else {
+            p * power
+        }
     }
     #[inline(always)]
     fn ln(self) -> f32 {

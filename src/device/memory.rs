@@ -51,7 +51,8 @@ impl Memory {
     }
 
     fn layout(lines: usize) -> std::alloc::Layout {
-        std::alloc::Layout::array::<Line>(lines).unwrap_or_else(|_| panic!("allocation of {lines} cache lines overflows"))
+        std::alloc::Layout::array::<Line>(lines)
+            .unwrap_or_else(|_| panic!("allocation of {lines} cache lines overflows"))
     }
 }
 
@@ -248,7 +249,8 @@ impl Arena {
             .collect();
         let flag = Arc::new(Flag::default());
         let whole = Tensor { arena: Some(flag), whole: true, ..Tensor::zeros(dtype, end) };
-        let tensors = ranges.into_iter().map(|r| Tensor { whole: false, own: Arc::default(), ..whole.slice(r) }).collect();
+        let tensors =
+            ranges.into_iter().map(|r| Tensor { whole: false, own: Arc::default(), ..whole.slice(r) }).collect();
         Arena { tensors, whole }
     }
 

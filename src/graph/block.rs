@@ -118,7 +118,14 @@ impl Junction {
     }
 
     /// `dy` becomes the gradient of the sum; returns where that of the dropped input is.
-    fn backward<'a>(&self, p: &Pass<'_>, rows: usize, names: RowNames<'_>, dy: &'a Tensor, dropped: &'a Tensor) -> &'a Tensor {
+    fn backward<'a>(
+        &self,
+        p: &Pass<'_>,
+        rows: usize,
+        names: RowNames<'_>,
+        dy: &'a Tensor,
+        dropped: &'a Tensor,
+    ) -> &'a Tensor {
         let site = p.dropout.hidden(self.site);
         let on = site.mask.is_on();
         layernorm::backward(

@@ -218,7 +218,15 @@ impl Encoder {
 }
 
 impl Layer {
-    fn new(t: &mut Table, plan: &mut Plan, dims: Dims, name: &str, tokens: usize, site: u32, pruned: Option<usize>) -> Self {
+    fn new(
+        t: &mut Table,
+        plan: &mut Plan,
+        dims: Dims,
+        name: &str,
+        tokens: usize,
+        site: u32,
+        pruned: Option<usize>,
+    ) -> Self {
         let c = dims.hidden;
         let names = ["query", "key", "value"].map(|x| format!("{name}.attention.self.{x}"));
         let rows = pruned.unwrap_or(tokens);
@@ -257,7 +265,11 @@ impl Layer {
         let wide = p.buffers.tensor(self.wide);
         match self.pruned {
             None => [0, c, 2 * c].map(|offset| Matrix::columns(wide, offset, 3 * c)),
-            Some(s) => [Matrix::new(p.buffers.tensor(s.q), c), Matrix::columns(wide, 0, 2 * c), Matrix::columns(wide, c, 2 * c)],
+            Some(s) => [
+                Matrix::new(p.buffers.tensor(s.q), c),
+                Matrix::columns(wide, 0, 2 * c),
+                Matrix::columns(wide, c, 2 * c),
+            ],
         }
     }
 
@@ -324,8 +336,12 @@ impl Layer {
             let (w, _) = self.part(|id| p.w(id).clone(), c, from, to);
             let (dw, db) = self.part(|id| p.g(id).clone(), c, from, to);
             let (inputs, outputs) = (c, (to - from) * c);
-            let (x, dy, dx) = (Matrix::new(x, inputs), Matrix::new(dy, outputs), Some((Matrix::new(dx.0, inputs), dx.1)));
-            linear::backward(p.device, &linear::Backward { rows, inputs, outputs, x, w: &w, dy, dx, dw_acc: &dw, db_acc: Some(&db) });
+            let (x, dy, dx) =
+                (Matrix::new(x, inputs), Matrix::new(dy, outputs), Some((Matrix::new(dx.0, inputs), dx.1)));
+            linear::backward(
+                p.device,
+                &linear::Backward { rows, inputs, outputs, x, w: &w, dy, dx, dw_acc: &dw, db_acc: Some(&db) },
+            );
         };
         product(needed.count, 0, 1, p.b(s.x), p.b(s.dq), (d, Output::Add));
         product(count, 1, 3, x, wide, (p.b(g.hidden), Output::Set));

@@ -22,7 +22,8 @@ impl GroupBuffers {
 
     /// Groups the rows `0..keys.len()` by key; rows stay ascending inside a group.
     fn set(&mut self, keys: &[u32]) {
-        let mut order: Vec<u64> = keys.iter().enumerate().map(|(row, &key)| u64::from(key) << 32 | row as u64).collect();
+        let mut order: Vec<u64> =
+            keys.iter().enumerate().map(|(row, &key)| u64::from(key) << 32 | row as u64).collect();
         order.sort_unstable();
         let (mut distinct, mut offsets) = (Vec::new(), Vec::new());
         for (i, &x) in order.iter().enumerate() {

@@ -71,7 +71,14 @@ impl MlmHead {
 
     /// Loss of `rows` rows `h [rows, C]` with their labels. With `gradient` (weight of a row's loss, and where to write the gradient
     /// of `h`, `[rows, C]`), parameter gradients are added too.
-    pub fn loss(&self, p: &Pass<'_>, rows: usize, h: &Tensor, labels: &Tensor, gradient: Option<(f64, &Tensor)>) -> LossSums {
+    pub fn loss(
+        &self,
+        p: &Pass<'_>,
+        rows: usize,
+        h: &Tensor,
+        labels: &Tensor,
+        gradient: Option<(f64, &Tensor)>,
+    ) -> LossSums {
         if rows == 0 {
             return LossSums::default();
         }
@@ -98,7 +105,12 @@ impl MlmHead {
                 row_loss: p.b(self.row_loss),
                 row_correct: &self.row_correct,
                 sums: &self.sums,
-                gradients: gradient.map(|(scale, _)| cross_entropy::Gradients { scale, dh: p.b(self.dy), dw_acc, db_acc }),
+                gradients: gradient.map(|(scale, _)| cross_entropy::Gradients {
+                    scale,
+                    dh: p.b(self.dy),
+                    dw_acc,
+                    db_acc,
+                }),
             },
         );
         if let Some((_, dh)) = gradient {

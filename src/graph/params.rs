@@ -75,7 +75,8 @@ impl Table {
         let size: usize = shape.iter().product();
         let entry = self.entries.len();
         for (i, name) in names.iter().enumerate() {
-            let part = Part { name: name.clone(), shape: shape.clone(), decay, offset: 0, entry, start: i * size, init };
+            let part =
+                Part { name: name.clone(), shape: shape.clone(), decay, offset: 0, entry, start: i * size, init };
             self.parts.push(part);
         }
         self.entries.push(Entry { len: size * names.len(), decay });

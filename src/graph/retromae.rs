@@ -128,7 +128,10 @@ impl EnhancedDecoder {
             let (w, b) = Self::part(p.w(self.qkv.weight), p.w(self.qkv.bias), c, which);
             let (inputs, outputs) = (c, (1 + which) * c);
             let (x, y) = (Matrix::new(x, inputs), Matrix::new(y, outputs));
-            linear::forward(p.device, &linear::Forward { rows, inputs, outputs, x, w: &w, b: with_bias.then_some(&b), y });
+            linear::forward(
+                p.device,
+                &linear::Forward { rows, inputs, outputs, x, w: &w, b: with_bias.then_some(&b), y },
+            );
         };
         product(tokens.count, 1, e, true, p.b(self.kv));
         product(tokens.longest, 0, p.w(self.position), false, p.b(self.q_position));
@@ -141,7 +144,14 @@ impl EnhancedDecoder {
 
     /// From the gradient of the output to [`Self::sentence_gradient`]; adds those of all parameters. `hidden [T, C]` and
     /// `wide [T, 2C]` are scratch.
-    pub fn backward(&self, p: &Pass<'_>, inputs: &Inputs, decoder: &DecoderInputs, (hidden, wide): (&Tensor, &Tensor), s: Scratch) {
+    pub fn backward(
+        &self,
+        p: &Pass<'_>,
+        inputs: &Inputs,
+        decoder: &DecoderInputs,
+        (hidden, wide): (&Tensor, &Tensor),
+        s: Scratch,
+    ) {
         let (c, tokens) = (self.dims.hidden, &decoder.tokens);
         let (sequences, rows, longest) = (tokens.sequences, decoder.rows.count, tokens.longest);
         let (by_position, by_sequence) = (decoder.by_position.groups(), decoder.by_sequence.groups());
@@ -153,7 +163,10 @@ impl EnhancedDecoder {
         gather::group_sums(p.device, d, by_position, c, p.g(self.position));
         gather::group_sums(p.device, d, by_sequence, c, dc);
         let forward = self.attention(p, decoder);
-        enhanced_decoding::backward(p.device, &enhanced_decoding::Backward { forward, dout: p.b(s.context), dq, dkv: wide });
+        enhanced_decoding::backward(
+            p.device,
+            &enhanced_decoding::Backward { forward, dout: p.b(s.context), dq, dkv: wide },
+        );
         gather::zero(p.device, dq_position, longest * c);
         gather::zero(p.device, dq_sentence, sequences * c);
         gather::group_sums(p.device, dq, by_position, c, dq_position);
@@ -162,9 +175,13 @@ impl EnhancedDecoder {
             let (w, _) = Self::part(p.w(self.qkv.weight), p.w(self.qkv.bias), c, which);
             let (dw, db) = Self::part(p.g(self.qkv.weight), p.g(self.qkv.bias), c, which);
             let (inputs, outputs) = (c, (1 + which) * c);
-            let (x, dy, dx) = (Matrix::new(x, inputs), Matrix::new(dy, outputs), Some((Matrix::new(dx.0, inputs), dx.1)));
+            let (x, dy, dx) =
+                (Matrix::new(x, inputs), Matrix::new(dy, outputs), Some((Matrix::new(dx.0, inputs), dx.1)));
             let db_acc = bias.then_some(&db);
-            linear::backward(p.device, &linear::Backward { rows, inputs, outputs, x, w: &w, dy, dx, dw_acc: &dw, db_acc });
+            linear::backward(
+                p.device,
+                &linear::Backward { rows, inputs, outputs, x, w: &w, dy, dx, dw_acc: &dw, db_acc },
+            );
         };
         product(longest, 0, p.w(self.position), dq_position, false, (p.g(self.position), Output::Add));
         product(sequences, 0, p.b(self.c), dq_sentence, true, (dc, Output::Add));

@@ -1,9 +1,8 @@
 //! `config.json` of a BERT model: read strictly, because a wrong size or an unsupported variant must stop a run before it starts.
 
-use crate::error::{Error, IoContext, Result};
+use super::small_file;
+use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 /// Largest `config.json` that is read; real ones are a few kilobytes, label lists a few hundred.
@@ -96,12 +95,7 @@ impl BertConfig {
         if path.is_dir() {
             path.push("config.json");
         }
-        let file = File::open(&path).at(&path, "cannot read the model's configuration")?;
-        let mut text = String::new();
-        file.take(MAX_CONFIG_BYTES + 1).read_to_string(&mut text).at(&path, "cannot read")?;
-        if text.len() as u64 > MAX_CONFIG_BYTES {
-            return Err(Error::refused("larger than 16 MiB, not a model configuration").path(&path).remedy(CHECK));
-        }
+        let text = small_file::text(&path, MAX_CONFIG_BYTES, "a model configuration")?;
         let raw: Map<String, Value> = serde_json::from_str(&text).map_err(|e| {
             let error = Error::refused(format!("not a JSON object: {e}")).path(&path).remedy(CHECK);
             if e.line() > 0 { error.line(e.line() as u64) } else { error }

@@ -13,6 +13,7 @@ use super::config::BertConfig;
 use super::element::Dtype;
 use super::names::{self, Param};
 use super::safetensors::writer::{Spec, Writer};
+use super::small_file;
 use super::tensor_file::Info;
 use super::tokenizer_files;
 use super::weights::ENHANCED_DECODER;
@@ -287,9 +288,7 @@ pub fn verify_export(folder: impl AsRef<Path>) -> Result<()> {
     let folder = folder.as_ref();
     let path = folder.join(MANIFEST);
     let refuse = |cause: &str| Error::refused(cause).path(&path).remedy(AGAIN);
-    let mut text = String::new();
-    let file = std::fs::File::open(&path).at(&path, "cannot read the manifest")?;
-    file.take(MAX_MANIFEST).read_to_string(&mut text).at(&path, "cannot read the manifest")?;
+    let text = small_file::text(&path, MAX_MANIFEST, "the manifest of an export")?;
     let at = digits(&text).ok_or_else(|| refuse("its digest is missing"))?;
     let blank = format!("{}00000000{}", &text[..at], &text[at + 8..]);
     if text[at..at + 8] != format!("{:08x}", crc32c::crc32c(blank.as_bytes())) {

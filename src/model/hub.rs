@@ -1,8 +1,8 @@
 //! Where a model is: a folder, a file, or a name of the Hugging Face hub that is already in the local cache. Nothing is downloaded.
 
-use crate::error::{Error, IoContext, Result};
+use super::small_file;
+use crate::error::{Error, Result};
 use std::ffi::OsString;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Finds the folder or file that `--model` means. A hub name may end in `@revision`; the default is `main`.
@@ -75,9 +75,7 @@ fn is_revision(revision: &str) -> bool {
 }
 
 fn read_commit(reference: &Path) -> Result<String> {
-    let mut text = String::new();
-    let file = std::fs::File::open(reference).at(reference, "cannot read")?;
-    file.take(256).read_to_string(&mut text).at(reference, "cannot read")?;
+    let text = small_file::text(reference, 256, "a commit of the hub's cache")?;
     let commit = text.trim();
     if commit.is_empty() || !commit.bytes().all(|b| b.is_ascii_hexdigit()) {
         return Err(Error::refused("holds no commit").path(reference).remedy("fetch the model again"));

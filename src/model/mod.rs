@@ -12,6 +12,7 @@ pub mod names;
 mod pickle;
 pub mod presets;
 pub mod safetensors;
+mod small_file;
 pub mod tensor_file;
 mod tokenizer_files;
 mod torch_bin;

@@ -172,17 +172,13 @@ impl Machine<'_> {
                 self.take(8)?;
                 self.stack.push(Value::Float);
             }
-            b'X' => {
+            b'X' | b'T' => {
                 let length = u32::from_le_bytes(self.array()?);
                 self.string(length as usize)?;
             }
             0x8c | b'U' => {
                 let length = self.byte()?;
                 self.string(length.into())?;
-            }
-            b'T' => {
-                let length = u32::from_le_bytes(self.array()?);
-                self.string(length as usize)?;
             }
             _ => self.step_container(opcode)?,
         }
@@ -212,13 +208,13 @@ impl Machine<'_> {
                 let items = self.pop_mark()?;
                 self.extend(items)?;
             }
-            b's' => {
-                let from = self.floor(2)?;
-                let items = self.stack.split_off(from);
-                self.set_items(&items)?;
-            }
-            b'u' => {
-                let items = self.pop_mark()?;
+            b's' | b'u' => {
+                let items = if opcode == b'u' {
+                    self.pop_mark()?
+                } else {
+                    let from = self.floor(2)?;
+                    self.stack.split_off(from)
+                };
                 self.set_items(&items)?;
             }
             b'q' => {

@@ -101,7 +101,7 @@ impl SafeTensors {
         blank[digits].fill(b'0');
         let mut crc = crc32c::crc32c(&(header.len() as u64).to_le_bytes());
         crc = crc32c::crc32c_append(crc, &blank);
-        let mut buffer = vec![0; PIECE];
+        let mut buffer = vec![0; PIECE.min((length - self.data_start) as usize)];
         let mut offset = self.data_start;
         while offset < length {
             let count = (length - offset).min(PIECE as u64) as usize;

@@ -5,10 +5,10 @@
 
 use super::export::pretty;
 use super::export::staging::Staging;
-use crate::error::{Error, IoContext, Result};
+use super::small_file;
+use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 const TOKENIZER: &str = "tokenizer.json";
@@ -228,13 +228,5 @@ fn object(path: &Path) -> Result<Map<String, Value>> {
 }
 
 fn text(path: &Path) -> Result<String> {
-    let mut text = String::new();
-    let file = std::fs::File::open(path).at(path, "cannot read")?;
-    file.take(MAX_BYTES + 1).read_to_string(&mut text).at(path, "cannot read")?;
-    if text.len() as u64 > MAX_BYTES {
-        return Err(Error::refused("larger than 256 MiB, not a tokenizer")
-            .path(path)
-            .remedy("give the folder of a tokenizer"));
-    }
-    Ok(text)
+    small_file::text(path, MAX_BYTES, "a tokenizer")
 }

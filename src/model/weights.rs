@@ -3,13 +3,13 @@
 
 use super::names::{MLM_BIAS, Meaning, Param, meaning};
 use super::safetensors::SafeTensors;
+use super::small_file;
 use super::tensor_file::{Info, TensorFile};
 use super::torch_bin::TorchBin;
 use crate::error::{Error, IoContext, Result};
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
 use std::collections::hash_map::DefaultHasher;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::hash::Hasher;
 use std::io::Read;
@@ -259,14 +259,9 @@ fn open_file(path: &Path) -> Result<Box<dyn TensorFile>> {
 /// The files an index names, which all lie beside it. What they hold is read from them, not from the index.
 fn shards(index: &Path) -> Result<Vec<PathBuf>> {
     let refuse = |cause: String| Error::refused(cause).path(index).remedy("get the model again");
-    let mut text = Vec::new();
-    let file = File::open(index).at(index, "cannot read")?;
-    file.take(MAX_INDEX + 1).read_to_end(&mut text).at(index, "cannot read")?;
-    if text.len() as u64 > MAX_INDEX {
-        return Err(refuse("larger than 16 MiB, not an index of shards".into()));
-    }
+    let text = small_file::text(index, MAX_INDEX, "an index of shards")?;
     let map: Map<String, Value> =
-        serde_json::from_slice(&text).map_err(|e| refuse(format!("malformed index of shards: {e}")))?;
+        serde_json::from_str(&text).map_err(|e| refuse(format!("malformed index of shards: {e}")))?;
     let Some(map) = map.get("weight_map").and_then(Value::as_object) else {
         return Err(refuse("weight_map is missing".into()));
     };

@@ -87,13 +87,36 @@ mod cpu {
         let (u, mut y) = (u.read::<F>(), y.write::<F>());
         let (u, y) = (&u[..count], &mut y[..count]);
         match function {
-            Function::Gelu => map(u, y, #[inline(always)] |x, _| x * normal_cdf(x)),
-            Function::GeluTanh => map(u, y, #[inline(always)] |x, _| {
-                F::of(0.5) * x * (F::ONE + (F::of(ALPHA) * (x + F::of(BETA) * x * x * x)).tanh())
-            }),
-            Function::QuickGelu => map(u, y, #[inline(always)] |x, _| x * sigmoid(F::of(1.702) * x)),
-            Function::Relu => map(u, y, #[inline(always)] |x, _| x.max(F::ZERO)),
-            Function::Silu => map(u, y, #[inline(always)] |x, _| x * sigmoid(x)),
+            Function::Gelu => map(
+                u,
+                y,
+                #[inline(always)]
+                |x, _| x * normal_cdf(x),
+            ),
+            Function::GeluTanh => map(
+                u,
+                y,
+                #[inline(always)]
+                |x, _| F::of(0.5) * x * (F::ONE + (F::of(ALPHA) * (x + F::of(BETA) * x * x * x)).tanh()),
+            ),
+            Function::QuickGelu => map(
+                u,
+                y,
+                #[inline(always)]
+                |x, _| x * sigmoid(F::of(1.702) * x),
+            ),
+            Function::Relu => map(
+                u,
+                y,
+                #[inline(always)]
+                |x, _| x.max(F::ZERO),
+            ),
+            Function::Silu => map(
+                u,
+                y,
+                #[inline(always)]
+                |x, _| x * sigmoid(x),
+            ),
         }
     }
 
@@ -101,11 +124,36 @@ mod cpu {
         let (u, mut dy) = (u.read::<F>(), dy.write::<F>());
         let (u, dy) = (&u[..count], &mut dy[..count]);
         match function {
-            Function::Gelu => map(u, dy, #[inline(always)] |x, d| d * gelu_derivative(x)),
-            Function::GeluTanh => map(u, dy, #[inline(always)] |x, d| d * gelu_tanh_derivative(x)),
-            Function::QuickGelu => map(u, dy, #[inline(always)] |x, d| d * swish_derivative(x, F::of(1.702))),
-            Function::Relu => map(u, dy, #[inline(always)] |x, d| if x > F::ZERO { d } else { F::ZERO }),
-            Function::Silu => map(u, dy, #[inline(always)] |x, d| d * swish_derivative(x, F::ONE)),
+            Function::Gelu => map(
+                u,
+                dy,
+                #[inline(always)]
+                |x, d| d * gelu_derivative(x),
+            ),
+            Function::GeluTanh => map(
+                u,
+                dy,
+                #[inline(always)]
+                |x, d| d * gelu_tanh_derivative(x),
+            ),
+            Function::QuickGelu => map(
+                u,
+                dy,
+                #[inline(always)]
+                |x, d| d * swish_derivative(x, F::of(1.702)),
+            ),
+            Function::Relu => map(
+                u,
+                dy,
+                #[inline(always)]
+                |x, d| if x > F::ZERO { d } else { F::ZERO },
+            ),
+            Function::Silu => map(
+                u,
+                dy,
+                #[inline(always)]
+                |x, d| d * swish_derivative(x, F::ONE),
+            ),
         }
     }
 }

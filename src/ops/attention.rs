@@ -178,6 +178,9 @@ pub(super) mod cpu {
         /// `out [Lq, H·D]` and `lse [Lq, H]` of all heads.
         pub fn forward(&self, out: &mut [F], lse: &mut [F]) {
             let (n, l, d, c) = (self.positions.len(), self.keys, self.head_size, self.heads * self.head_size);
+            if n == 0 {
+                return;
+            }
             scratch(n * l, |s| {
                 for head in 0..self.heads {
                     self.scores(head, s);
@@ -220,10 +223,30 @@ pub(super) mod cpu {
                     });
                     let (p, ds) = (View::rows(&*p, l), View::rows(&*ds, l));
                     let (wide, stride) = (&mut *grad.wide, grad.stride);
-                    gemm((l, d, n), F::ONE, p.t(), dout, &mut wide[grad.dv + head * d..], stride, Output::Set, Threads::One);
-                    gemm((l, d, n), scale, ds.t(), q, &mut wide[grad.dk + head * d..], stride, Output::Set, Threads::One);
+                    gemm(
+                        (l, d, n),
+                        F::ONE,
+                        p.t(),
+                        dout,
+                        &mut wide[grad.dv + head * d..],
+                        stride,
+                        Output::Set,
+                        Threads::One,
+                    );
+                    gemm(
+                        (l, d, n),
+                        scale,
+                        ds.t(),
+                        q,
+                        &mut wide[grad.dk + head * d..],
+                        stride,
+                        Output::Set,
+                        Threads::One,
+                    );
                     match &mut grad.dq {
-                        Some(dq) if n > 0 => gemm((n, d, l), scale, ds, k, &mut dq[head * d..], c, Output::Set, Threads::One),
+                        Some(dq) if n > 0 => {
+                            gemm((n, d, l), scale, ds, k, &mut dq[head * d..], c, Output::Set, Threads::One)
+                        }
                         Some(_) => {}
                         None => gemm((n, d, l), scale, ds, k, &mut wide[head * d..], stride, Output::Set, Threads::One),
                     }
@@ -322,7 +345,12 @@ pub(super) mod cpu {
                 visible: None,
                 drop: Drop::new(a.dropout, &a.names, s),
             }
-            .backward(&out[rows.start * c..rows.end * c], &lse[rows.start * h..rows.end * h], &dout[rows.start * c..rows.end * c], grad);
+            .backward(
+                &out[rows.start * c..rows.end * c],
+                &lse[rows.start * h..rows.end * h],
+                &dout[rows.start * c..rows.end * c],
+                grad,
+            );
         };
         match a.gradient {
             Gradient::Fused(wide) => {

@@ -3,8 +3,8 @@
 //! Rows go through in chunks, so the logits of a batch never exist: a chunk's logits are turned into their gradient
 //! `(softmax − onehot) · scale` in place and used at once for `dh = g W`, `dW += gᵀ h`, `db += Σ g`.
 
-use crate::device::{DType, Device, Matmul, Matrix, Output, Product, Tensor};
 use super::linear;
+use crate::device::{DType, Device, Matmul, Matrix, Output, Product, Tensor};
 
 /// Sizes.
 #[derive(Clone, Copy, Debug)]
@@ -63,16 +63,37 @@ pub fn run(device: Device, a: &CrossEntropy<'_>) {
         let count = chunk.min(rows - first);
         let x = Matrix::columns(a.h, first * width, width);
         let logits = Matrix::new(a.logits, vocabulary);
-        linear::forward(device, &linear::Forward { rows: count, inputs: width, outputs: vocabulary, x, w: a.w, b: Some(a.b), y: logits });
+        linear::forward(
+            device,
+            &linear::Forward { rows: count, inputs: width, outputs: vocabulary, x, w: a.w, b: Some(a.b), y: logits },
+        );
         match device {
             Device::Cpu => super::on_cpu!(a.h, cpu::softmax, a, first, count),
         }
         let Some(g) = &a.gradients else { continue };
         let dh = Matrix::columns(g.dh, first * width, width);
         let (m, n, k) = (count, width, vocabulary);
-        device.matmul(&Matmul { product: Product::NN, m, n, k, a: logits, b: Matrix::new(a.w, width), c: dh, output: Output::Set });
+        device.matmul(&Matmul {
+            product: Product::NN,
+            m,
+            n,
+            k,
+            a: logits,
+            b: Matrix::new(a.w, width),
+            c: dh,
+            output: Output::Set,
+        });
         let dw = Matrix::new(g.dw_acc, width);
-        device.matmul(&Matmul { product: Product::TN, m: vocabulary, n: width, k: count, a: logits, b: x, c: dw, output: Output::Add });
+        device.matmul(&Matmul {
+            product: Product::TN,
+            m: vocabulary,
+            n: width,
+            k: count,
+            a: logits,
+            b: x,
+            c: dw,
+            output: Output::Add,
+        });
     }
     match device {
         Device::Cpu => super::on_cpu!(a.h, cpu::sums, a),
@@ -101,14 +122,22 @@ mod cpu {
                     let (top, own) = (max(x), x[label]);
                     *correct = u32::from(own >= top);
                     let Some(scale) = scale else {
-                        let sum = sum1(x, #[inline(always)] |x| (x - top).exp());
+                        let sum = sum1(
+                            x,
+                            #[inline(always)]
+                            |x| (x - top).exp(),
+                        );
                         *loss = top + sum.ln() - own;
                         return;
                     };
                     for x in x.iter_mut() {
                         *x = (*x - top).exp();
                     }
-                    let sum = sum1(x, #[inline(always)] |x| x);
+                    let sum = sum1(
+                        x,
+                        #[inline(always)]
+                        |x| x,
+                    );
                     *loss = top + sum.ln() - own;
                     let factor = scale / sum;
                     for x in x.iter_mut() {

@@ -78,7 +78,15 @@ pub fn backward(device: Device, a: &Backward<'_>) {
 }
 
 /// `query[r] = position[position of r] + sentence[sequence of r]` for each row: the residual stream of the decoder.
-pub fn add_rows(device: Device, position: &Tensor, sentence: &Tensor, names: RowNames<'_>, rows: usize, width: usize, query: &Tensor) {
+pub fn add_rows(
+    device: Device,
+    position: &Tensor,
+    sentence: &Tensor,
+    names: RowNames<'_>,
+    rows: usize,
+    width: usize,
+    query: &Tensor,
+) {
     match device {
         Device::Cpu => super::on_cpu!(query, cpu::add_rows, position, sentence, names, rows, width, query),
     }
@@ -181,12 +189,24 @@ mod cpu {
             let r = inputs.rows(s);
             let mut grad = SequenceGrad { dq: Some(dq), wide, stride: 2 * c, dk: 0, dv: c };
             inputs.with(fwd, s, |sequence| {
-                sequence.backward(&out[r.start * c..r.end * c], &lse[r.start * h..r.end * h], &dout[r.start * c..r.end * c], &mut grad);
+                sequence.backward(
+                    &out[r.start * c..r.end * c],
+                    &lse[r.start * h..r.end * h],
+                    &dout[r.start * c..r.end * c],
+                    &mut grad,
+                );
             });
         });
     }
 
-    pub fn add_rows<F: Real>(position: &Tensor, sentence: &Tensor, names: RowNames<'_>, rows: usize, width: usize, query: &Tensor) {
+    pub fn add_rows<F: Real>(
+        position: &Tensor,
+        sentence: &Tensor,
+        names: RowNames<'_>,
+        rows: usize,
+        width: usize,
+        query: &Tensor,
+    ) {
         let (position, sentence, mut query) = (position.read::<F>(), sentence.read::<F>(), query.write::<F>());
         let (sequences, positions) = (names.sequence.read::<u32>(), names.position.read::<u32>());
         query[..rows * width].par_chunks_exact_mut(width).enumerate().for_each(|(r, query)| {

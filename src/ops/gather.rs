@@ -58,11 +58,13 @@ mod cpu {
 
     pub fn gather<F: Real>(from: &Tensor, rows: &Tensor, count: usize, width: usize, to: &Tensor) {
         let (from, rows, mut to) = (from.read::<F>(), rows.read::<u32>(), to.write::<F>());
-        to[..count * width].par_chunks_mut(BLOCK * width).zip(rows[..count].par_chunks(BLOCK)).for_each(|(to, rows)| {
-            for (to, &row) in to.chunks_exact_mut(width).zip(rows) {
-                to.copy_from_slice(&from[row as usize * width..][..width]);
-            }
-        });
+        to[..count * width].par_chunks_mut(BLOCK * width).zip(rows[..count].par_chunks(BLOCK)).for_each(
+            |(to, rows)| {
+                for (to, &row) in to.chunks_exact_mut(width).zip(rows) {
+                    to.copy_from_slice(&from[row as usize * width..][..width]);
+                }
+            },
+        );
     }
 
     pub fn zero<F: Real>(to: &Tensor, count: usize) {
@@ -90,7 +92,9 @@ mod cpu {
             let first = block * BLOCK;
             let start = rows.partition_point(|&r| (r as usize) < first);
             for (i, &row) in rows[start..].iter().enumerate() {
-                let Some(to) = to.get_mut((row as usize - first) * width..(row as usize - first + 1) * width) else { break };
+                let Some(to) = to.get_mut((row as usize - first) * width..(row as usize - first + 1) * width) else {
+                    break;
+                };
                 for (to, &from) in to.iter_mut().zip(&from[(start + i) * width..]) {
                     put(to, from);
                 }
@@ -100,7 +104,8 @@ mod cpu {
 
     pub fn group_sums<F: Real>(from: &Tensor, groups: Groups<'_>, width: usize, to: &Tensor) {
         let (from, mut to) = (from.read::<F>(), to.write::<F>());
-        let (keys, offsets, rows) = (groups.keys.read::<u32>(), groups.offsets.read::<u32>(), groups.rows.read::<u32>());
+        let (keys, offsets, rows) =
+            (groups.keys.read::<u32>(), groups.offsets.read::<u32>(), groups.rows.read::<u32>());
         let (keys, offsets) = (&keys[..groups.count], &offsets[..groups.count + 1]);
         to.par_chunks_mut(BLOCK * width).enumerate().for_each(|(block, to)| {
             let first = block * BLOCK;

@@ -178,7 +178,15 @@ pub(super) mod cpu {
 
     /// One row: `dy` becomes `dz`; adds to the partial sums of dγ and dβ.
     #[inline(always)]
-    pub fn backward_row<F: Real>(z: &[F], mean: F, rstd: F, gamma: &[F], dy: &mut [F], dgamma: &mut [F], dbeta: &mut [F]) {
+    pub fn backward_row<F: Real>(
+        z: &[F],
+        mean: F,
+        rstd: F,
+        gamma: &[F],
+        dy: &mut [F],
+        dgamma: &mut [F],
+        dbeta: &mut [F],
+    ) {
         let c = dy.len();
         let (z, gamma, dgamma, dbeta) = (&z[..c], &gamma[..c], &mut dgamma[..c], &mut dbeta[..c]);
         for i in 0..c {

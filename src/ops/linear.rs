@@ -60,7 +60,16 @@ pub struct Backward<'a> {
 pub fn backward(device: Device, a: &Backward<'_>) {
     let (rows, n, k) = (a.rows, a.outputs, a.inputs);
     if let Some((dx, output)) = a.dx {
-        device.matmul(&Matmul { product: Product::NN, m: rows, n: k, k: n, a: a.dy, b: Matrix::new(a.w, k), c: dx, output });
+        device.matmul(&Matmul {
+            product: Product::NN,
+            m: rows,
+            n: k,
+            k: n,
+            a: a.dy,
+            b: Matrix::new(a.w, k),
+            c: dx,
+            output,
+        });
     }
     let c = Matrix::new(a.dw_acc, k);
     device.matmul(&Matmul { product: Product::TN, m: n, n: k, k: rows, a: a.dy, b: a.x, c, output: Output::Add });

@@ -5,18 +5,20 @@
 
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-
 use crate::data::batch::{DecoderBatch, PretrainBatch, Visibility};
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
+use crate::model::element::Dtype;
+use crate::model::safetensors::SafeTensors;
+use crate::model::safetensors::writer::{Spec, Writer};
+use crate::model::tensor_file::{Info, TensorFile};
+use crate::train::step::{Losses, Objective, Pretrainer};
 
 /// The label that means "no loss here".
 const IGNORE: i64 = -100;
 
 /// A file of named integer tensors.
-pub struct BatchFile<'a> {
-    path: &'a Path,
-    tensors: SafeTensors<'a>,
+pub struct BatchFile {
+    file: SafeTensors,
     prefix: String,
 }
 
@@ -26,30 +28,26 @@ struct Ints {
     values: Vec<i64>,
 }
 
-impl<'a> BatchFile<'a> {
-    /// Parses the bytes of the file at `path`; names are looked up below `prefix` (trajectories number their batches, `0.`).
-    pub fn parse(path: &'a Path, bytes: &'a [u8], prefix: &str) -> Result<Self> {
-        let tensors = SafeTensors::deserialize(bytes).map_err(|e| {
-            Error::refused(format!("not a safetensors file ({e})")).path(path).remedy("write the batch with safetensors")
-        })?;
-        Ok(BatchFile { path, tensors, prefix: prefix.to_string() })
+impl BatchFile {
+    /// Opens the file at `path`; names are looked up below `prefix` (trajectories number their batches, `0.`).
+    pub fn open(path: &Path, prefix: &str) -> Result<Self> {
+        Ok(BatchFile { file: SafeTensors::open(path)?, prefix: prefix.to_string() })
     }
 
     fn refuse(&self, name: &str, cause: String) -> Error {
-        let remedy = "see the step contract in the documentation of `step`";
-        Error::refused(cause).path(self.path).tensor(format!("{}{name}", self.prefix)).remedy(remedy)
+        let remedy = "see `step --help` for the inputs of an objective";
+        Error::refused(cause).path(self.file.path()).tensor(format!("{}{name}", self.prefix)).remedy(remedy)
     }
 
     fn ints(&self, name: &str, rank: usize) -> Result<Ints> {
         let full = format!("{}{name}", self.prefix);
-        let view = self.tensors.tensor(&full).map_err(|_| self.refuse(name, "the input is missing".into()))?;
-        let Some(values) = widen(&view) else {
-            return Err(self.refuse(name, format!("holds {:?}, not integers", view.dtype())));
-        };
-        if view.shape().len() != rank {
-            return Err(self.refuse(name, format!("has shape {:?}, not {rank} dimensions", view.shape())));
+        let info = self.file.info(&full).ok_or_else(|| self.refuse(name, "the input is missing".into()))?;
+        if info.shape.len() != rank {
+            return Err(self.refuse(name, format!("has shape {:?}, not {rank} dimensions", info.shape)));
         }
-        Ok(Ints { shape: view.shape().to_vec(), values })
+        let mut values = vec![0; info.shape.iter().product()];
+        self.file.read_i64(&full, &info.shape, &mut values)?;
+        Ok(Ints { shape: info.shape, values })
     }
 
     /// A tensor that must have the shape `[B, L]` of the batch.
@@ -66,11 +64,11 @@ impl<'a> BatchFile<'a> {
         let ids = self.ints("encoder_input_ids", 2)?;
         let shape = ids.shape.clone();
         let mask = self.like("encoder_attention_mask", &shape)?;
-        let packing = Packing::new(&mask, shape[0], shape[1], positions).map_err(|c| self.refuse("encoder_attention_mask", c))?;
+        let packing =
+            Packing::new(&mask, shape[0], shape[1], positions).map_err(|c| self.refuse("encoder_attention_mask", c))?;
         let tokens = |name: &str, padded: &[i64]| packing.tokens(padded, vocabulary).map_err(|c| self.refuse(name, c));
-        let labels = |name: &str| {
-            packing.labels(&self.like(name, &shape)?, vocabulary).map_err(|c| self.refuse(name, c))
-        };
+        let labels =
+            |name: &str| packing.labels(&self.like(name, &shape)?, vocabulary).map_err(|c| self.refuse(name, c));
         let (encoder_label_rows, encoder_label_ids) = labels("encoder_labels")?;
         let decoder = match decoder {
             false => None,
@@ -93,22 +91,30 @@ impl<'a> BatchFile<'a> {
     }
 }
 
-/// The values of an integer (or boolean) tensor.
-fn widen(view: &TensorView<'_>) -> Option<Vec<i64>> {
-    let bytes = view.data();
-    macro_rules! read {
-        ($t:ty) => {
-            bytes.chunks_exact(size_of::<$t>()).map(|c| <$t>::from_le_bytes(c.try_into().unwrap_or_default()) as i64).collect()
-        };
+/// Writes `loss`, `loss.<part>` and `grad.<parameter>` of one forward and backward to the file `path`, which must not exist.
+pub fn write_gradients(path: &Path, model: &Pretrainer, losses: &Losses) -> Result<()> {
+    let mut scalars = vec![("loss".to_string(), losses.total())];
+    if model.objective() == Objective::RetroMae {
+        scalars.push(("loss.encoder".into(), losses.encoder_loss()));
+        scalars.push(("loss.decoder".into(), losses.decoder_loss()));
     }
-    Some(match view.dtype() {
-        Dtype::I64 => read!(i64),
-        Dtype::I32 => read!(i32),
-        Dtype::I16 => read!(i16),
-        Dtype::I8 => read!(i8),
-        Dtype::U8 | Dtype::BOOL => bytes.iter().map(|&b| i64::from(b)).collect(),
-        _ => return None,
-    })
+    let spec = |name: String, shape: Vec<usize>| Spec { name, info: Info { dtype: Dtype::F32, shape } };
+    let parts = model.params().parts();
+    let specs = scalars.iter().map(|(name, _)| spec(name.clone(), Vec::new()));
+    let specs = specs.chain(parts.iter().map(|p| spec(format!("grad.{}", p.name), p.shape.clone()))).collect();
+    let written = Writer::create(path, specs, &[]).and_then(|mut writer| {
+        for (name, value) in &scalars {
+            writer.write_f32(name, &[*value as f32])?;
+        }
+        for part in parts {
+            writer.write_f32(&format!("grad.{}", part.name), &model.params().get_gradient(part))?;
+        }
+        writer.finish()
+    });
+    if written.is_err() && path.is_file() {
+        std::fs::remove_file(path).at(path, "cannot remove the unfinished file")?;
+    }
+    written.map(|_| ())
 }
 
 /// Which cells of a padded batch are tokens.
@@ -164,7 +170,11 @@ impl Packing {
                         rows.push(first + i as u32);
                         ids.push(label as u32);
                     }
-                    _ => return Err(format!("row {s} holds label {id} at position {i}: padding, or outside the vocabulary")),
+                    _ => {
+                        return Err(format!(
+                            "row {s} holds label {id} at position {i}: padding, or outside the vocabulary"
+                        ));
+                    }
                 }
             }
         }
@@ -177,7 +187,9 @@ impl Packing {
         for (s, _, n) in self.sequences() {
             for i in 0..n {
                 let row = &visible[(s * self.length + i) * self.length..][..n];
-                v.words.extend(row.chunks(32).map(|c| c.iter().enumerate().fold(0u32, |w, (j, &x)| w | u32::from(x == 1) << j)));
+                v.words.extend(
+                    row.chunks(32).map(|c| c.iter().enumerate().fold(0u32, |w, (j, &x)| w | u32::from(x == 1) << j)),
+                );
                 v.row.push(i as u16);
             }
             v.offsets.push(v.words.len() as u32);

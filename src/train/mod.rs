@@ -7,6 +7,7 @@
 //! - [`plan`]: what a run will do; [`run`]: the loop; [`workspace`]: the output folder, the lock, and what to resume from
 //! - [`settings`]: every knob with its default; [`schedule`]: the learning rate; [`batches`]: [`Batches`] over a corpus
 //! - [`checkpoint`], [`store`]: one checkpoint, and the folder of them; [`disk`]: the file operations below both
+//! - [`pretrain`]: [`Engine`] of the pre-training objectives; [`parts`]: model and data of the settings, brought together
 //! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
 //! - [`lock`], [`signals`]: one writer; orderly stops
 
@@ -21,7 +22,9 @@ pub mod contract;
 pub mod disk;
 pub mod lock;
 pub mod metrics;
+pub mod parts;
 pub mod plan;
+pub mod pretrain;
 pub mod progress;
 pub mod run;
 pub mod schedule;

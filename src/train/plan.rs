@@ -25,11 +25,12 @@ pub struct Plan {
 
 impl Plan {
     /// The plan of `settings`.
-    pub fn new(settings: Settings, about: About, batches: &dyn Batches) -> Result<Plan> {
+    pub fn new(mut settings: Settings, about: About, batches: &dyn Batches) -> Result<Plan> {
         let total = match (settings.steps, settings.epochs) {
             (Some(steps), _) => steps,
             (None, epochs) => batches.steps_of(epochs.unwrap_or(1.0))?,
         };
+        settings.eval_size = Some(about.held_out);
         let identity = settings.identity(&about, total)?;
         Ok(Plan { settings, about, total, identity })
     }
@@ -80,7 +81,7 @@ impl Plan {
             format!("model      {}, {} parameters", a.model, count(a.parameters as f64)),
             format!("objective  {objective}"),
             format!(
-                "data       {}: {} texts and {} tokens to train on, {} texts held out",
+                "data       {}; {} texts with {} tokens to train on, {} texts held out",
                 a.data,
                 a.texts,
                 count(a.tokens as f64),
@@ -88,8 +89,12 @@ impl Plan {
             ),
             format!("batch      {batch}"),
             format!("steps      {}, about {} tokens", self.total, count(self.tokens_seen() as f64)),
-            format!("rate       {:e}, {} steps of warm-up, then {:?}", s.learning_rate, schedule.warmup, s.schedule)
-                .replace(", 0 steps of warm-up, then", ","),
+            format!(
+                "rate       {:e} after {} steps of warm-up, {}",
+                s.learning_rate,
+                schedule.warmup,
+                s.schedule.words()
+            ),
             format!("device     {}, {}", a.device, a.precision),
             format!("memory     {}", bytes(a.memory)),
             format!("disk       {} a checkpoint, {} in all", bytes(self.checkpoint_bytes()), bytes(self.disk_bytes())),

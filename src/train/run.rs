@@ -96,8 +96,8 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Runs to the last step, or to the first reason to stop.
-    pub fn run(mut self) -> Result<Summary> {
+    /// Runs to the last step, or to the first reason to stop. Gives the workspace back still locked, for what follows the run.
+    pub fn run(mut self) -> Result<(Summary, Workspace)> {
         let began = Instant::now();
         if let Some(events) = &mut self.events {
             let settings = self.settings.to_toml()?;
@@ -109,7 +109,7 @@ impl<'a> Run<'a> {
         result?;
         self.summary.seconds = began.elapsed().as_secs_f64();
         self.summary.state = self.state;
-        Ok(self.summary)
+        Ok((self.summary, self.workspace))
     }
 
     fn go(&mut self) -> Result<()> {

@@ -16,6 +16,17 @@ pub enum Decay {
     Constant,
 }
 
+impl Decay {
+    /// For a sentence about the learning rate.
+    pub fn words(self) -> &'static str {
+        match self {
+            Decay::Linear => "falling in a straight line to 0",
+            Decay::Cosine => "falling along a cosine to 0",
+            Decay::Constant => "constant from there on",
+        }
+    }
+}
+
 /// Linear warm-up from 0 to `peak`, then [`Decay`]. Equal to the schedules of the `transformers` library at every step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {

@@ -14,8 +14,8 @@ use crate::graph::params::{Params, Table};
 use crate::graph::retromae::EnhancedDecoder;
 use crate::graph::{Capacity, Dims, Pass, StepDropout};
 use crate::model::config::BertConfig;
-use crate::ops::optimizer::{self, AdamW};
 use crate::ops::gather;
+use crate::ops::optimizer::{self, AdamW};
 use crate::rng::Dropout;
 
 /// What is pre-trained.

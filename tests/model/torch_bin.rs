@@ -151,7 +151,8 @@ fn flipped_bits_and_truncations_never_panic() {
         }
     };
     for bytes in [&good[..900], &zipped[..]] {
-        for bit in 0..bytes.len() * 8 {
+        // One bit of every byte; which one changes from byte to byte.
+        for bit in (0..bytes.len()).map(|i| i * 8 + i * 5 % 8) {
             let mut damaged = if bytes.len() == 900 { good.clone() } else { bytes.to_vec() };
             damaged[bit / 8] ^= 1 << (bit % 8);
             try_it(&damaged);

@@ -107,7 +107,11 @@ fn columns(x: &[f64], c: usize, part: usize, parts: usize) -> Vec<f64> {
 impl Op for Case<'_> {
     fn inputs(&self) -> Vec<(&'static str, Vec<f64>)> {
         let (p, c) = (self.problem(), self.width());
-        vec![("q", normal(p.rows * c, 1, 1.0)), ("k", normal(p.tokens * c, 2, 1.0)), ("v", normal(p.tokens * c, 3, 1.0))]
+        vec![
+            ("q", normal(p.rows * c, 1, 1.0)),
+            ("k", normal(p.tokens * c, 2, 1.0)),
+            ("v", normal(p.tokens * c, 3, 1.0)),
+        ]
     }
 
     fn forward(&self, lab: &Lab, x: &[Vec<f64>]) -> Vec<f64> {

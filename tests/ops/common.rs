@@ -218,7 +218,12 @@ pub fn below(len: usize, n: u32, name: u64) -> Vec<u32> {
 
 /// First element of each of some sequences, and the end.
 pub fn borders(lengths: &[usize]) -> Vec<u32> {
-    std::iter::once(0).chain(lengths.iter().scan(0, |end, &n| { *end += n as u32; Some(*end) })).collect()
+    std::iter::once(0)
+        .chain(lengths.iter().scan(0, |end, &n| {
+            *end += n as u32;
+            Some(*end)
+        }))
+        .collect()
 }
 
 /// Owned row names.

@@ -12,7 +12,8 @@ const LAB: Lab = Lab { dtype: DType::F32, start: 0.0 };
 
 /// Ones through the dropout of LayerNorm: `[rows, width]` zeros and scales.
 fn masks(rows: usize, width: usize, site: SiteDropout, names: RowNames<'_>) -> Vec<f64> {
-    let (z, y, mean, rstd) = (LAB.in_place(&vec![1.0; rows * width]), LAB.set(rows * width), LAB.set(rows), LAB.set(rows));
+    let (z, y, mean, rstd) =
+        (LAB.in_place(&vec![1.0; rows * width]), LAB.set(rows * width), LAB.set(rows), LAB.set(rows));
     let one = LAB.tensor(&vec![1.0; width]);
     forward(
         CPU,

@@ -86,7 +86,13 @@ impl Case<'_> {
         let (cu_rows, cu_seqlens) = (&p.cu_rows, &p.cu_seqlens);
         let (out, lse) = (lab.set(p.rows * c), lab.set(p.rows * self.heads));
         let a = Forward {
-            shape: Shape { sequences: self.lengths.len(), heads: self.heads, head_size: self.head_size, cu_rows, cu_seqlens },
+            shape: Shape {
+                sequences: self.lengths.len(),
+                heads: self.heads,
+                head_size: self.head_size,
+                cu_rows,
+                cu_seqlens,
+            },
             queries: Queries { position: &position, sentence: &sentence },
             k: Matrix::columns(&kv, 0, 2 * c),
             v: Matrix::columns(&kv, c, 2 * c),

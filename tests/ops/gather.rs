@@ -78,7 +78,10 @@ fn scattered(initial: f64, f: impl Fn(&Tensor, &Tensor, &Tensor) + Sync, expecte
         for (at, &x) in result.iter().enumerate() {
             let source = chosen.iter().position(|&row| row as usize == at / 3).map(|i| from[i * 3 + at % 3]);
             let wanted = expected(initial, source);
-            assert!(f64::from(wanted as f32).to_bits() == x.to_bits() || (wanted.is_nan() && x.is_nan()), "element {at}");
+            assert!(
+                f64::from(wanted as f32).to_bits() == x.to_bits() || (wanted.is_nan() && x.is_nan()),
+                "element {at}"
+            );
         }
     }
 }

@@ -32,7 +32,8 @@ impl Case<'_> {
         let (shape, names) = (self.shape(), Names::all(self.lengths));
         let rows = shape.rows;
         let (gamma, beta, residual) = (lab.tensor(&x[1]), lab.tensor(&x[2]), x.get(3).map(|r| lab.tensor(r)));
-        let s = Saved { z: lab.in_place(&x[0]), y: lab.set(rows * self.width), mean: lab.set(rows), rstd: lab.set(rows) };
+        let s =
+            Saved { z: lab.in_place(&x[0]), y: lab.set(rows * self.width), mean: lab.set(rows), rstd: lab.set(rows) };
         forward(
             CPU,
             &Forward {

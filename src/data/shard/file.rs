@@ -66,20 +66,31 @@ impl Shard {
         self.layout.end as u64
     }
 
+    /// Number of tokens of sequence `k`, which must exist; the tokens are not touched.
+    pub fn length(&self, k: usize) -> Result<usize> {
+        self.extent(k).map(|tokens| tokens.len())
+    }
+
     /// The tokens of sequence `k`, which must exist.
     pub fn text(&self, k: usize) -> Result<Text<'_>> {
-        let at = self.layout.starts + 4 * k;
-        self.check(at..at + 8)?;
-        let (first, end) = (self.word(at) as usize, self.word(at + 4) as usize);
-        if !(first <= end && end as u64 <= self.header.tokens && end - first <= self.header.longest as usize) {
-            return Err(damaged(&self.path, at, "a sequence lies outside the tokens"));
-        }
+        let Range { start: first, end } = self.extent(k)?;
         let width = self.header.width as usize;
         let bytes = self.layout.tokens + first * width..self.layout.tokens + end * width;
         let words = self.layout.words + first / 8..self.layout.words + end.div_ceil(8);
         self.check(bytes.clone())?;
         self.check(words.clone())?;
         Ok(Text { ids: self.ids(bytes), words: &self.map[words], bit: first % 8 })
+    }
+
+    /// Where sequence `k` lies among the tokens.
+    fn extent(&self, k: usize) -> Result<Range<usize>> {
+        let at = self.layout.starts + 4 * k;
+        self.check(at..at + 8)?;
+        let (first, end) = (self.word(at) as usize, self.word(at + 4) as usize);
+        if !(first <= end && end as u64 <= self.header.tokens && end - first <= self.header.longest as usize) {
+            return Err(damaged(&self.path, at, "a sequence lies outside the tokens"));
+        }
+        Ok(first..end)
     }
 
     /// The id of sequence `k`, which must exist.

@@ -124,7 +124,8 @@ impl Header {
         for v in self.special {
             out.extend_from_slice(&v.to_le_bytes());
         }
-        for v in [u32::from(self.packing.code()), u32::from(self.title_sep.code()), u32::from(self.id_bytes.is_some())] {
+        for v in [u32::from(self.packing.code()), u32::from(self.title_sep.code()), u32::from(self.id_bytes.is_some())]
+        {
             out.extend_from_slice(&v.to_le_bytes());
         }
         out.extend_from_slice(&self.digests_crc.to_le_bytes());
@@ -176,7 +177,8 @@ impl Header {
             vocab_size,
             special,
             packing: Packing::from_code(packing).ok_or_else(|| bad("the header names an unknown packing"))?,
-            title_sep: TitleSep::from_code(title_sep).ok_or_else(|| bad("the header names an unknown title separator"))?,
+            title_sep: TitleSep::from_code(title_sep)
+                .ok_or_else(|| bad("the header names an unknown title separator"))?,
             fingerprint,
             digests_crc,
         };

@@ -54,7 +54,7 @@ pub struct Counts {
     pub empty: u64,
     /// Documents cut at the limit (packing `docs`).
     pub truncated: u64,
-    /// Documents left out because an earlier one has the same id.
+    /// Documents with the id of an earlier one; left out unless the user kept them.
     pub duplicates: u64,
     /// Ids that were not compared because too many were seen before.
     pub unchecked_ids: u64,
@@ -183,7 +183,8 @@ impl Meta {
         if stored != Some(crc32c::crc32c(body.as_bytes())) {
             return Err(bad("does not match its digest".into()));
         }
-        let meta: Meta = serde_json::from_str(&format!("{body}\n}}")).map_err(|e| bad(format!("cannot be read: {e}")))?;
+        let meta: Meta =
+            serde_json::from_str(&format!("{body}\n}}")).map_err(|e| bad(format!("cannot be read: {e}")))?;
         if meta.kind != KIND {
             return Err(foreign());
         }

@@ -4,6 +4,7 @@
 //! all with their digests. Shards are memory-mapped; opening a set reads one header per shard, whatever the number of texts. Every
 //! 64 KiB block is checked against its CRC32C when it is first touched, so that a flipped bit is an error and never a training text.
 
+mod corpus;
 mod file;
 pub mod format;
 mod meta;
@@ -197,9 +198,12 @@ impl ShardSet {
 
     fn locate(&self, i: u64) -> Result<(&Shard, usize)> {
         if i >= self.len() {
-            return Err(Error::refused(format!("there is no text {i}; the texts are 0 to {}", self.len().saturating_sub(1)))
-                .path(&self.dir)
-                .remedy("name one of these"));
+            return Err(Error::refused(format!(
+                "there is no text {i}; the texts are 0 to {}",
+                self.len().saturating_sub(1)
+            ))
+            .path(&self.dir)
+            .remedy("name one of these"));
         }
         let s = self.first.partition_point(|&f| f <= i) - 1;
         Ok((&self.shards[s], (i - self.first[s]) as usize))

@@ -114,7 +114,11 @@ impl SetWriter {
     /// Copies a file's bytes into the set under `name`.
     pub fn add_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         files::write_synced(&self.dir.join(name), |w| w.write_all(bytes))?;
-        self.meta.files.push(FileDigest { name: name.into(), bytes: bytes.len() as u64, crc32c: crc32c::crc32c(bytes) });
+        self.meta.files.push(FileDigest {
+            name: name.into(),
+            bytes: bytes.len() as u64,
+            crc32c: crc32c::crc32c(bytes),
+        });
         Ok(())
     }
 

@@ -93,7 +93,9 @@ impl Iterator for Jsonl {
             } else {
                 "correct the line, or name the right --format"
             };
-            return Some(parsed.map_err(|cause| Error::refused(cause).path(&self.0.path).line(self.0.number).remedy(remedy)));
+            return Some(
+                parsed.map_err(|cause| Error::refused(cause).path(&self.0.path).line(self.0.number).remedy(remedy)),
+            );
         }
     }
 }
@@ -129,7 +131,10 @@ impl Iterator for Tsv {
                 // Every further line would say the same.
                 self.done = true;
                 let cause = format!("{columns} tab-separated column{}", if columns == 1 { "" } else { "s" });
-                Err(bad(cause, "give 2 (id, text), 3 (id, title, text) or 4 (id, url, title, body), or the right --format"))
+                Err(bad(
+                    cause,
+                    "give 2 (id, text), 3 (id, title, text) or 4 (id, url, title, body), or the right --format",
+                ))
             } else if found != columns {
                 let cause = format!("{found} tab-separated columns where the first line has {columns}");
                 Err(bad(cause, "correct the line; a text must not hold tabs"))

@@ -108,8 +108,12 @@ fn file(path: PathBuf) -> Result<Input> {
 }
 
 fn matching(pattern: &str, inputs: &mut Vec<Input>) -> Result<()> {
-    let paths = glob::glob(pattern).map_err(|e| {
-        Error::usage(format!("is not a pattern: {}", e.msg)).path(pattern).remedy("use *, ? and [abc], or name the files")
+    // As shells do: a star does not mean hidden files.
+    let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
+    let paths = glob::glob_with(pattern, options).map_err(|e| {
+        Error::usage(format!("is not a pattern: {}", e.msg))
+            .path(pattern)
+            .remedy("use *, ? and [abc], or name the files")
     })?;
     let before = inputs.len();
     for path in paths {
@@ -202,7 +206,9 @@ fn parquet_documents(opened: Opened, read: Arc<AtomicU64>) -> Result<Documents> 
 
 #[cfg(not(feature = "parquet"))]
 fn parquet_documents(opened: Opened, _read: Arc<AtomicU64>) -> Result<Documents> {
-    Err(Error::refused("this program was built without Parquet").path(&opened.path).remedy("build with --features parquet"))
+    Err(Error::refused("this program was built without Parquet")
+        .path(&opened.path)
+        .remedy("build with --features parquet"))
 }
 
 /// What a file is, by its first bytes where they are plain, else by its name.

@@ -73,9 +73,8 @@ impl Rows {
                 continue;
             };
             let mut read = |i: usize| readers[i].as_mut().map(Column::read).transpose();
-            let (ids, titles, texts) = read(0)
-                .and_then(|a| Ok((a, read(1)?, read(2)?)))
-                .map_err(|e| unreadable(&e).path(&self.path))?;
+            let (ids, titles, texts) =
+                read(0).and_then(|a| Ok((a, read(1)?, read(2)?))).map_err(|e| unreadable(&e).path(&self.path))?;
             let texts = texts.unwrap_or_default();
             if texts.is_empty() {
                 self.readers = None;
@@ -133,11 +132,12 @@ impl Iterator for Rows {
     type Item = Result<Document>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.batch.is_empty() && !self.done {
-            if let Err(e) = self.fill() {
-                self.done = true;
-                return Some(Err(e));
-            }
+        if self.batch.is_empty()
+            && !self.done
+            && let Err(e) = self.fill()
+        {
+            self.done = true;
+            return Some(Err(e));
         }
         self.batch.pop().map(Ok)
     }

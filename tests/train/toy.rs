@@ -1,6 +1,5 @@
 //! A toy to run the real loop around: real batches of a small corpus, and an engine of a few numbers whose every bit depends on
 //! every step before. One run takes milliseconds, so the reliability tests can afford hundreds.
-#![allow(dead_code)] // each test crate uses its own part
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -275,7 +274,9 @@ impl Job {
         let plan = Plan::new(settings, about, &batches)?;
         let mut progress = Progress::lines(Box::new(self.told.clone()));
         let workspace = Workspace::open(&self.disk, &plan, &self.overrides, &mut |text| progress.warn(&text))?;
-        Run::new(&plan, workspace, &mut self.toy, &mut batches, &self.stop, &mut progress)?.run()
+        Run::new(&plan, workspace, &mut self.toy, &mut batches, &self.stop, &mut progress)?
+            .run()
+            .map(|(summary, _)| summary)
     }
 }
 

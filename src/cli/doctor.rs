@@ -1,0 +1,160 @@
+//! `doctor`: what this machine offers, a line each, with what it means for a run.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::{Global, say};
+use crate::error::Result;
+use crate::model::hub;
+
+/// Tell what this machine offers the engine, and what each part means
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Folder whose disk is looked at
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    output: PathBuf,
+}
+
+/// One thing looked at.
+struct Finding {
+    what: &'static str,
+    good: bool,
+    found: String,
+    meaning: String,
+}
+
+/// Runs the subcommand. Nothing found missing is an error: everything runs on a CPU alone.
+pub fn run(args: Arguments, global: &Global) -> Result<()> {
+    let findings = [
+        processor(global.threads()),
+        vectors(),
+        memory(),
+        driver(),
+        library("CUDA driver", "libcuda.so.1", "--device cuda finds the GPU through it", "install the NVIDIA driver"),
+        library(
+            "cuBLASLt",
+            "libcublasLt.so",
+            "matrix products on the GPU",
+            "pip install nvidia-cublas, and put its lib folder on LD_LIBRARY_PATH",
+        ),
+        kernels(),
+        disk(&args.output),
+        cache(),
+    ];
+    for f in &findings {
+        let mark = if f.good { "ok" } else { "--" };
+        say(&format!("{mark}  {:<12} {}\n    {:<12} {}", f.what, f.found, "", f.meaning))?;
+    }
+    let all: Vec<_> = findings
+        .iter()
+        .map(|f| json!({ "what": f.what, "ok": f.good, "found": f.found, "meaning": f.meaning }))
+        .collect();
+    global.write_json(&json!({ "version": env!("CARGO_PKG_VERSION"), "findings": all }))
+}
+
+fn finding(what: &'static str, good: bool, found: impl Into<String>, meaning: impl Into<String>) -> Finding {
+    Finding { what, good, found: found.into(), meaning: meaning.into() }
+}
+
+/// Value of the first line `key : value` of a file of the proc file system.
+fn proc_value(path: &str, key: &str) -> Option<String> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find(|l| l.split(':').next().is_some_and(|k| k.trim() == key))?;
+    line.split_once(':').map(|(_, v)| v.trim().to_string())
+}
+
+fn processor(threads: usize) -> Finding {
+    let name = proc_value("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_string());
+    finding("processor", true, format!("{name}, {threads} threads"), "--threads sets how many are used")
+}
+
+fn vectors() -> Finding {
+    #[cfg(target_arch = "x86_64")]
+    let (fast, name) = match (is_x86_feature_detected!("avx512f"), is_x86_feature_detected!("avx2")) {
+        (true, _) => (true, "AVX-512"),
+        (false, true) => (is_x86_feature_detected!("fma"), "AVX2"),
+        _ => (false, "SSE2"),
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let (fast, name) = (true, "the baseline of this architecture");
+    let meaning = if fast {
+        "products and loops use it"
+    } else {
+        "training on this CPU is several times slower than on one with AVX2"
+    };
+    finding("vectors", fast, name, meaning)
+}
+
+fn memory() -> Finding {
+    let kib = |key| proc_value("/proc/meminfo", key)?.trim_end_matches(" kB").parse::<f64>().ok();
+    match (kib("MemTotal"), kib("MemAvailable")) {
+        (Some(total), Some(free)) => finding(
+            "memory",
+            true,
+            format!("{:.1} GiB, {:.1} GiB available", total / 1048576.0, free / 1048576.0),
+            "train --dry-run says how much a run needs",
+        ),
+        _ => finding("memory", false, "unknown", "this system does not tell"),
+    }
+}
+
+fn driver() -> Finding {
+    let version = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
+    let gpus = (0..64).filter(|i| Path::new(&format!("/dev/nvidia{i}")).exists()).count();
+    match version.and_then(|text| text.lines().next().map(str::to_string)) {
+        Some(line) => {
+            finding("GPU", gpus > 0, format!("{gpus} devices; {line}"), "compute capability 8.0 or newer is needed")
+        }
+        None => finding("GPU", false, "no NVIDIA driver is loaded", "everything runs on the CPU: --device cpu"),
+    }
+}
+
+/// Looks for a shared library where the loader would.
+fn library(what: &'static str, file: &str, use_of: &str, remedy: &str) -> Finding {
+    let listed = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
+    let usual =
+        ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/cuda/lib64"];
+    let mut folders = listed.split(':').filter(|f| !f.is_empty()).chain(usual);
+    let starts_with = |folder: &Path| {
+        std::fs::read_dir(folder)
+            .ok()?
+            .flatten()
+            .map(|e| e.path())
+            .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(file)))
+    };
+    match folders.find_map(|folder| starts_with(Path::new(folder))) {
+        Some(path) => finding(what, true, path.display().to_string(), use_of),
+        None => finding(what, false, format!("no {file}"), format!("needed for --device cuda only: {remedy}")),
+    }
+}
+
+fn kernels() -> Finding {
+    finding("GPU kernels", false, "not part of this build", "--device cpu is what this build offers")
+}
+
+fn disk(folder: &Path) -> Finding {
+    let existing = folder.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
+    match rustix::fs::statvfs(existing) {
+        Ok(stat) => {
+            let free = stat.f_bavail as f64 * stat.f_frsize as f64 / f64::from(1 << 30);
+            let meaning = "a checkpoint takes 12 bytes a parameter, 1.4 GiB for BERT-base; --keep says how many stay";
+            finding("disk", free > 5.0, format!("{free:.1} GiB free at {}", existing.display()), meaning)
+        }
+        Err(e) => {
+            finding("disk", false, format!("{}: {e}", existing.display()), "give a folder of the disk to be used")
+        }
+    }
+}
+
+fn cache() -> Finding {
+    let folder = hub::cache_folder(|name| std::env::var_os(name));
+    let there = folder.is_dir();
+    let meaning = "models in it can be named as on the hub: --model org/name";
+    finding(
+        "model cache",
+        there,
+        format!("{}{}", folder.display(), if there { "" } else { " (does not exist)" }),
+        meaning,
+    )
+}

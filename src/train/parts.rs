@@ -1,0 +1,263 @@
+//! What the settings of a run name, brought together: the data, the model's configuration, its weights, the export at the end.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Map, json};
+use sha2::{Digest, Sha256};
+
+use crate::data::corpus::Corpus;
+use crate::data::masking::{LONGEST_TEXT, MaskRules};
+use crate::data::shard::{META, ShardSet};
+use crate::device::{DType, Device};
+use crate::error::{Error, IoContext, Result};
+use crate::graph::Capacity;
+use crate::model::config::BertConfig;
+use crate::model::export::{ExportKind, ExportSpec, export};
+use crate::model::weights::Checkpoint;
+use crate::model::{hub, names, presets};
+use crate::train::batches::CorpusBatches;
+use crate::train::pretrain::PretrainEngine;
+use crate::train::run::Summary;
+use crate::train::settings::{Objective, Precision, Settings};
+use crate::train::step::Pretrainer;
+use crate::train::workspace::MODEL;
+use crate::train::{About, Arena, Batches, Engine};
+
+/// Data and model of a run, opened and checked but not yet allocated.
+pub struct Parts {
+    /// What they are, in words and figures.
+    pub about: About,
+    /// The batches.
+    pub batches: CorpusBatches,
+    /// Lines worth telling a person.
+    pub notes: Vec<String>,
+    config: BertConfig,
+    weights: Option<Checkpoint>,
+    capacity: Capacity,
+    data: PathBuf,
+}
+
+impl Parts {
+    /// Opens what `settings` name and checks that it fits together.
+    pub fn open(settings: &Settings) -> Result<Parts> {
+        let device = device(settings)?;
+        let data = settings
+            .data
+            .clone()
+            .ok_or_else(|| Error::usage("--data is missing").remedy("give the folder of shards"))?;
+        let shards = Arc::new(ShardSet::open(&data)?);
+        let facts = shards.facts().clone();
+        let mut notes = Vec::new();
+        let (mut config, origin) = configuration(settings, facts.vocab_size as usize)?;
+        fit(&mut config, facts.vocab_size as usize, &data, &mut notes)?;
+        let max_length = max_length(settings, &config, facts.longest as usize, &mut notes);
+        let weights = origin.weights.as_deref().map(Checkpoint::open).transpose()?;
+        if let Some(weights) = &weights {
+            weights.check(&names::encoder(&config))?;
+        }
+
+        let decoder = (settings.objective == Objective::Retromae).then_some(settings.decoder_mask_probability);
+        let rules = MaskRules::new(settings.seed, facts.vocabulary(), settings.encoder_mask_probability, decoder)?;
+        let named = shards.clone();
+        let names = Box::new(move |text| named.id(text).ok().flatten().map(str::to_string));
+        let batches = CorpusBatches::new(shards.clone(), settings, rules, max_length, 1, names)?;
+
+        let capacity = capacity(settings, max_length);
+        let footprint = Pretrainer::footprint(&config, settings.objective.into(), capacity);
+        let texts = batches.texts();
+        let about = About {
+            model: format!(
+                "{}, {} layers of width {}, {} heads, {} tokens",
+                origin.words,
+                config.num_hidden_layers,
+                config.hidden_size,
+                config.num_attention_heads,
+                config.vocab_size
+            ),
+            model_fingerprint: fingerprint(&config, origin.weights.as_deref())?,
+            parameters: footprint.parameters as u64,
+            data: format!("{} sequences, {} tokens", facts.sequences, facts.tokens),
+            data_fingerprint: short_digest(&std::fs::read(data.join(META)).at(data.join(META), "cannot read")?),
+            texts,
+            tokens: (facts.tokens as f64 * texts as f64 / shards.texts().max(1) as f64) as u64,
+            held_out: batches.held_out_count(),
+            device,
+            precision: "fp32".into(),
+            memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
+        };
+        Ok(Parts { about, batches, notes, config, weights, capacity, data })
+    }
+
+    /// Allocates the model and loads or initialises its weights. Says in one line which parameters start fresh beside loaded ones.
+    pub fn engine(&self, settings: &Settings, say: &mut dyn FnMut(String)) -> Result<PretrainEngine> {
+        let model = Pretrainer::new(Device::Cpu, &self.config, settings.objective.into(), self.capacity, DType::F32);
+        let fresh =
+            model.params().load(settings.seed, self.config.initializer_range, |name, shape, out| {
+                match &self.weights {
+                    Some(weights) if weights.contains(name) => weights.read_f32(name, shape, out).map(|()| true),
+                    _ => Ok(false),
+                }
+            })?;
+        if let (Some(weights), Some(first)) = (&self.weights, fresh.first()) {
+            say(format!(
+                "{}: {} parameters are not in it and start fresh: {first}, …",
+                weights.path().display(),
+                fresh.len()
+            ));
+        }
+        Ok(PretrainEngine::new(model, settings))
+    }
+
+    /// Exports the model of `engine` into the output folder `out`, with the tokenizer that made the data, and returns its folder.
+    pub fn export(&self, settings: &Settings, engine: &dyn Engine, summary: &Summary, out: &Path) -> Result<PathBuf> {
+        let mut spec = ExportSpec::new(self.config.clone(), ExportKind::MaskedLm, &self.data);
+        spec.enhanced_decoder = settings.objective == Objective::Retromae;
+        spec.pooler = self.weights.as_ref().is_some_and(|w| w.contains_all(&names::pooler(&self.config)));
+        spec.base_model = settings.model.clone().filter(|name| hub::is_hub_name(name) && !Path::new(name).exists());
+        spec.replace = true;
+        spec.provenance = provenance(settings, &self.about, summary);
+
+        let parameters = engine.parameters();
+        let mut arena = Vec::new();
+        engine.read_arena(Arena::Weights, &mut arena)?;
+        let target = out.join(MODEL);
+        export(&spec, &target, &mut |name, values| {
+            values.clear();
+            if let Some(p) = parameters.iter().find(|p| p.name == name) {
+                values.extend_from_slice(&arena[p.offset..p.offset + p.elements()]);
+                return Ok(());
+            }
+            // The pooler is not trained here; it is passed on as it came.
+            let untouched = self.weights.as_ref().and_then(|w| Some((w, w.shape(name)?)));
+            let (weights, shape) = untouched.ok_or_else(|| {
+                Error::refused("the model has no such parameter").tensor(name).remedy("report this as a defect")
+            })?;
+            values.resize(shape.iter().product(), 0.0);
+            weights.read_f32(name, &shape, values)
+        })?;
+        Ok(target)
+    }
+}
+
+/// The device in words; refuses those this build cannot use.
+fn device(settings: &Settings) -> Result<String> {
+    match (settings.device.as_str(), settings.precision) {
+        ("auto" | "cpu", Precision::Bf16) => {
+            Err(Error::usage("--precision bf16: the CPU computes in fp32").remedy("leave --precision out or use fp32"))
+        }
+        ("auto" | "cpu", _) => Ok(format!("CPU with {} threads", rayon::current_num_threads())),
+        (other, _) => {
+            Err(Error::device(format!("--device {other}: this build has no GPU kernels")).remedy("use --device cpu"))
+        }
+    }
+}
+
+/// Where a model comes from.
+struct Origin {
+    words: String,
+    /// Folder or file of its weights; None from scratch.
+    weights: Option<PathBuf>,
+}
+
+fn configuration(settings: &Settings, vocabulary: usize) -> Result<(BertConfig, Origin)> {
+    if let Some(name) = &settings.model {
+        let path = hub::resolve(name)?;
+        let folder =
+            if path.is_dir() { path.clone() } else { path.parent().map(Path::to_path_buf).unwrap_or_default() };
+        let config = BertConfig::read(folder.join("config.json"))?;
+        return Ok((config, Origin { words: "BERT".into(), weights: Some(path) }));
+    }
+    let config = match (&settings.config_file, &settings.config_name) {
+        (Some(path), _) => BertConfig::read(path)?,
+        (None, Some(name)) => BertConfig { vocab_size: vocabulary, ..presets::preset(name)? },
+        (None, None) => {
+            return Err(Error::usage("--model is missing").remedy("give --model, --config-file or --config-name"));
+        }
+    };
+    Ok((config, Origin { words: "BERT from scratch".into(), weights: None }))
+}
+
+/// Refuses a model whose vocabulary lacks tokens of the data.
+fn fit(config: &mut BertConfig, vocabulary: usize, data: &Path, notes: &mut Vec<String>) -> Result<()> {
+    if config.vocab_size < vocabulary {
+        let cause = format!("the tokens are of a vocabulary of {vocabulary}, the model has {}", config.vocab_size);
+        return Err(Error::refused(cause).path(data).remedy("tokenize with the tokenizer of the model"));
+    }
+    if config.vocab_size > vocabulary {
+        let spare = config.vocab_size - vocabulary;
+        notes.push(format!(
+            "the model has {spare} tokens more than the tokenizer of the data; is it the same tokenizer?"
+        ));
+    }
+    Ok(())
+}
+
+fn max_length(settings: &Settings, config: &BertConfig, longest: usize, notes: &mut Vec<String>) -> usize {
+    let asked = settings.max_length.map_or(longest, |n| longest.min(n as usize));
+    let most = config.max_position_embeddings.min(LONGEST_TEXT);
+    if asked > most {
+        notes.push(format!("texts of up to {asked} tokens are cut to the {most} positions of the model"));
+    }
+    asked.min(most)
+}
+
+/// The largest batch that can come up.
+fn capacity(settings: &Settings, length: usize) -> Capacity {
+    let (tokens, sequences) = match (settings.tokens_per_batch, settings.batch_size) {
+        // A text has at least [CLS] and [SEP].
+        (Some(tokens), _) => (tokens as usize, (tokens as usize / 2).max(1)),
+        (None, texts) => (texts.unwrap_or(1) as usize * length, texts.unwrap_or(1) as usize),
+    };
+    // A text of L tokens has round(L p) labels, at least one: at most L p + 1.
+    let labels = (tokens as f64 * settings.encoder_mask_probability).ceil() as usize + sequences;
+    Capacity { tokens, sequences, length, encoder_labels: labels.min(tokens) }
+}
+
+/// Digest of the configuration and of the weights the run starts from.
+fn fingerprint(config: &BertConfig, weights: Option<&Path>) -> Result<String> {
+    let mut sha = Sha256::new();
+    sha.update(serde_json::Value::Object(config.to_map()).to_string());
+    let mut files = Vec::new();
+    match weights {
+        Some(folder) if folder.is_dir() => {
+            for entry in std::fs::read_dir(folder).at(folder, "cannot list the folder")? {
+                files.push(entry.at(folder, "cannot list the folder")?.path());
+            }
+            files.retain(|path| path.extension().is_some_and(|e| e == "safetensors" || e == "bin"));
+            files.sort();
+        }
+        Some(file) => files.push(file.to_path_buf()),
+        None => {}
+    }
+    for path in files {
+        let mut file = std::fs::File::open(&path).at(&path, "cannot open")?;
+        std::io::copy(&mut file, &mut sha).at(&path, "cannot read")?;
+    }
+    Ok(hex16(&sha.finalize()))
+}
+
+fn short_digest(bytes: &[u8]) -> String {
+    hex16(&Sha256::digest(bytes))
+}
+
+/// The first 64 bits: two runs are told apart by them, nothing is protected by them.
+fn hex16(digest: &[u8]) -> String {
+    digest.iter().take(8).map(|b| format!("{b:02x}")).collect()
+}
+
+fn provenance(settings: &Settings, about: &About, summary: &Summary) -> Map<String, serde_json::Value> {
+    let mut map = Map::new();
+    map.insert("objective".into(), json!(settings.objective));
+    map.insert("steps".into(), json!(summary.state.step));
+    map.insert("texts seen".into(), json!(summary.state.sequences));
+    map.insert("tokens seen".into(), json!(summary.state.tokens));
+    map.insert("learning rate".into(), json!(settings.learning_rate));
+    map.insert("seed".into(), json!(settings.seed));
+    map.insert("data".into(), json!(about.data));
+    map.insert("engine".into(), json!(env!("CARGO_PKG_VERSION")));
+    if let Some(best) = &summary.state.best {
+        map.insert("lowest held-out loss".into(), json!(best.loss));
+    }
+    map
+}

@@ -1,0 +1,244 @@
+//! `train` through the binary, on the real engine: text to exported model, resumed and refused.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_retromae-engine");
+const WORDS: [&str; 24] = [
+    "the", "package", "library", "file", "of", "and", "a", "network", "server", "client", "tool", "for", "shell",
+    "data", "text", "image", "module", "system", "kernel", "driver", "debug", "source", "build", "time",
+];
+
+struct World {
+    dir: tempfile::TempDir,
+}
+
+impl World {
+    /// Forty short texts, tokenized; a one-layer model's configuration.
+    fn new() -> World {
+        let world = World { dir: tempfile::tempdir().unwrap() };
+        let vocabulary: Vec<&str> = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"].into_iter().chain(WORDS).collect();
+        std::fs::create_dir(world.path("tokenizer")).unwrap();
+        std::fs::write(world.path("tokenizer/vocab.txt"), vocabulary.join("\n") + "\n").unwrap();
+        let texts: Vec<String> = (0..40)
+            .map(|i| (0..6 + i % 7).map(|k| WORDS[(i * i + k * 5 + i * k) % WORDS.len()]).collect::<Vec<_>>().join(" "))
+            .collect();
+        std::fs::write(world.path("texts.txt"), texts.join("\n") + "\n").unwrap();
+        let config = serde_json::json!({
+            "model_type": "bert", "vocab_size": vocabulary.len(), "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 128, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+            "max_position_embeddings": 64, "type_vocab_size": 2, "initializer_range": 0.02, "layer_norm_eps": 1e-12, "pad_token_id": 0,
+        });
+        std::fs::write(world.path("config.json"), config.to_string()).unwrap();
+        let made = Command::new(BINARY)
+            .args(["tokenize", "--max-length", "32", "--input"])
+            .arg(world.path("texts.txt"))
+            .arg("--tokenizer")
+            .arg(world.path("tokenizer"))
+            .arg("--output")
+            .arg(world.path("shards"))
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        world
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// `train` into `out` for 16 steps.
+    fn train(&self, out: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command.args([
+            "train",
+            "--threads",
+            "1",
+            "--learning-rate",
+            "1e-2",
+            "--batch-size",
+            "4",
+            "--log-every",
+            "1",
+            "--save-every",
+            "4",
+        ]);
+        command.args(["--eval-size", "5", "--eval-every", "8", "--config-file"]).arg(self.path("config.json"));
+        command.arg("--data").arg(self.path("shards")).arg("--output").arg(self.path(out)).args(more);
+        if !more.iter().any(|m| m.starts_with("--steps") || m.starts_with("--epochs")) {
+            command.args(["--steps", "16"]);
+        }
+        command
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Bits of losses and norms, by line.
+fn bits(out: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+    lines.map(|l| format!("{} {} {} {}", l["step"], l["split"], l["loss_bits"], l["grad_norm_bits"])).collect()
+}
+
+#[test]
+fn text_becomes_a_model_and_kills_change_no_bit() {
+    let world = World::new();
+    let whole = world.train("whole", &[]).arg("--json").arg(world.path("summary.json")).output().unwrap();
+    assert!(whole.status.success(), "{}", stderr(&whole));
+    assert!(
+        String::from_utf8_lossy(&whole.stdout).contains("16 steps, 64 texts"),
+        "{}",
+        String::from_utf8_lossy(&whole.stdout)
+    );
+    for fact in [
+        "model      BERT from scratch, 1 layers of width 64",
+        "objective  RetroMAE",
+        "35 texts",
+        "5 texts held out",
+        "steps      16",
+    ] {
+        assert!(stderr(&whole).contains(fact), "{fact}: {}", stderr(&whole));
+    }
+    let summary: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(world.path("summary.json")).unwrap()).unwrap();
+    assert_eq!((summary["steps"].as_u64(), summary["skipped"].as_u64()), (Some(16), Some(0)));
+    let expected = bits(&world.path("whole"));
+    assert_eq!(expected.len(), 16 + 3);
+    let model = std::fs::read(world.path("whole/model/model.safetensors")).unwrap();
+
+    for (round, wait) in [25, 40, 60, 80].into_iter().enumerate() {
+        let out = format!("killed-{round}");
+        let mut child = world.train(&out, &[]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(wait));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let done = world.train(&out, &[]).output().unwrap();
+        assert!(done.status.success(), "{}", stderr(&done));
+        assert_eq!(bits(&world.path(&out)), expected, "killed after {wait} ms");
+        assert_eq!(
+            std::fs::read(world.path(&out).join("model/model.safetensors")).unwrap(),
+            model,
+            "killed after {wait} ms"
+        );
+    }
+
+    let verified = Command::new(BINARY).arg("verify").arg(world.path("whole")).output().unwrap();
+    assert!(verified.status.success(), "{}", stderr(&verified));
+    let state = world.path("whole/checkpoints/step-00000012/moment2.safetensors");
+    let mut bytes = std::fs::read(&state).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&state, bytes).unwrap();
+    let verified = Command::new(BINARY).arg("verify").arg(world.path("whole")).output().unwrap();
+    assert_eq!(verified.status.code(), Some(1));
+    assert!(stderr(&verified).contains("moment2.safetensors: its digest does not hold"), "{}", stderr(&verified));
+}
+
+#[test]
+fn pre_training_goes_on_from_an_export() {
+    let world = World::new();
+    assert!(world.train("first", &["--steps", "8"]).output().unwrap().status.success());
+    let mut next = Command::new(BINARY);
+    next.args(["train", "--steps", "2", "--batch-size", "4", "--model"]).arg(world.path("first/model"));
+    let next = next.arg("--data").arg(world.path("shards")).arg("--output").arg(world.path("next")).output().unwrap();
+    assert!(next.status.success(), "{}", stderr(&next));
+    assert!(!stderr(&next).contains("start fresh"), "{}", stderr(&next));
+}
+
+#[test]
+fn the_spellings_of_the_published_scripts_are_taken() {
+    let world = World::new();
+    let mut command = Command::new(BINARY);
+    command.args(["train", "--dry-run", "--config-file"]).arg(world.path("config.json"));
+    command.arg("--data_dir").arg(world.path("shards")).arg("--output_dir").arg(world.path("out"));
+    command.args([
+        "--per_device_train_batch_size",
+        "5",
+        "--encoder_mlm_probability",
+        "0.4",
+        "--decoder_mlm_probability",
+        "0.6",
+    ]);
+    command.args([
+        "--num_train_epochs",
+        "2",
+        "--learning_rate",
+        "3e-4",
+        "--warmup_ratio",
+        "0.5",
+        "--lr_scheduler_type",
+        "cosine",
+    ]);
+    command.args([
+        "--gradient_accumulation_steps",
+        "2",
+        "--fp16",
+        "--save_steps",
+        "7",
+        "--max_grad_norm",
+        "2",
+        "--seed",
+        "3",
+    ]);
+    let plan = command.output().unwrap();
+    assert!(plan.status.success(), "{}", stderr(&plan));
+    let text = String::from_utf8_lossy(&plan.stdout).into_owned();
+    for fact in [
+        "encoder mask 40 %, decoder mask 60 %",
+        "5 texts × 2 micro-batches",
+        "steps      8,",
+        "3e-4 after 4 steps of warm-up, falling along a cosine",
+    ] {
+        assert!(text.contains(fact), "{fact} in {text}");
+    }
+    assert!(!world.path("out").exists(), "a dry run leaves nothing");
+}
+
+#[test]
+fn wrong_use_is_one_line_with_the_contracted_exit_code() {
+    let world = World::new();
+    assert!(world.train("out", &["--steps", "2"]).output().unwrap().status.success());
+    let mut narrow: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(world.path("config.json")).unwrap()).unwrap();
+    narrow["vocab_size"] = 20.into();
+    std::fs::write(world.path("narrow.json"), narrow.to_string()).unwrap();
+    std::fs::write(world.path("bad.toml"), "steps = 3\nbatchsize = 4\n").unwrap();
+    let narrow = world.path("narrow.json").display().to_string();
+    let bad = world.path("bad.toml").display().to_string();
+    let cases: [(&str, &[&str], i32, &str); 7] = [
+        ("out", &["--steps", "3"], 1, "steps was 2 and is now 3"),
+        ("out", &["--steps", "2", "--resume", "never"], 1, "holds a run that was saved at step 2"),
+        ("new", &["--epochs", "2", "--steps", "3"], 2, "cannot be used with"),
+        ("new", &["--device", "cuda"], 1, "this build has no GPU kernels; use --device cpu"),
+        ("new", &["--precision", "bf16"], 2, "the CPU computes in fp32"),
+        ("new", &["--config", &bad], 1, "bad.toml:2: unknown field `batchsize`"),
+        ("new", &["--eval-size", "40"], 2, "the argument '--eval-size <N>' cannot be used multiple times"),
+    ];
+    for (out, more, code, expected) in cases {
+        let output = world.train(out, more).output().unwrap();
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{more:?}: {text}");
+        assert!(
+            text.starts_with("error: ") && text.lines().count() == 1 && text.contains(expected),
+            "{more:?}: {text}"
+        );
+    }
+    let mut command = Command::new(BINARY);
+    command
+        .args(["train", "--config-file", &narrow, "--data"])
+        .arg(world.path("shards"))
+        .arg("--output")
+        .arg(world.path("new"));
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("the tokens are of a vocabulary of 29, the model has 20; tokenize with"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(!world.path("new").exists(), "what is refused leaves nothing");
+}
