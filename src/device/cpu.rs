@@ -289,7 +289,36 @@ fn matmul_as<F: Real>(p: &Matmul<'_>) {
         Product::NN => (a, b),
         Product::TN => (a.t(), b),
     };
-    gemm((p.m, p.n, p.k), F::ONE, a, b, &mut c[p.c.offset..], p.c.stride, p.output, Threads::All);
+    let c = &mut c[p.c.offset..];
+    if p.product == Product::NT && (1..general_rows(p.n)).contains(&p.m) {
+        return few_rows(p, a, b, c);
+    }
+    gemm((p.m, p.n, p.k), F::ONE, a, b, c, p.c.stride, p.output, Threads::All);
+}
+
+/// Rows from which on the `gemm` crate takes its general path. For fewer it has others (matrix times vector; dot products for up to
+/// 256 outputs) that add up in another order, so that a text's embedding would change with the number of texts beside it.
+fn general_rows(columns: usize) -> usize {
+    (256 / columns.max(1) + 1).max(2)
+}
+
+/// A product of few rows on the general path: zero rows are added.
+fn few_rows<F: Real>(p: &Matmul<'_>, a: View<'_, F>, b: View<'_, F>, c: &mut [F]) {
+    let (m, n, k, rows) = (p.m, p.n, p.k, general_rows(p.n));
+    scratch(rows * (k + n), |buffer| {
+        buffer.fill(F::ZERO);
+        let (wide, out) = buffer.split_at_mut(rows * k);
+        for i in 0..m {
+            wide[i * k..(i + 1) * k].copy_from_slice(&a.data[i * a.row..][..k]);
+            if p.output == Output::Add {
+                out[i * n..(i + 1) * n].copy_from_slice(&c[i * p.c.stride..][..n]);
+            }
+        }
+        gemm((rows, n, k), F::ONE, View::rows(&*wide, k), b, out, n, p.output, Threads::All);
+        for i in 0..m {
+            c[i * p.c.stride..][..n].copy_from_slice(&out[i * n..(i + 1) * n]);
+        }
+    });
 }
 
 thread_local! {

@@ -1,9 +1,9 @@
 //! `y = x wᵀ + b` and its gradients.
 
-use retromae_engine::device::{Matrix, Output};
+use retromae_engine::device::{DType, Matrix, Output, Tensor};
 use retromae_engine::ops::linear::{Backward, Forward, backward, forward};
 
-use super::common::{CPU, Lab, Op, check, normal};
+use super::common::{CPU, Lab, Op, check, equal_bits, normal};
 
 /// Sizes, whether there is a bias, columns that x, y and their gradients are narrower than the buffers they lie in, and whether dx is
 /// added to.
@@ -34,7 +34,7 @@ fn gather(x: &[f64], columns: usize, gap: usize, untouched: impl Fn(f64) -> bool
 }
 
 impl Case {
-    fn matrix<'a>(&self, tensor: &'a retromae_engine::device::Tensor, columns: usize) -> Matrix<'a> {
+    fn matrix<'a>(&self, tensor: &'a Tensor, columns: usize) -> Matrix<'a> {
         Matrix::columns(tensor, self.gap, columns + self.gap)
     }
 }
@@ -141,8 +141,24 @@ fn large_enough_that_threads_share_the_product() {
 fn no_row_leaves_gradients_as_they_were() {
     let case = Case { rows: 0, inputs: 13, outputs: 19, ..PLAIN };
     let x: Vec<Vec<f64>> = case.inputs().into_iter().map(|i| i.1).collect();
-    let lab = Lab { dtype: retromae_engine::device::DType::F32, start: 1.0 };
+    let lab = Lab { dtype: DType::F32, start: 1.0 };
     assert!(case.forward(&lab, &x).is_empty());
     let gradients = case.backward(&lab, &x, &[]);
     assert!(gradients.iter().flatten().all(|&g| g == 0.0));
+}
+
+/// A row's result has the same bits among any number of rows: a text's embedding does not depend on the batch.
+#[test]
+fn a_row_does_not_depend_on_how_many_there_are() {
+    for (inputs, outputs) in [(64, 192), (37, 64), (64, 37), (300, 1)] {
+        let all = Case { rows: 300, inputs, outputs, ..PLAIN };
+        let x: Vec<Vec<f64>> = all.inputs().into_iter().map(|i| i.1).collect();
+        let lab = Lab { dtype: DType::F32, start: 0.0 };
+        let full = all.forward(&lab, &x);
+        for rows in [1, 2, 3, 4, 5, 8, 17, 64, 65, 256, 257] {
+            let x = [x[0][..rows * inputs].to_vec(), x[1].clone(), x[2].clone()];
+            let y = Case { rows, ..all }.forward(&lab, &x);
+            assert!(equal_bits(&y, &full[..rows * outputs]), "{rows} rows, {inputs} to {outputs}");
+        }
+    }
 }
