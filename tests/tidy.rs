@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 
 /// Top-level modules by layer; a module uses modules of lower layers only. Listed inside a layer: uses that are allowed there.
-const LAYERS: [&[&str]; 6] = [
+const LAYERS: [&[&str]; 7] = [
     &["error", "config", "rng", "files"],
     &["device", "data"],
     &["ops"],
     &["model", "graph"],
     &["train", "retrieve", "eval"],
-    &["cli", "main"],
+    &["cli"],
+    &["main"],
 ];
 
 /// Uses beside the layers, each with its reason.
@@ -265,7 +266,7 @@ fn files_and_lines_have_a_limit() {
 
 #[test]
 fn no_paths_of_a_machine() {
-    let paths = ["work", "root", "home", "opt/venv"].map(|p| format!("/{p}/"));
+    let paths = ["work", "root", "opt/venv"].map(|p| format!("/{p}/"));
     let mut all = code();
     all.extend(sources(&["tests", "benches", "docs", "kernels"], &["py", "md", "toml", "sh"]));
     for name in ["README.md", "Cargo.toml", "build.rs", ".ci/run"] {

@@ -55,7 +55,8 @@ impl Case {
             },
         );
         // For what lies past their ends.
-        (logits.take(), row_loss.take());
+        logits.take();
+        row_loss.take();
         let gradients = scale.map(|_| outs.iter().map(Out::take).collect());
         Done { sums: sums.to_vec(), gradients }
     }
