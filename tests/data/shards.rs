@@ -169,7 +169,7 @@ fn counts_are_printed_and_written_as_json() {
         r#"{"text": "g"}"#,
         "",
     ];
-    dir.write("in.jsonl", &lines.join("\n"));
+    dir.write("in.jsonl", lines.join("\n"));
     let json = dir.arg("counts.json");
     let ran = dir.tokenize("in.jsonl", "out", &["--max-length", "5", "--json", &json]).ok();
     assert!(ran.err.contains("warning: ") && ran.err.contains("id \"1\" was seen before"), "{}", ran.err);
