@@ -19,8 +19,8 @@ const EXCEPTIONS: [(&str, &str, &str); 2] = [
     ("files", "error", "writing files fails with the one error type"),
 ];
 
-/// Where `unsafe` may be.
-const UNSAFE: [&str; 2] = ["src/device/", "src/data/shard/file.rs"];
+/// Where `unsafe` may be. The emulator's tests launch kernels below the typed stubs, wrong ones too.
+const UNSAFE: [&str; 3] = ["src/device/", "src/data/shard/file.rs", "tests/emulator/"];
 
 const LONGEST_FILE: usize = 500;
 const LONGEST_LINE: usize = 140;
@@ -194,17 +194,16 @@ fn unsafe_only_at_the_edges_and_explained() {
     for source in rust() {
         let all: Vec<&str> = source.text.lines().collect();
         for (i, line) in all.iter().enumerate().filter(|(_, line)| has_word(&bare(line), "unsafe")) {
-            if line.contains("unsafe_") {
-                continue;
-            }
             seen += 1;
             let place = format!("{}:{}", source.path, i + 1);
+            // Declares foreign functions or their type: what is owed is said where one is called.
+            let declares = line.contains("unsafe extern");
             if !UNSAFE.iter().any(|p| source.path.starts_with(p)) {
                 findings.push(format!("{place}: `unsafe` outside {UNSAFE:?}"));
             }
             // The comment stands directly above, perhaps over several lines, attributes or the rest of the statement's head.
             let explained = all[i.saturating_sub(6)..i].iter().rev().take_while(|l| !l.trim_end().ends_with(';'));
-            if !explained.clone().any(|l| l.contains("// SAFETY:") || l.contains("# Safety")) {
+            if !declares && !explained.clone().any(|l| l.contains("// SAFETY:") || l.contains("# Safety")) {
                 findings.push(format!("{place}: no `// SAFETY:` above"));
             }
         }
