@@ -148,7 +148,8 @@ __device__ __forceinline__ bool dropout_keeps(const Dropout& d, uint4 bits, int 
 }
 
 // Drops and scales the eight elements of a group; its own backward. Leaves them as they are without dropout.
-__device__ __forceinline__ void dropout8(float (&v)[8], const Dropout& d, uint32_t site, uint64_t sample, uint32_t position, uint32_t group) {
+__device__ __forceinline__ void dropout8(float (&v)[8], const Dropout& d, uint32_t site, uint64_t sample, uint32_t position,
+                                         uint32_t group) {
   if (d.threshold == 0) return;
   const uint4 bits = dropout_bits(d, site, sample, position, group);
 #pragma unroll

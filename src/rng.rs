@@ -29,6 +29,7 @@ pub fn philox4x32_lanes<const N: usize>(mut k: [u32; 2], first: u32, c: [u32; 3]
         *word = first.wrapping_add(i as u32);
     }
     for _ in 0..10 {
+        #[allow(clippy::needless_range_loop)] // `i` names one lane of all four words
         for i in 0..N {
             let p0 = u64::from(M0) * u64::from(x[0][i]);
             let p1 = u64::from(M1) * u64::from(x[2][i]);
@@ -189,7 +190,7 @@ impl Stream {
     /// Uniform in `0..n` (multiply-high; bias below 2⁻³² · n). `n` must be positive.
     #[inline]
     pub fn below(&mut self, n: u32) -> u32 {
-        (u64::from(self.next_u32()) * u64::from(n) >> 32) as u32
+        ((u64::from(self.next_u32()) * u64::from(n)) >> 32) as u32
     }
 
     /// Uniform in [0, 1) with 24 bits.
@@ -230,7 +231,7 @@ impl Permutation {
         loop {
             let (mut l, mut r) = (x >> self.half_bits, x & mask);
             for round in 0..4 {
-                let f = philox4x32(self.key, [r as u32, (r >> 32) as u32, round, 0x0F15_7E1]);
+                let f = philox4x32(self.key, [r as u32, (r >> 32) as u32, round, 0x00F1_57E1]);
                 let f = u64::from(f[0]) | u64::from(f[1]) << 32;
                 (l, r) = (r, l ^ (f & mask));
             }

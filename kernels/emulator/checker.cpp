@@ -111,7 +111,8 @@ static void check_shared(std::size_t first, std::size_t bytes, bool write) {
     Cell& c = cell_at(offset);
     const auto at = std::uint32_t(offset);
     if (c.state == State::InFlight)
-      report(write ? "write during an asynchronous copy" : "read during an asynchronous copy", at, ", copy issued by thread " + std::to_string(c.writer_thread));
+      report(write ? "write during an asynchronous copy" : "read during an asynchronous copy", at,
+             ", copy issued by thread " + std::to_string(c.writer_thread));
     if (const std::uint32_t lanes = unordered(c.writer))
       report(write ? "race (write after write)" : "race (read after write)", at, with_thread(c.writer.warp, lanes));
     if (!write) {
@@ -202,7 +203,8 @@ void check_global_alloc(const void* p, std::size_t bytes) {
   if (!cells) return;
   const GlobalBuffer b{static_cast<const unsigned char*>(p), bytes, cells};
   std::vector<GlobalBuffer>& all = buffers();
-  all.insert(std::upper_bound(all.begin(), all.end(), b, [](const GlobalBuffer& x, const GlobalBuffer& y) { return x.start < y.start; }), b);
+  const auto before = [](const GlobalBuffer& x, const GlobalBuffer& y) { return x.start < y.start; };
+  all.insert(std::upper_bound(all.begin(), all.end(), b, before), b);
 }
 
 void check_global_free(const void* p) {

@@ -16,7 +16,8 @@ void warp_op(std::uint32_t mask, const char* name, WarpFn fn, void* arg, Site si
          call->arrived, call->name, call->site.file, call->site.line, call->mask);
   w->args[cur->lane] = arg;
   if (!call) {
-    if (mask & ~w->alive) fail("%s at %s:%d: mask %08x names lanes %08x that have ended", name, site.file, site.line, mask, mask & ~w->alive);
+    if (mask & ~w->alive)
+      fail("%s at %s:%d: mask %08x names lanes %08x that have ended", name, site.file, site.line, mask, mask & ~w->alive);
     if (w->pending_count == int(sizeof w->pending / sizeof w->pending[0])) fail("too many warp-wide calls under way in one warp");
     call = &w->pending[w->pending_count++];
     *call = {mask, 0, fn, name, site};
@@ -123,7 +124,8 @@ static bool arrive(int id, int threads, const char* name, Site site) {
   } else if (b.expected != expected) {
     fail("barrier %d: %s at %s:%d expects %d threads, %d wait for %d", id, name, site.file, site.line, expected, b.arrived, b.expected);
   } else if (whole_block && (b.site.line != site.line || b.site.file != site.file)) {
-    fail("divergent barrier: %s at %s:%d while %d thread(s) wait at %s:%d", name, site.file, site.line, b.arrived, b.site.file, b.site.line);
+    fail("divergent barrier: %s at %s:%d while %d thread(s) wait at %s:%d", name, site.file, site.line,
+         b.arrived, b.site.file, b.site.line);
   }
   if (whole_block && worker->alive != worker->threads)
     fail("%s at %s:%d after %d thread(s) have ended", name, site.file, site.line, worker->threads - worker->alive);

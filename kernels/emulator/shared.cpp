@@ -66,7 +66,8 @@ bool shared_valid(std::uint32_t offset, std::uint32_t bytes) {
 unsigned char* shared_pointer(std::uint32_t address, std::uint32_t bytes, std::uint32_t align, const char* op) {
   if (address & (align - 1)) fail("%s: shared address 0x%x is not %u-byte aligned", op, address, align);
   if (!shared_valid(address, bytes))
-    fail("%s: shared access [0x%x, +%u) outside shared memory (dynamic: 0x%x, +%u)", op, address, bytes, worker->dynamic_offset, worker->dynamic_bytes);
+    fail("%s: shared access [0x%x, +%u) outside shared memory (dynamic: 0x%x, +%u)", op, address, bytes,
+          worker->dynamic_offset, worker->dynamic_bytes);
   return worker->arena + address;
 }
 
@@ -79,7 +80,9 @@ std::uint32_t shared_address(const void* p) {
 // What a finished block wrote beside its shared memory; empty if nothing.
 std::string damaged_canary() {
 #if !EMU_ASAN
-  const auto damaged = [](const unsigned char* p, std::size_t n) { return std::any_of(p, p + n, [](unsigned char c) { return c != CANARY; }); };
+  const auto damaged = [](const unsigned char* p, std::size_t n) {
+    return std::any_of(p, p + n, [](unsigned char c) { return c != CANARY; });
+  };
   const Worker& w = *worker;
   const unsigned char* dynamic = w.arena + w.dynamic_offset;
   if (damaged(dynamic + w.dynamic_bytes, rounded(w.dynamic_bytes) - w.dynamic_bytes)) return "write past the end of dynamic shared memory";

@@ -12,7 +12,8 @@ struct MatrixDescriptor {
 constexpr std::uint32_t LAYOUT_SWIZZLE_128B = 1;
 
 static MatrixDescriptor decode(std::uint64_t d) {
-  return {std::uint32_t(d & 0x3fff) << 4, std::uint32_t(d >> 16 & 0x3fff) << 4, std::uint32_t(d >> 32 & 0x3fff) << 4, std::uint32_t(d >> 62)};
+  return {std::uint32_t(d & 0x3fff) << 4, std::uint32_t(d >> 16 & 0x3fff) << 4, std::uint32_t(d >> 32 & 0x3fff) << 4,
+          std::uint32_t(d >> 62)};
 }
 
 // Shared address of element (mn, k) of a bf16 operand. The swizzle is an XOR of address bits, as in the hardware.
@@ -130,7 +131,8 @@ static void run_issue(const WarpCall& call) {
   o.op = first;
   for (int lane = 0; lane < WARP_SIZE; lane++) {
     const Wgmma& x = call.arg<Wgmma>(lane);
-    if (x.a_desc != first.a_desc || x.b_desc != first.b_desc || x.accumulate != first.accumulate) fail("wgmma: operands differ between lanes");
+    if (x.a_desc != first.a_desc || x.b_desc != first.b_desc || x.accumulate != first.accumulate)
+      fail("wgmma: operands differ between lanes");
     o.d[lane] = x.d;
     if (x.a_regs) std::memcpy(o.a_regs[lane], x.a_regs, sizeof o.a_regs[lane]);
   }

@@ -235,6 +235,7 @@ impl Emulator {
 }
 
 impl Launcher for Emulator {
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn launch(&self, kernel: &Kernel, shape: Shape, params: &[*const c_void]) -> Result<()> {
         let threads: u64 = shape.block.iter().map(|&n| u64::from(n)).product();
         if params.len() != kernel.param_sizes.len() || threads > u64::from(kernel.max_threads) {
