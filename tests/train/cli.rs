@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::time::Instant;
+
+use retromae_engine::rng::{Site, Stream};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_retromae-engine");
 const WORDS: [&str; 24] = [
@@ -87,7 +89,9 @@ fn bits(out: &Path) -> Vec<String> {
 #[test]
 fn text_becomes_a_model_and_kills_change_no_bit() {
     let world = World::new();
+    let start = Instant::now();
     let whole = world.train("whole", &[]).arg("--json").arg(world.path("summary.json")).output().unwrap();
+    let duration = start.elapsed();
     assert!(whole.status.success(), "{}", stderr(&whole));
     assert!(
         String::from_utf8_lossy(&whole.stdout).contains("16 steps, 64 texts"),
@@ -110,21 +114,25 @@ fn text_becomes_a_model_and_kills_change_no_bit() {
     assert_eq!(expected.len(), 16 + 3);
     let model = std::fs::read(world.path("whole/model/model.safetensors")).unwrap();
 
-    for (round, wait) in [25, 40, 60, 80].into_iter().enumerate() {
+    let (mut random, mut struck) = (Stream::new(20, 0, Site::Init, 0), 0);
+    for round in 0..20 {
         let out = format!("killed-{round}");
         let mut child = world.train(&out, &[]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(wait));
+        let wait = duration.mul_f32(0.6 * random.uniform());
+        std::thread::sleep(wait);
         child.kill().unwrap();
-        child.wait().unwrap();
+        struck += u32::from(child.wait().unwrap().code().is_none());
         let done = world.train(&out, &[]).output().unwrap();
         assert!(done.status.success(), "{}", stderr(&done));
-        assert_eq!(bits(&world.path(&out)), expected, "killed after {wait} ms");
+        assert_eq!(bits(&world.path(&out)), expected, "killed after {wait:?}");
         assert_eq!(
             std::fs::read(world.path(&out).join("model/model.safetensors")).unwrap(),
             model,
-            "killed after {wait} ms"
+            "killed after {wait:?}"
         );
     }
+
+    assert!(struck >= 5, "only {struck} of 20 kills came before the end");
 
     let verified = Command::new(BINARY).arg("verify").arg(world.path("whole")).output().unwrap();
     assert!(verified.status.success(), "{}", stderr(&verified));
