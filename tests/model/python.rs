@@ -1,8 +1,15 @@
 //! The consumers themselves: transformers and sentence-transformers load what was exported. Left out, in one line, without Python.
 
 use crate::export::{bi_encoder, source, spec};
+use retromae_engine::device::{DType, Device};
+use retromae_engine::graph::Capacity;
+use retromae_engine::graph::inference::Inference;
+use retromae_engine::model::config::BertConfig;
 use retromae_engine::model::element::Dtype;
 use retromae_engine::model::export::{ExportKind, Pooling, export};
+use retromae_engine::model::safetensors::writer::{Spec, Writer};
+use retromae_engine::model::tensor_file::Info;
+use retromae_engine::model::weights::Checkpoint;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -63,5 +70,61 @@ fn exports_load_in_transformers_and_sentence_transformers() {
     let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{text}\n{errors}");
     assert_eq!(text.lines().filter(|l| l.starts_with("ok ")).count(), cases.len(), "{text}\n{errors}");
+    println!("{text}");
+}
+
+/// Hidden states of the exported golden model, computed here: two texts of different length, in the form that the script compares.
+fn write_hidden_states(model: &Path, file: &Path) {
+    let config = BertConfig::read(model).unwrap();
+    let (length, width) = (12, config.hidden_size);
+    let texts: [Vec<u32>; 2] = [(0..12).map(|i| 2 + i * 61 % 900).collect(), (0..5).map(|i| 700 - i * 37).collect()];
+    let capacity = Capacity { tokens: 17, sequences: 2, length, encoder_labels: 0 };
+    let mut encoder = Inference::new(Device::Cpu, &config, capacity, DType::F32);
+    let weights = Checkpoint::open(model).unwrap();
+    let load = encoder.params().load(0, 0.0, |name, shape, out| weights.read_f32(name, shape, out).map(|()| true));
+    assert!(load.unwrap().is_empty());
+    let rows: Vec<u32> = (0..17).collect();
+    let packed = encoder.hidden_states(&texts.concat(), &[0; 17], &[0, 12, 17], &rows).to_vec::<f32>();
+
+    let (mut ids, mut mask, mut hidden) = (vec![0; 24], vec![0; 24], vec![0.0; 24 * width]);
+    let mut row = 0;
+    for (text, tokens) in texts.iter().enumerate() {
+        for (i, &id) in tokens.iter().enumerate() {
+            let cell = text * length + i;
+            (ids[cell], mask[cell]) = (i64::from(id), 1);
+            hidden[cell * width..(cell + 1) * width].copy_from_slice(&packed[row * width..(row + 1) * width]);
+            row += 1;
+        }
+    }
+    let spec =
+        |name: &str, dtype, shape: &[usize]| Spec { name: name.into(), info: Info { dtype, shape: shape.into() } };
+    let specs = vec![
+        spec("input_ids", Dtype::I64, &[2, length]),
+        spec("attention_mask", Dtype::I64, &[2, length]),
+        spec("last_hidden_state", Dtype::F32, &[2, length, width]),
+    ];
+    let mut writer = Writer::create(file, specs, &[]).unwrap();
+    writer.write_i64("input_ids", &ids).unwrap();
+    writer.write_i64("attention_mask", &mask).unwrap();
+    writer.write_f32("last_hidden_state", &hidden).unwrap();
+    writer.finish().unwrap();
+}
+
+#[test]
+fn hidden_states_equal_those_of_transformers() {
+    if !available() {
+        eprintln!("left out: no Python with torch, transformers and sentence-transformers (set RETROMAE_PYTHON)");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (out, file) = (folder.path().join("pretrained"), folder.path().join("hidden.safetensors"));
+    export(&spec(ExportKind::MaskedLm, folder.path()), &out, &mut source).unwrap();
+    write_hidden_states(&out, &file);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/load_export.py");
+    let mut command = Command::new(interpreter());
+    command.arg(script).arg(&out).arg("--reference").arg(&file).env("HF_HUB_OFFLINE", "1");
+    let output = command.output().unwrap();
+    let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && text.contains("hidden states within"), "{text}\n{errors}");
     println!("{text}");
 }
