@@ -206,7 +206,7 @@ impl Demo {
              \x20   from sentence_transformers import SentenceTransformer\n\
              \x20   model = SentenceTransformer({path:?})\n\
              \n\
-             With your own text (txt, jsonl, tsv, parquet; one command each), starting from a model you have:\n\
+             With your own text (txt, jsonl, tsv or parquet), starting from a model you have:\n\
              \x20   {program} tokenize --input TEXTS --tokenizer MODEL --output shards\n\
              \x20   {program} train --model MODEL --data shards --output run\n\
              The texts of the demo, and what was made of them, are in {dir}.",
