@@ -32,7 +32,7 @@ const ABOUT: &[u8] = include_bytes!("../../assets/demo/README.md");
 /// File that marks a folder as a demo's and holds what the demo in it was asked for.
 const MARKER: &str = "demo.json";
 /// Steps of the whole demo: about a minute on two cores.
-const STEPS: u64 = 1200;
+const STEPS: u64 = 1800;
 /// Texts held out: enough for a steady loss, few enough not to slow the demo.
 const HELD_OUT: u64 = 200;
 /// Limit of what an embedded file may unpack to.
@@ -164,7 +164,7 @@ impl Demo {
         let settings = [
             ["--steps", &steps],
             ["--batch-size", "8"],
-            ["--learning-rate", "2e-3"],
+            ["--learning-rate", "1.5e-3"],
             ["--eval-size", &held_out],
             ["--eval-every", &every],
             ["--save-every", &every],
