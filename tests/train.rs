@@ -3,6 +3,8 @@
 
 #[path = "train/cli.rs"]
 mod cli;
+#[path = "train/exported.rs"]
+mod exported;
 #[path = "train/interrupted.rs"]
 mod interrupted;
 #[path = "train/refused.rs"]
@@ -11,3 +13,5 @@ mod refused;
 mod run;
 #[path = "train/toy.rs"]
 mod toy;
+#[path = "train/world.rs"]
+mod world;

@@ -4,6 +4,7 @@
 //! [`Command`] and [`run`]. Results go to standard output through [`say`], progress and warnings to standard error.
 
 mod doctor;
+mod export;
 mod inspect;
 mod progress;
 mod step;
@@ -61,6 +62,8 @@ enum Command {
     Inspect(inspect::Arguments),
     /// Pre-train an encoder
     Train(Box<train::Arguments>),
+    /// Make a checkpoint of a run a model that others load
+    Export(export::Arguments),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -75,6 +78,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Inspect(args) => inspect::run(args, global),
         Command::Train(args) => train::run(*args, global),
+        Command::Export(args) => export::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

@@ -140,7 +140,7 @@ fn one_writer_at_a_time_and_leftovers_go() {
     let dir = Dir::new();
     dir.write("in.txt", "hello\n");
     let held = OutputDir::create(&dir.at("out"), false, "meta.json").expect("a free name");
-    let pid = format!("process {} is writing here", std::process::id());
+    let pid = format!("process {} is writing to this output folder", std::process::id());
     assert!(dir.tokenize("in.txt", "out", &[]).error(1).contains(&pid));
     drop(held);
     assert_eq!(dir.names(), ["in.txt"]);
@@ -156,7 +156,7 @@ fn locks_exclude_and_atomic_writes_are_whole() {
     let dir = Dir::new();
     let folder = dir.at("");
     let lock = Lock::acquire(&folder).expect("a free folder");
-    assert!(Lock::acquire(&folder).expect_err("a held lock").to_string().contains("is writing here"));
+    assert!(Lock::acquire(&folder).expect_err("a held lock").to_string().contains("is writing to this output folder"));
     drop(lock);
     Lock::acquire(&folder).expect("a freed lock");
     let path = dir.write("file", "old");
