@@ -3,6 +3,7 @@
 //! The trait keeps masks and batches independent of the shard format; shards implement it, and so does [`MemoryCorpus`] for tests,
 //! benchmarks and single steps.
 
+use super::shard::ShardSet;
 use crate::error::{Error, Result};
 
 /// The tokens of one text, [CLS] and [SEP] included.
@@ -65,6 +66,25 @@ impl Corpus for MemoryCorpus {
         ids.extend_from_slice(&self.ids[range.clone()]);
         word_start.clear();
         word_start.extend_from_slice(&self.word_start[range]);
+        Ok(())
+    }
+}
+
+impl Corpus for ShardSet {
+    fn texts(&self) -> u64 {
+        self.len()
+    }
+
+    fn length(&self, i: u64) -> Result<usize> {
+        ShardSet::length(self, i)
+    }
+
+    fn read(&self, i: u64, ids: &mut Vec<u32>, word_start: &mut Vec<bool>) -> Result<()> {
+        let text = self.text(i)?;
+        ids.clear();
+        text.copy_tokens(ids);
+        word_start.clear();
+        word_start.extend((0..text.len()).map(|k| text.is_word_start(k)));
         Ok(())
     }
 }

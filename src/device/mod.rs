@@ -4,6 +4,9 @@
 //! at run time; [`Arena`] is one allocation cut into tensors by a table.
 
 pub mod cpu;
+pub mod emulator;
+pub mod kernels;
+pub mod launch;
 mod memory;
 
 pub use memory::{Arena, Element, Read, Tensor, Write};

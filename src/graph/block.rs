@@ -73,23 +73,76 @@ impl Norm {
     }
 }
 
-/// Buffers of one dropout + residual + LayerNorm.
+/// One dropout + residual + LayerNorm of a block: its parameters, buffers and dropout site.
 #[derive(Clone, Copy, Debug)]
-struct NormSlots {
+struct Junction {
+    norm: Norm,
+    site: u32,
     z: Slot,
     mean: Slot,
     rstd: Slot,
     y: Slot,
+    shape: layernorm::Shape,
 }
 
-impl NormSlots {
-    fn new(plan: &mut Plan, name: &str, rows: usize, width: usize) -> Self {
-        NormSlots {
-            z: plan.add(format!("{name}.z"), rows, width),
+impl Junction {
+    /// For up to `rows` rows; `name` is that of the buffers.
+    fn new(plan: &mut Plan, name: &str, dims: &Dims, rows: usize, norm: Norm, site: u32) -> Self {
+        Junction {
+            norm,
+            site,
+            z: plan.add(format!("{name}.z"), rows, dims.hidden),
             mean: plan.add(format!("{name}.mean"), rows, 1),
             rstd: plan.add(format!("{name}.rstd"), rows, 1),
-            y: plan.add(format!("{name}.y"), rows, width),
+            y: plan.add(format!("{name}.y"), rows, dims.hidden),
+            shape: layernorm::Shape { rows: 0, width: dims.hidden, eps: dims.eps },
         }
+    }
+
+    /// `y = LN(dropout(z) + residual)`; leaves the sum in `z`.
+    fn forward(&self, p: &Pass<'_>, rows: usize, names: RowNames<'_>, residual: &Tensor) {
+        layernorm::forward(
+            p.device,
+            &layernorm::Forward {
+                shape: layernorm::Shape { rows, ..self.shape },
+                x: p.b(self.z),
+                residual: Some(residual),
+                dropout: Some((p.dropout.hidden(self.site), names)),
+                gamma: p.w(self.norm.gamma),
+                beta: p.w(self.norm.beta),
+                y: p.b(self.y),
+                mean: p.b(self.mean),
+                rstd: p.b(self.rstd),
+            },
+        );
+    }
+
+    /// `dy` becomes the gradient of the sum; returns where that of the dropped input is.
+    fn backward<'a>(
+        &self,
+        p: &Pass<'_>,
+        rows: usize,
+        names: RowNames<'_>,
+        dy: &'a Tensor,
+        dropped: &'a Tensor,
+    ) -> &'a Tensor {
+        let site = p.dropout.hidden(self.site);
+        let on = site.mask.is_on();
+        layernorm::backward(
+            p.device,
+            &layernorm::Backward {
+                shape: layernorm::Shape { rows, ..self.shape },
+                z: p.b(self.z),
+                mean: p.b(self.mean),
+                rstd: p.b(self.rstd),
+                gamma: p.w(self.norm.gamma),
+                dy,
+                dropout: on.then_some((site, names, dropped)),
+                dgamma_acc: p.g(self.norm.gamma),
+                dbeta_acc: p.g(self.norm.beta),
+            },
+        );
+        if on { dropped } else { dy }
     }
 }
 
@@ -119,18 +172,15 @@ impl Scratch {
 #[derive(Clone, Debug)]
 pub struct Block {
     dims: Dims,
-    site: u32,
     out: Linear,
-    norm1: Norm,
+    after_attention: Junction,
     up: Linear,
     down: Linear,
-    norm2: Norm,
-    slots1: NormSlots,
     /// `[rows, I]` before the activation.
     u: Slot,
     /// `[rows, I]` after it.
     act: Slot,
-    slots2: NormSlots,
+    after_feed_forward: Junction,
 }
 
 impl Block {
@@ -140,111 +190,49 @@ impl Block {
     /// The block of the layer `name`, for up to `rows` rows.
     pub fn new(t: &mut Table, plan: &mut Plan, dims: Dims, name: &str, rows: usize, site: u32) -> Self {
         let (c, i) = (dims.hidden, dims.intermediate);
+        let out = Linear::new(t, format!("{name}.attention.output.dense"), c, c);
+        let norm1 = Norm::new(t, &format!("{name}.attention.output.LayerNorm"), c);
+        let up = Linear::new(t, format!("{name}.intermediate.dense"), i, c);
+        let down = Linear::new(t, format!("{name}.output.dense"), c, i);
+        let norm2 = Norm::new(t, &format!("{name}.output.LayerNorm"), c);
         Block {
             dims,
-            site,
-            out: Linear::new(t, format!("{name}.attention.output.dense"), c, c),
-            norm1: Norm::new(t, &format!("{name}.attention.output.LayerNorm"), c),
-            up: Linear::new(t, format!("{name}.intermediate.dense"), i, c),
-            down: Linear::new(t, format!("{name}.output.dense"), c, i),
-            norm2: Norm::new(t, &format!("{name}.output.LayerNorm"), c),
-            slots1: NormSlots::new(plan, &format!("{name}.norm1"), rows, c),
+            out,
+            after_attention: Junction::new(plan, &format!("{name}.norm1"), &dims, rows, norm1, site),
+            up,
+            down,
             u: plan.add(format!("{name}.u"), rows, i),
             act: plan.add(format!("{name}.act"), rows, i),
-            slots2: NormSlots::new(plan, &format!("{name}.norm2"), rows, c),
+            after_feed_forward: Junction::new(plan, &format!("{name}.norm2"), &dims, rows, norm2, site + 1),
         }
     }
 
     /// Where [`Self::forward`] leaves x2.
     pub fn output(&self) -> Slot {
-        self.slots2.y
-    }
-
-    fn norm_forward(
-        &self,
-        p: &Pass<'_>,
-        rows: usize,
-        norm: Norm,
-        s: NormSlots,
-        residual: &Tensor,
-        names: RowNames<'_>,
-        site: u32,
-    ) {
-        layernorm::forward(
-            p.device,
-            &layernorm::Forward {
-                shape: layernorm::Shape { rows, width: self.dims.hidden, eps: self.dims.eps },
-                x: p.b(s.z),
-                residual: Some(residual),
-                dropout: Some((p.dropout.hidden(site), names)),
-                gamma: p.w(norm.gamma),
-                beta: p.w(norm.beta),
-                y: p.b(s.y),
-                mean: p.b(s.mean),
-                rstd: p.b(s.rstd),
-            },
-        );
+        self.after_feed_forward.y
     }
 
     /// From the attention output `ctx [rows, C]` and the residual stream `[rows, C]` to [`Self::output`].
     pub fn forward(&self, p: &Pass<'_>, rows: usize, names: RowNames<'_>, ctx: &Tensor, residual: &Tensor) {
         let (c, i) = (self.dims.hidden, self.dims.intermediate);
-        self.out.forward(p, (rows, c, c), ctx, p.b(self.slots1.z));
-        self.norm_forward(p, rows, self.norm1, self.slots1, residual, names, self.site);
-        self.up.forward(p, (rows, c, i), p.b(self.slots1.y), p.b(self.u));
+        let (first, second) = (&self.after_attention, &self.after_feed_forward);
+        self.out.forward(p, (rows, c, c), ctx, p.b(first.z));
+        first.forward(p, rows, names, residual);
+        self.up.forward(p, (rows, c, i), p.b(first.y), p.b(self.u));
         activation::forward(p.device, self.dims.activation, p.b(self.u), p.b(self.act), rows * i);
-        self.down.forward(p, (rows, i, c), p.b(self.act), p.b(self.slots2.z));
-        self.norm_forward(p, rows, self.norm2, self.slots2, p.b(self.slots1.y), names, self.site + 1);
-    }
-
-    /// LayerNorm backward; returns where the gradient of the dropped input is.
-    fn norm_backward<'a>(
-        &self,
-        p: &Pass<'a>,
-        rows: usize,
-        (norm, s): (Norm, NormSlots),
-        names: RowNames<'_>,
-        site: u32,
-        dy: &'a Tensor,
-        dropped: &'a Tensor,
-    ) -> &'a Tensor {
-        let site = p.dropout.hidden(site);
-        let on = site.mask.is_on();
-        layernorm::backward(
-            p.device,
-            &layernorm::Backward {
-                shape: layernorm::Shape { rows, width: self.dims.hidden, eps: self.dims.eps },
-                z: p.buffers.tensor(s.z),
-                mean: p.buffers.tensor(s.mean),
-                rstd: p.buffers.tensor(s.rstd),
-                gamma: p.params.weight(norm.gamma),
-                dy,
-                dropout: on.then_some((site, names, dropped)),
-                dgamma_acc: p.params.gradient(norm.gamma),
-                dbeta_acc: p.params.gradient(norm.beta),
-            },
-        );
-        if on { dropped } else { dy }
+        self.down.forward(p, (rows, i, c), p.b(self.act), p.b(second.z));
+        second.forward(p, rows, names, p.b(first.y));
     }
 
     /// `d` holds the gradient of x2 and leaves holding that of the residual stream; `s.context` gets that of `ctx`.
-    pub fn backward<'a>(
-        &self,
-        p: &Pass<'a>,
-        rows: usize,
-        names: RowNames<'_>,
-        ctx: &Tensor,
-        d: &'a Tensor,
-        s: Scratch,
-    ) {
+    pub fn backward(&self, p: &Pass<'_>, rows: usize, names: RowNames<'_>, ctx: &Tensor, d: &Tensor, s: Scratch) {
         let (c, i) = (self.dims.hidden, self.dims.intermediate);
-        let dropped = p.buffers.tensor(s.dropped);
-        let wide = p.b(s.wide);
-        let dz = self.norm_backward(p, rows, (self.norm2, self.slots2), names, self.site + 1, d, dropped);
+        let (dropped, wide) = (p.b(s.dropped), p.b(s.wide));
+        let dz = self.after_feed_forward.backward(p, rows, names, d, dropped);
         self.down.backward(p, (rows, i, c), p.b(self.act), dz, (wide, Output::Set));
         activation::backward(p.device, self.dims.activation, p.b(self.u), wide, rows * i);
-        self.up.backward(p, (rows, c, i), p.b(self.slots1.y), wide, (d, Output::Add));
-        let dz = self.norm_backward(p, rows, (self.norm1, self.slots1), names, self.site, d, dropped);
+        self.up.backward(p, (rows, c, i), p.b(self.after_attention.y), wide, (d, Output::Add));
+        let dz = self.after_attention.backward(p, rows, names, d, dropped);
         self.out.backward(p, (rows, c, c), ctx, dz, (p.b(s.context), Output::Set));
     }
 }

@@ -59,12 +59,12 @@ pub struct Rows {
 }
 
 impl Rows {
-    fn new(rows: usize, sequences: usize) -> Self {
+    pub(super) fn new(rows: usize, sequences: usize) -> Self {
         let u32s = |len| Tensor::zeros(DType::U32, len);
         Rows { count: 0, token: u32s(rows), cu_rows: u32s(sequences + 1), sequence: u32s(rows), position: u32s(rows) }
     }
 
-    fn set(&mut self, rows: &[u32], cu_seqlens: &[u32]) -> (Vec<u32>, Vec<u32>) {
+    pub(super) fn set(&mut self, rows: &[u32], cu_seqlens: &[u32]) -> (Vec<u32>, Vec<u32>) {
         let (mut cu, mut sequence, mut position) = (vec![0], Vec::new(), Vec::new());
         for s in 0..cu_seqlens.len() - 1 {
             while let Some(&row) = rows.get(sequence.len()).filter(|&&r| r < cu_seqlens[s + 1]) {
@@ -106,7 +106,7 @@ pub struct TokenInputs {
 }
 
 impl TokenInputs {
-    fn new(c: Capacity, words: usize, types: usize) -> Self {
+    pub(super) fn new(c: Capacity, words: usize, types: usize) -> Self {
         let u32s = |len| Tensor::zeros(DType::U32, len);
         TokenInputs {
             count: 0,
@@ -124,7 +124,7 @@ impl TokenInputs {
         }
     }
 
-    fn set(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32], samples: &[u64]) {
+    pub(super) fn set(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32], samples: &[u64]) {
         let (mut sequence, mut position) = (Vec::with_capacity(ids.len()), Vec::with_capacity(ids.len()));
         self.longest = 0;
         for (s, w) in cu_seqlens.windows(2).enumerate() {

@@ -9,6 +9,7 @@
 pub mod activations;
 pub mod block;
 pub mod encoder;
+pub mod inference;
 pub mod inputs;
 pub mod mlm;
 pub mod params;

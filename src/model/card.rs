@@ -53,7 +53,8 @@ fn usage(spec: &ExportSpec, name: &str) -> String {
     match spec.kind {
         ExportKind::MaskedLm => format!(
             "from transformers import AutoModelForMaskedLM, AutoTokenizer\n\ntokenizer = AutoTokenizer.from_pretrained(\"{name}\")\n\
-             model = AutoModelForMaskedLM.from_pretrained(\"{name}\")\n\n# or, with the state of the first token as the embedding:\n{sentence}"
+             model = AutoModelForMaskedLM.from_pretrained(\"{name}\")\n\n\
+             # or, with the state of the first token as the embedding:\n{sentence}"
         ),
         ExportKind::BiEncoder { .. } => sentence,
         ExportKind::CrossEncoder => format!(

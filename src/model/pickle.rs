@@ -495,10 +495,6 @@ fn global(module: &str, name: &str) -> Step<Global> {
         ("torch", "CharStorage") => Global::StorageType(Dtype::I8),
         ("torch", "ByteStorage") => Global::StorageType(Dtype::U8),
         ("torch", "BoolStorage") => Global::StorageType(Dtype::Bool),
-        _ => {
-            return Err(format!(
-                "the pickle asks for {module}.{name}, which a state dict does not need; nothing was run"
-            ));
-        }
+        _ => return Err(format!("the pickle asks for {module}.{name}, which no state dict needs; nothing was run")),
     })
 }

@@ -178,6 +178,9 @@ pub(super) mod cpu {
         /// `out [Lq, H·D]` and `lse [Lq, H]` of all heads.
         pub fn forward(&self, out: &mut [F], lse: &mut [F]) {
             let (n, l, d, c) = (self.positions.len(), self.keys, self.head_size, self.heads * self.head_size);
+            if n == 0 {
+                return;
+            }
             scratch(n * l, |s| {
                 for head in 0..self.heads {
                     self.scores(head, s);

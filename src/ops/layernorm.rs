@@ -9,8 +9,8 @@
 use super::{RowNames, SiteDropout};
 use crate::device::{Device, Tensor};
 
-/// The affine parameters and sizes.
-#[derive(Clone, Copy)]
+/// Sizes and ε.
+#[derive(Clone, Copy, Debug)]
 pub struct Shape {
     /// Rows.
     pub rows: usize,

@@ -382,7 +382,8 @@ mod tests {
 
     #[test]
     fn every_free_setting_is_a_setting() {
-        let all = "config-file = 'a'\nconfig-name = 'a'\nmodel = 'm'\ndata = 'd'\noutput = 'o'\nthreads = 1\nepochs = 1.0\nwarmup-ratio = 0.1";
+        let all = "config-file = 'a'\nconfig-name = 'a'\nmodel = 'm'\ndata = 'd'\noutput = 'o'\n\
+                   threads = 1\nepochs = 1.0\nwarmup-ratio = 0.1";
         let settings: Option<Settings> = toml::from_str(all).ok();
         let keys = settings.and_then(|s| Table::try_from(s).ok()).unwrap_or_default();
         for name in FREE {
@@ -413,7 +414,8 @@ mod tests {
         let error = error.err().map(|e| e.to_string()).unwrap_or_default();
         assert_eq!(
             error,
-            "c: learning-rate was 0.0001 and is now 0.0002; give the old value, or --override learning-rate to change it, or another --output"
+            "c: learning-rate was 0.0001 and is now 0.0002; \
+             give the old value, or --override learning-rate to change it, or another --output"
         );
         compare(&other.identity(&about, 100)?, &ratio.identity(&about, 100)?, &["learning-rate".into()], Path::new("c"))
     }

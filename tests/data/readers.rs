@@ -142,7 +142,8 @@ mod parquet_files {
 
     /// `rows` rows in groups of 700, every seventh title null.
     fn file(rows: usize, compression: Compression) -> Vec<u8> {
-        let schema = "message m { required int64 id; optional group skip { optional int64 text; } optional binary title (UTF8); required binary text (UTF8); }";
+        let schema = "message m { required int64 id; optional group skip { optional int64 text; } \
+                      optional binary title (UTF8); required binary text (UTF8); }";
         let schema = Arc::new(parquet::schema::parser::parse_message_type(schema).expect("a schema"));
         let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
         let mut writer = SerializedFileWriter::new(Vec::new(), schema, properties).expect("a writer");

@@ -162,7 +162,14 @@ fn wide_vocabularies_take_four_bytes() {
 #[test]
 fn counts_are_printed_and_written_as_json() {
     let dir = Dir::new();
-    dir.write("in.jsonl", "{\"id\": 1, \"text\": \"a b c d e\"}\n{\"id\": 2, \"text\": \" \"}\n{\"id\": 1, \"text\": \"f\"}\n{\"text\": \"g\"}\n");
+    let lines = [
+        r#"{"id": 1, "text": "a b c d e"}"#,
+        r#"{"id": 2, "text": " "}"#,
+        r#"{"id": 1, "text": "f"}"#,
+        r#"{"text": "g"}"#,
+        "",
+    ];
+    dir.write("in.jsonl", lines.join("\n"));
     let json = dir.arg("counts.json");
     let ran = dir.tokenize("in.jsonl", "out", &["--max-length", "5", "--json", &json]).ok();
     assert!(ran.err.contains("warning: ") && ran.err.contains("id \"1\" was seen before"), "{}", ran.err);

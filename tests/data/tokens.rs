@@ -94,7 +94,8 @@ fn words_of_other_tokenizers_come_from_their_pre_tokenizer() {
         "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
         "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null, "end_of_word_suffix": null,
             "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
-            "vocab": {"<s>": 0, "</s>": 1, "<mask>": 2, "<pad>": 3, "<unk>": 4, "a": 5, "b": 6, "c": 7, "ab": 8}, "merges": [["a", "b"]]}}"#;
+            "vocab": {"<s>": 0, "</s>": 1, "<mask>": 2, "<pad>": 3, "<unk>": 4, "a": 5, "b": 6, "c": 7, "ab": 8},
+            "merges": [["a", "b"]]}}"#;
     let dir = Dir::new();
     let tokenizer = load(&dir.write("tokenizer.json", model));
     let expected = [(8, true), (7, false), (5, true), (5, true), (5, false)].map(|(id, start)| Token::new(id, start));

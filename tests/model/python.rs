@@ -21,7 +21,8 @@ pub fn package_folder(package: &str, inside: &str) -> Option<PathBuf> {
 
 /// Whether the consumers can be run. `RETROMAE_PYTHON` set and unusable is a failure, not a reason to leave the test out.
 fn available() -> bool {
-    let program = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('torch', 'transformers', 'sentence_transformers'))))";
+    let program = "import importlib.util as u, sys; \
+                   sys.exit(not all(map(u.find_spec, ('torch', 'transformers', 'sentence_transformers'))))";
     let found = Command::new(interpreter()).args(["-c", program]).output().is_ok_and(|o| o.status.success());
     assert!(
         found || std::env::var_os("RETROMAE_PYTHON").is_none(),

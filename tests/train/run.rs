@@ -15,8 +15,8 @@ fn learning_rates_of_the_golden_trajectory() {
     // `lrs` of golden case head32/trajectory: 25 steps, 5 of warm-up, peak 3e-4, stored as float32.
     #[rustfmt::skip]
     let expected: [f32; 25] = [
-        0.0, 6e-5, 1.2e-4, 1.8e-4, 2.4e-4, 3e-4, 2.85e-4, 2.7e-4, 2.55e-4, 2.4e-4, 2.25e-4, 2.1e-4, 1.95e-4, 1.8e-4, 1.65e-4, 1.5e-4, 1.35e-4,
-        1.2e-4, 1.05e-4, 9e-5, 7.5e-5, 6e-5, 4.5e-5, 3e-5, 1.5e-5,
+        0.0, 6e-5, 1.2e-4, 1.8e-4, 2.4e-4, 3e-4, 2.85e-4, 2.7e-4, 2.55e-4, 2.4e-4, 2.25e-4, 2.1e-4, 1.95e-4, 1.8e-4, 1.65e-4, 1.5e-4,
+        1.35e-4, 1.2e-4, 1.05e-4, 9e-5, 7.5e-5, 6e-5, 4.5e-5, 3e-5, 1.5e-5,
     ];
     let schedule = Schedule { peak: 3e-4, warmup: 5, total: 25, decay: Decay::Linear };
     let lrs: Vec<f32> = (0..25).map(|step| schedule.lr(step) as f32).collect();

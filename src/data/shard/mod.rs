@@ -4,7 +4,6 @@
 //! all with their digests. Shards are memory-mapped; opening a set reads one header per shard, whatever the number of texts. Every
 //! 64 KiB block is checked against its CRC32C when it is first touched, so that a flipped bit is an error and never a training text.
 
-mod corpus;
 mod file;
 pub mod format;
 mod meta;
@@ -15,6 +14,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::data::masking::Vocabulary;
 use crate::error::{Error, Result};
 
 use file::Shard;
@@ -95,6 +95,14 @@ pub struct Facts {
     pub counts: Counts,
 }
 
+impl Facts {
+    /// What masking must know of the vocabulary.
+    pub fn vocabulary(&self) -> Vocabulary {
+        let Special { cls, sep, mask, pad, unk } = self.special;
+        Vocabulary { size: self.vocab_size, cls, sep, pad, mask, unk: Some(unk) }
+    }
+}
+
 /// What [`ShardSet::verify`] checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verified {
@@ -170,6 +178,12 @@ impl ShardSet {
     pub fn text(&self, i: u64) -> Result<Text<'_>> {
         let (shard, k) = self.locate(i)?;
         shard.text(k)
+    }
+
+    /// Number of tokens of sequence `i`, without touching them.
+    pub fn length(&self, i: u64) -> Result<usize> {
+        let (shard, k) = self.locate(i)?;
+        shard.length(k)
     }
 
     /// The id of the document that sequence `i` comes from; `None` where the input had none.

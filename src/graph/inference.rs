@@ -1,0 +1,51 @@
+//! The encoder alone, without dropout and without gradients: last hidden states of a packed token stream.
+
+use super::activations::{Activations, Plan};
+use super::encoder::Encoder;
+use super::inputs::{Rows, TokenInputs};
+use super::params::{Params, Table};
+use super::{Capacity, Pass, StepDropout};
+use crate::device::{DType, Device, Tensor};
+use crate::model::config::BertConfig;
+
+/// An encoder with buffers for batches up to a capacity.
+pub struct Inference {
+    device: Device,
+    params: Params,
+    buffers: Activations,
+    encoder: Encoder,
+    tokens: TokenInputs,
+    rows: Rows,
+}
+
+impl Inference {
+    /// Allocates weights (zero until [`Params::load`]) and buffers.
+    pub fn new(device: Device, config: &BertConfig, capacity: Capacity, dtype: DType) -> Self {
+        let (mut table, mut plan) = (Table::default(), Plan::default());
+        let encoder = Encoder::new(&mut table, &mut plan, config, capacity, capacity.tokens);
+        Inference {
+            device,
+            params: table.allocate(dtype),
+            buffers: plan.allocate(dtype),
+            encoder,
+            tokens: TokenInputs::new(capacity, config.vocab_size, config.type_vocab_size),
+            rows: Rows::new(capacity.tokens, capacity.sequences),
+        }
+    }
+
+    /// The weights.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// Last hidden states `[R, C]` of the rows `rows` (ascending, numbered in the stream) of a batch: `ids` `[T]`, token types `[T]`,
+    /// `cu_seqlens` `[S + 1]`.
+    pub fn hidden_states(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32], rows: &[u32]) -> &Tensor {
+        let samples: Vec<u64> = (0..cu_seqlens.len() as u64 - 1).collect();
+        self.tokens.set(ids, types, cu_seqlens, &samples);
+        self.rows.set(rows, cu_seqlens);
+        let p = Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout: StepDropout::OFF };
+        self.encoder.forward(&p, &self.tokens, &self.rows);
+        self.buffers.tensor(self.encoder.output())
+    }
+}

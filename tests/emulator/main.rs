@@ -1,0 +1,12 @@
+//! The kernel emulator: one kernel through the whole path, each primitive against its definition, and planted bugs that must be found.
+
+#[path = "../../build/emulator.rs"]
+mod build_emulator;
+#[path = "../../build/jobs.rs"]
+mod jobs;
+
+mod bugs;
+mod layernorm;
+mod libraries;
+mod primitives;
+mod support;
