@@ -1,6 +1,8 @@
 //! `train`: the run, its interruptions and refusals on a toy engine, and the command on the real one. One crate, so that all share
 //! the toy and link once.
 
+#[path = "train/bad_input.rs"]
+mod bad_input;
 #[path = "train/cli.rs"]
 mod cli;
 #[path = "train/exported.rs"]

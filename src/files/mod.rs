@@ -40,7 +40,7 @@ pub fn write_synced(path: &Path, fill: impl FnOnce(&mut BufWriter<disk::File>) -
 }
 
 /// `.name<suffix>` beside `path`.
-fn sibling(path: &Path, suffix: &str) -> Result<PathBuf> {
+pub(crate) fn sibling(path: &Path, suffix: &str) -> Result<PathBuf> {
     let Some(name) = path.file_name() else {
         return Err(Error::usage("is not a usable output name").path(path).remedy("name a new file or folder"));
     };

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::data::corpus::Corpus;
 use crate::data::masking::{LONGEST_TEXT, MaskRules};
 use crate::data::shard::{META, ShardSet};
+use crate::data::tokenizer::Tokenizer;
 use crate::device::{DType, Device};
 use crate::error::{Error, IoContext, Result};
 use crate::graph::Capacity;
@@ -50,6 +51,9 @@ impl Parts {
         let mut notes = Vec::new();
         let (mut config, start) = configuration(settings, facts.vocab_size as usize)?;
         fit(&mut config, facts.vocab_size as usize, &data, &mut notes)?;
+        if let Some(folder) = start.folder.as_deref().filter(|folder| Tokenizer::is_at(folder)) {
+            same_tokenizer(folder, &shards, &mut notes)?;
+        }
         let max_length = max_length(settings, &config, facts.longest as usize, &mut notes);
         let weights = start.weights.as_deref().map(Checkpoint::open).transpose()?;
         if let Some(weights) = &weights {
@@ -142,6 +146,8 @@ struct Start {
     words: String,
     /// Folder or file of its weights; None from scratch.
     weights: Option<PathBuf>,
+    /// Folder of the model, which may hold its tokenizer.
+    folder: Option<PathBuf>,
 }
 
 fn configuration(settings: &Settings, vocabulary: usize) -> Result<(BertConfig, Start)> {
@@ -150,7 +156,7 @@ fn configuration(settings: &Settings, vocabulary: usize) -> Result<(BertConfig, 
         let folder =
             if path.is_dir() { path.clone() } else { path.parent().map(Path::to_path_buf).unwrap_or_default() };
         let config = BertConfig::read(folder.join("config.json"))?;
-        return Ok((config, Start { words: "BERT".into(), weights: Some(path) }));
+        return Ok((config, Start { words: "BERT".into(), weights: Some(path), folder: Some(folder) }));
     }
     let config = match (&settings.config_file, &settings.config_name) {
         (Some(path), _) => BertConfig::read(path)?,
@@ -159,7 +165,7 @@ fn configuration(settings: &Settings, vocabulary: usize) -> Result<(BertConfig, 
             return Err(Error::usage("--model is missing").remedy("give --model, --config-file or --config-name"));
         }
     };
-    Ok((config, Start { words: "BERT from scratch".into(), weights: None }))
+    Ok((config, Start { words: "BERT from scratch".into(), weights: None, folder: None }))
 }
 
 /// Refuses a model whose vocabulary lacks tokens of the data.
@@ -175,6 +181,33 @@ fn fit(config: &mut BertConfig, vocabulary: usize, data: &Path, notes: &mut Vec<
         ));
     }
     Ok(())
+}
+
+/// Refuses data whose token ids mean other tokens to the model in `folder` than to the tokenizer that made them.
+fn same_tokenizer(folder: &Path, shards: &ShardSet, notes: &mut Vec<String>) -> Result<()> {
+    let of_model = Tokenizer::load(folder)?;
+    let of_data = Tokenizer::load(shards.dir())?;
+    if of_model.fingerprint() == of_data.fingerprint() {
+        return Ok(());
+    }
+    match of_data.first_difference(&of_model, of_data.vocab_size()) {
+        Some((id, data, model)) => {
+            let cause = format!(
+                "made with another tokenizer than that of {}: token {id} is {data:?} in the data and {model:?} in the model",
+                folder.display()
+            );
+            let remedy = format!("tokenize with --tokenizer {}", folder.display());
+            Err(Error::refused(cause).path(shards.dir()).remedy(remedy))
+        }
+        None => {
+            notes.push(format!(
+                "{} and {}: the tokenizers have the same tokens but treat text differently, as in lower-casing",
+                shards.dir().display(),
+                folder.display()
+            ));
+            Ok(())
+        }
+    }
 }
 
 fn max_length(settings: &Settings, config: &BertConfig, longest: usize, notes: &mut Vec<String>) -> usize {

@@ -1,12 +1,10 @@
 //! An exported folder while it is written: every file is made durable and its size and checksum noted for the manifest.
 //! [`OutputDir`] makes the folder appear at once and whole, or not at all.
 
-use crate::error::{IoContext, Result};
+use crate::error::Result;
 use crate::files::{Disk, OutputDir};
 use crate::model::safetensors::writer::Written;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// A folder being written.
@@ -49,27 +47,6 @@ impl Staging {
         file.put(bytes)?;
         file.sync()?;
         self.record(relative, Written { size: bytes.len() as u64, crc32c: crc32c::crc32c(bytes) });
-        Ok(())
-    }
-
-    /// Copies a file byte for byte.
-    pub fn copy(&mut self, source: &Path, relative: &str) -> Result<()> {
-        let path = self.place(relative)?;
-        let mut from = File::open(source).at(source, "cannot read")?;
-        let mut to = self.disk().create_new(&path)?;
-        let mut written = Written { size: 0, crc32c: 0 };
-        let mut buffer = vec![0; 1 << 18];
-        loop {
-            let count = from.read(&mut buffer).at(source, "cannot read")?;
-            if count == 0 {
-                break;
-            }
-            to.put(&buffer[..count])?;
-            written.crc32c = crc32c::crc32c_append(written.crc32c, &buffer[..count]);
-            written.size += count as u64;
-        }
-        to.sync()?;
-        self.record(relative, written);
         Ok(())
     }
 
