@@ -1,8 +1,12 @@
 //! `train`: the run, its interruptions and refusals on a toy engine, and the command on the real one. One crate, so that all share
 //! the toy and link once.
 
+#[path = "train/bad_input.rs"]
+mod bad_input;
 #[path = "train/cli.rs"]
 mod cli;
+#[path = "train/exported.rs"]
+mod exported;
 #[path = "train/interrupted.rs"]
 mod interrupted;
 #[path = "train/refused.rs"]
@@ -11,3 +15,5 @@ mod refused;
 mod run;
 #[path = "train/toy.rs"]
 mod toy;
+#[path = "train/world.rs"]
+mod world;

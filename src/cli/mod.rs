@@ -5,6 +5,7 @@
 
 mod demo;
 mod doctor;
+mod export;
 mod inspect;
 mod progress;
 mod step;
@@ -64,6 +65,8 @@ enum Command {
     Inspect(inspect::Arguments),
     /// Pre-train an encoder
     Train(Box<train::Arguments>),
+    /// Make a checkpoint of a run a model that others load
+    Export(export::Arguments),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -79,6 +82,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Inspect(args) => inspect::run(args, global),
         Command::Train(args) => train::run(*args, global),
+        Command::Export(args) => export::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

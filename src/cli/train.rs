@@ -10,7 +10,8 @@ use toml::Table;
 
 use super::{Global, say};
 use crate::error::{Error, Result};
-use crate::train::disk::Disk;
+use crate::files::Disk;
+use crate::train::export::{Request, export_run};
 use crate::train::parts::Parts;
 use crate::train::plan::Plan;
 use crate::train::progress::{Progress, human};
@@ -18,7 +19,7 @@ use crate::train::run::Run;
 use crate::train::schedule::Decay;
 use crate::train::settings::{Objective, Precision, Settings};
 use crate::train::signals::Stop;
-use crate::train::workspace::Workspace;
+use crate::train::workspace::{MODEL, Workspace};
 
 /// The flags of `train`, under their own names and those of [`aliases`].
 #[derive(Debug)]
@@ -202,10 +203,14 @@ pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
     if let Some(checkpoint) = &workspace.start {
         progress.say(&format!("resuming from {}", checkpoint.dir.display()));
     }
+    parts.keep_origin(&plan, &workspace)?;
     let mut engine = parts.engine(settings, &mut |line| progress.say(&line))?;
     let run = Run::new(&plan, workspace, &mut engine, &mut parts.batches, &stop, &mut progress)?;
     let (summary, workspace) = run.run()?;
-    let model = parts.export(settings, &engine, &summary, &workspace.out)?;
+    let model = out.join(MODEL);
+    let last = workspace.store.list()?.pop().map(|(_, dir)| dir);
+    let request = Request { checkpoint: last, overwrite: true, ..Request::new(&out, &model) };
+    export_run(&workspace.disk, &request, &mut |line| progress.warn(&line))?;
     say(&format!(
         "{}\n{} in this process\nmodel: {}",
         summary.to_text(),

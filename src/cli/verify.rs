@@ -6,10 +6,10 @@ use serde_json::json;
 
 use crate::data::shard::{self, ShardSet, Verified};
 use crate::error::{Error, IoContext, Result};
+use crate::files::disk::Disk;
 use crate::model::export;
-use crate::train::disk::Disk;
 use crate::train::store::{self, Store};
-use crate::train::{checkpoint, workspace};
+use crate::train::{checkpoint, origin, workspace};
 
 use super::{Global, grouped, say};
 
@@ -28,6 +28,7 @@ enum What {
     ShardFile,
     Checkpoint,
     Model,
+    Origin,
     Run,
 }
 
@@ -62,6 +63,7 @@ impl What {
             What::ShardFile => "shard",
             What::Checkpoint => "checkpoint",
             What::Model => "exported model",
+            What::Origin => "origin of a run",
             What::Run => "run",
         }
     }
@@ -95,17 +97,19 @@ fn check(path: &Path, what: What) -> Result<Verified> {
         What::ShardFile => shard::verify_file(path),
         What::Checkpoint => checkpoint::verify(path).and_then(|_| sizes(path)),
         What::Model => export::verify_export(path).and_then(|()| sizes(path)),
+        What::Origin => origin::verify(path).and_then(|()| sizes(path)),
         What::Run => run_folder(path),
     }
 }
 
-/// Every checkpoint of a run, and the model it exported.
+/// Every checkpoint of a run, what it keeps of its beginning, and the model it exported.
 fn run_folder(path: &Path) -> Result<Verified> {
     let mut parts: Vec<(PathBuf, What)> =
         Store::new(&Disk::default(), path, 1).list()?.into_iter().map(|(_, dir)| (dir, What::Checkpoint)).collect();
-    let model = path.join(workspace::MODEL);
-    if model.is_dir() {
-        parts.push((model, What::Model));
+    for (name, what) in [(origin::DIR, What::Origin), (workspace::MODEL, What::Model)] {
+        if path.join(name).is_dir() {
+            parts.push((path.join(name), what));
+        }
     }
     let mut all = Verified { files: 0, bytes: 0 };
     let mut errors = Vec::new();

@@ -9,9 +9,11 @@ use std::path::{Path, PathBuf};
 use ahash::AHashMap;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use tokenizers::decoders::wordpiece::WordPiece as WordPieceDecoder;
 use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::normalizers::BertNormalizer;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
+use tokenizers::processors::bert::BertProcessing;
 use tokenizers::{AddedToken, ModelWrapper, PreTokenizerWrapper};
 
 use crate::error::{Error, IoContext, Result};
@@ -63,20 +65,32 @@ pub struct Encoder<'t> {
     cache: Cache,
 }
 
+/// The whole tokenizer, in the form of the `tokenizers` crate.
+pub const TOKENIZER: &str = "tokenizer.json";
+/// BERT's list of words.
+pub const VOCABULARY: &str = "vocab.txt";
+
 /// Files of a tokenizer that are copied along with everything made with it.
-const FILES: [&str; 6] = [
-    "tokenizer.json",
+const FILES: [&str; 8] = [
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "vocab.txt",
+    VOCABULARY,
     "added_tokens.json",
     "sentencepiece.bpe.model",
+    "vocab.json",
+    "merges.txt",
 ];
 
 /// Pieces of text handed to the crate at once: it needs some hundred bytes of memory per byte of text.
 const PIECE: usize = 64 << 10;
 
 impl Tokenizer {
+    /// Whether `folder` holds a tokenizer.
+    pub fn is_at(folder: &Path) -> bool {
+        [TOKENIZER, VOCABULARY].iter().any(|name| folder.join(name).is_file())
+    }
+
     /// Loads from a folder with `tokenizer.json` or `vocab.txt`, or from one of these files.
     pub fn load(path: &Path) -> Result<Tokenizer> {
         let (dir, file) = locate(path)?;
@@ -90,16 +104,18 @@ impl Tokenizer {
         let names = Names::read(&dir)?;
         let json = file.extension().is_some_and(|e| e == "json");
         let mut inner = if json { from_json(&file)? } else { from_vocab(&file, &names)? };
-        if json && file.file_name().is_some_and(|n| n != "tokenizer.json") {
-            // A file of another name is the tokenizer; what lies beside it may belong to a different one.
-            files = vec![("tokenizer.json".into(), fs::read(&file).at(&file, "cannot read")?)];
-        }
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| unusable(&file, &e.to_string()))?;
-        if !files.iter().any(|(name, _)| name == "tokenizer.json") {
-            // Consumers of an export need this form.
-            let text = inner.to_string(false).map_err(|e| unusable(&file, &e.to_string()))?;
-            files.push(("tokenizer.json".into(), text.into_bytes()));
+        let main = if json { TOKENIZER } else { VOCABULARY };
+        if file.file_name().is_some_and(|n| n != main) {
+            // A file of another name is the tokenizer; what lies beside it may belong to a different one.
+            files = vec![(main.into(), fs::read(&file).at(&file, "cannot read")?)];
+        }
+        if !json {
+            // Consumers of an export need the other form: that of this very list, whatever lies beside it.
+            files.retain(|(name, _)| name != TOKENIZER);
+            let text = inner.to_string(true).map_err(|e| unusable(&file, &e.to_string()))?;
+            files.push((TOKENIZER.into(), text.into_bytes()));
         }
         Self::build(inner, file, &names, files)
     }
@@ -163,6 +179,13 @@ impl Tokenizer {
     /// The text of a token, as the vocabulary spells it.
     pub fn spelling(&self, id: u32) -> String {
         self.inner.id_to_token(id).unwrap_or_else(|| format!("<{id}>"))
+    }
+
+    /// The first token id below `limit` that means another token in `other`, with both spellings; `None` where the ids agree.
+    pub fn first_difference(&self, other: &Tokenizer, limit: u32) -> Option<(u32, String, String)> {
+        (0..limit)
+            .find(|&id| self.inner.id_to_token(id) != other.inner.id_to_token(id))
+            .map(|id| (id, self.spelling(id), other.spelling(id)))
     }
 
     /// An encoder for one thread.
@@ -237,7 +260,7 @@ fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
         let dir = path.parent().unwrap_or(Path::new("")).to_path_buf();
         return Ok((dir, path.to_path_buf()));
     }
-    ["tokenizer.json", "vocab.txt"].iter().map(|name| path.join(name)).find(|p| p.is_file()).map_or_else(
+    [TOKENIZER, VOCABULARY].iter().map(|name| path.join(name)).find(|p| p.is_file()).map_or_else(
         || {
             Err(Error::refused("holds neither tokenizer.json nor vocab.txt")
                 .path(path)
@@ -274,6 +297,11 @@ fn from_vocab(file: &Path, names: &Names) -> Result<tokenizers::Tokenizer> {
         BertNormalizer::new(true, flag("tokenize_chinese_chars", true), strip_accents, flag("do_lower_case", true));
     let mut tokenizer = tokenizers::Tokenizer::new(model);
     tokenizer.with_normalizer(Some(normalizer)).with_pre_tokenizer(Some(BertPreTokenizer));
+    tokenizer.with_decoder(Some(WordPieceDecoder::default()));
+    let marks = [&names.sep, &names.cls].map(|name| Some((name.clone(), tokenizer.token_to_id(name)?)));
+    if let [Some(sep), Some(cls)] = marks {
+        tokenizer.with_post_processor(Some(BertProcessing::new(sep, cls)));
+    }
     let added: Vec<AddedToken> = [&names.pad, &names.unk, &names.cls, &names.sep, &names.mask]
         .into_iter()
         .filter(|name| tokenizer.token_to_id(name).is_some())

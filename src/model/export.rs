@@ -18,6 +18,7 @@ use super::tensor_file::Info;
 use super::tokenizer_files;
 use super::weights::ENHANCED_DECODER;
 use crate::error::{Error, IoContext, Result};
+use crate::files::Disk;
 use serde_json::{Map, Value, json};
 use staging::Staging;
 use std::io::Read;
@@ -157,9 +158,16 @@ pub type Source<'a> = dyn FnMut(&str, &mut Vec<f32>) -> Result<()> + 'a;
 /// # Errors
 /// The target exists, the tokenizer is missing, a value is not finite, the source or the system fails; nothing is left behind.
 pub fn export(spec: &ExportSpec, target: impl AsRef<Path>, source: &mut Source<'_>) -> Result<()> {
-    let target = target.as_ref();
+    export_on(&Disk::default(), spec, target.as_ref(), source)
+}
+
+/// [`export`] on this disk.
+///
+/// # Errors
+/// As [`export`].
+pub fn export_on(disk: &Disk, spec: &ExportSpec, target: &Path, source: &mut Source<'_>) -> Result<()> {
     spec.check()?;
-    let mut staging = Staging::begin(target, spec.replace, MANIFEST)?;
+    let mut staging = Staging::begin(disk, target, spec.replace, MANIFEST)?;
     let text = pretty(&Value::Object(layout::config(spec)));
     staging.write("config.json", text.as_bytes())?;
     tokenizer_files::write(&spec.tokenizer, spec.config.max_position_embeddings, &mut staging)?;
@@ -227,7 +235,7 @@ fn write_file(
         .iter()
         .map(|(name, p)| Spec { name: name.clone(), info: Info { dtype, shape: p.shape.clone() } })
         .collect();
-    let mut writer = Writer::create(staging.place(relative)?, specs, &[])?;
+    let mut writer = Writer::create_on(staging.disk(), &staging.place(relative)?, specs, &[])?;
     let mut values = Vec::new();
     for (name, param) in params {
         source(&param.name, &mut values)?;

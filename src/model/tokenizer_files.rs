@@ -5,29 +5,14 @@
 
 use super::export::pretty;
 use super::export::staging::Staging;
-use super::small_file;
+use crate::data::tokenizer::{TOKENIZER, Tokenizer, VOCABULARY};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-const TOKENIZER: &str = "tokenizer.json";
-const VOCABULARY: &str = "vocab.txt";
 const CONFIG: &str = "tokenizer_config.json";
 const SPECIAL: &str = "special_tokens_map.json";
-/// Everything a folder may hold of a tokenizer.
-const FILES: [&str; 8] = [
-    TOKENIZER,
-    VOCABULARY,
-    CONFIG,
-    SPECIAL,
-    "added_tokens.json",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "merges.txt",
-];
-/// Largest tokenizer file that is parsed; those of 250,000-token vocabularies take 17 MB.
-const MAX_BYTES: u64 = 256 << 20;
 /// Role, and the spellings of it in WordPiece and in SentencePiece vocabularies.
 const ROLES: [(&str, [&str; 2]); 5] = [
     ("unk_token", ["[UNK]", "<unk>"]),
@@ -39,22 +24,15 @@ const ROLES: [(&str, [&str; 2]); 5] = [
 
 /// Copies the tokenizer at `source` (a folder, or one of its two main files) and derives what is missing.
 pub(super) fn write(source: &Path, longest: usize, staging: &mut Staging) -> Result<()> {
-    let present = find(source)?;
-    for (name, path) in &present {
-        staging.copy(path, name)?;
+    let tokenizer = Tokenizer::load(source)?;
+    let mut description: &[u8] = &[];
+    for (name, bytes) in tokenizer.files() {
+        staging.write(name, bytes)?;
+        if name == TOKENIZER {
+            description = bytes;
+        }
     }
-    let settings = match present.get(CONFIG) {
-        Some(path) => object(path)?,
-        None => Map::new(),
-    };
-    let facts = match (present.get(TOKENIZER), present.get(VOCABULARY)) {
-        (Some(path), _) => Facts::from_json(path)?,
-        (None, Some(path)) => Facts::from_vocabulary(path, settings.get("do_lower_case").and_then(Value::as_bool))?,
-        (None, None) => return Err(nothing(source)),
-    };
-    if !staging.has(TOKENIZER) {
-        staging.write(TOKENIZER, pretty(&facts.tokenizer_json(source)?).as_bytes())?;
-    }
+    let facts = Facts::read(description).map_err(|e| e.path(source))?;
     if !staging.has(VOCABULARY) && facts.word_piece {
         staging.write(VOCABULARY, facts.vocabulary(source)?.as_bytes())?;
     }
@@ -78,25 +56,6 @@ pub(super) fn write(source: &Path, longest: usize, staging: &mut Staging) -> Res
     Ok(())
 }
 
-/// The files that are there, by the name they are to have.
-fn find(source: &Path) -> Result<BTreeMap<&'static str, PathBuf>> {
-    if source.is_dir() {
-        let all = FILES.into_iter().map(|name| (name, source.join(name)));
-        return Ok(all.filter(|(_, path)| path.is_file()).collect());
-    }
-    if !source.is_file() {
-        return Err(nothing(source));
-    }
-    let name = if source.extension().is_some_and(|e| e == "txt") { VOCABULARY } else { TOKENIZER };
-    Ok(BTreeMap::from([(name, source.to_path_buf())]))
-}
-
-fn nothing(source: &Path) -> Error {
-    Error::refused("no tokenizer: neither tokenizer.json nor vocab.txt")
-        .path(source)
-        .remedy("give the folder of a tokenizer")
-}
-
 /// What has to be known of a tokenizer to write the missing files.
 struct Facts {
     word_piece: bool,
@@ -108,14 +67,13 @@ struct Facts {
 }
 
 impl Facts {
-    fn from_json(path: &Path) -> Result<Self> {
-        let root = object(path)?;
+    /// From the text of `tokenizer.json`.
+    fn read(description: &[u8]) -> Result<Self> {
+        let refuse = |cause: String| Error::refused(cause).remedy("give a tokenizer.json of the tokenizers library");
+        let root: Map<String, Value> =
+            serde_json::from_slice(description).map_err(|e| refuse(format!("not a JSON object: {e}")))?;
         let model = root.get("model").and_then(Value::as_object);
-        let Some(model) = model else {
-            return Err(Error::refused("has no model")
-                .path(path)
-                .remedy("give a tokenizer.json of the tokenizers library"));
-        };
+        let Some(model) = model else { return Err(refuse("has no model".into())) };
         let mut tokens = BTreeMap::new();
         match model.get("vocab") {
             Some(Value::Object(map)) => {
@@ -145,24 +103,6 @@ impl Facts {
         })
     }
 
-    fn from_vocabulary(path: &Path, lower_case: Option<bool>) -> Result<Self> {
-        let text = text(path)?;
-        let mut tokens = BTreeMap::new();
-        for (i, line) in text.lines().enumerate() {
-            if tokens.insert(line.to_string(), i as u64).is_some() {
-                let cause = format!("the token {line:?} is there twice");
-                return Err(Error::refused(cause).path(path).line(i as u64 + 1).remedy("remove one of the two lines"));
-            }
-        }
-        Ok(Facts {
-            word_piece: true,
-            lower_case: lower_case.unwrap_or(true),
-            strip_accents: Value::Null,
-            chinese: true,
-            tokens,
-        })
-    }
-
     /// The special tokens the vocabulary has.
     fn roles(&self) -> Map<String, Value> {
         let spelled = |names: [&'static str; 2]| names.into_iter().find(|name| self.tokens.contains_key(*name));
@@ -180,53 +120,4 @@ impl Facts {
         let length = order.iter().map(|row| row.1.len() + 1).sum();
         Ok(order.iter().fold(String::with_capacity(length), |text, row| text + row.1 + "\n"))
     }
-
-    /// BERT's WordPiece tokenizer over this vocabulary, as the tokenizers library writes it.
-    fn tokenizer_json(&self, source: &Path) -> Result<Value> {
-        let mut added = Vec::new();
-        for (role, [token, _]) in ROLES {
-            let Some(id) = self.tokens.get(token) else {
-                let cause = format!("the vocabulary has no {token} ({role})");
-                return Err(Error::refused(cause).path(source).remedy("give a BERT vocabulary, or a tokenizer.json"));
-            };
-            added.push(json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": true}));
-        }
-        added.sort_by_key(|token| token["id"].as_u64());
-        let special = |name: &str| json!({"id": name, "ids": [self.tokens.get(name)], "tokens": [name]});
-        let mark = |name: &str, kind: u8| json!({"SpecialToken": {"id": name, "type_id": kind}});
-        let sequence = |name: &str, kind: u8| json!({"Sequence": {"id": name, "type_id": kind}});
-        let first = [mark("[CLS]", 0), sequence("A", 0), mark("[SEP]", 0)];
-        let pair: Vec<Value> = first.iter().cloned().chain([sequence("B", 1), mark("[SEP]", 1)]).collect();
-        let mut order: Vec<(&String, &u64)> = self.tokens.iter().collect();
-        order.sort_unstable_by_key(|row| row.1);
-        let vocab: Map<String, Value> = order.into_iter().map(|(token, id)| (token.clone(), json!(id))).collect();
-        Ok(json!({
-            "version": "1.0",
-            "truncation": null,
-            "padding": null,
-            "added_tokens": added,
-            "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": self.chinese,
-                "strip_accents": self.strip_accents, "lowercase": self.lower_case},
-            "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "post_processor": {"type": "TemplateProcessing", "single": first, "pair": pair,
-                "special_tokens": {"[CLS]": special("[CLS]"), "[SEP]": special("[SEP]")}},
-            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
-            "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-                "max_input_chars_per_word": 100, "vocab": vocab},
-        }))
-    }
-}
-
-fn object(path: &Path) -> Result<Map<String, Value>> {
-    serde_json::from_str(&text(path)?).map_err(|e| {
-        Error::refused(format!("not a JSON object: {e}"))
-            .path(path)
-            .line(e.line().max(1) as u64)
-            .remedy("get the tokenizer again")
-    })
-}
-
-fn text(path: &Path) -> Result<String> {
-    small_file::text(path, MAX_BYTES, "a tokenizer")
 }

@@ -18,25 +18,22 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 
 use crate::error::{Error, IoContext, Result};
-use crate::train::disk::{CHUNK, Disk, File};
+use crate::files::Disk;
+use crate::train::manifest::{self, Hashed, Layout, SMALL, Trouble, json_bytes};
 use crate::train::{Arena, Engine, ParamInfo};
 
 /// Version of the layout of a checkpoint folder.
 pub const FORMAT: u32 = 1;
 
-const MANIFEST: &str = "manifest.json";
+const LAYOUT: Layout =
+    Layout { what: "checkpoint", format: FORMAT, remedy: "the checkpoint is damaged; use another one" };
+/// The weights of a checkpoint, under checkpoint names: a model that other tools can open.
+pub(super) const WEIGHTS: &str = "weights.safetensors";
 const STATE: &str = "state.json";
-const ARENAS: [(Arena, &str); 3] = [
-    (Arena::Weights, "weights.safetensors"),
-    (Arena::Moment1, "moment1.safetensors"),
-    (Arena::Moment2, "moment2.safetensors"),
-];
-
-/// Largest `state.json`, `manifest.json` or tensor header that is read.
-const SMALL: u64 = 16 << 20;
+const ARENAS: [(Arena, &str); 3] =
+    [(Arena::Weights, WEIGHTS), (Arena::Moment1, "moment1.safetensors"), (Arena::Moment2, "moment2.safetensors")];
 
 /// Everything of a run but the tensors.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -113,32 +110,13 @@ pub fn write(disk: &Disk, dir: &Path, state: &State, engine: &dyn Engine) -> Res
     out.put(&json_bytes(&serde_json::to_value(state).map_err(|e| unwritable(dir, &e))?))?;
     files.insert(STATE.to_string(), out.finish()?);
 
-    let mut manifest = Map::new();
-    manifest.insert("format".into(), json!(FORMAT));
-    manifest.insert("files".into(), Value::Object(files));
-    let digest = digest_of(&manifest);
-    manifest.insert("sha256".into(), json!(digest));
-    let mut out = Hashed::create(disk, &dir.join(MANIFEST))?;
-    out.put(&json_bytes(&Value::Object(manifest)))?;
-    out.finish().map(drop)
+    manifest::write(disk, dir, LAYOUT, files)
 }
 
 fn unwritable(dir: &Path, e: &serde_json::Error) -> Error {
     Error::refused(format!("the state cannot be written as JSON: {e}"))
         .path(dir.join(STATE))
         .remedy("report this as a defect")
-}
-
-fn json_bytes(value: &Value) -> Vec<u8> {
-    format!("{value:#}\n").into_bytes()
-}
-
-fn digest_of(manifest: &Map<String, Value>) -> String {
-    hex(&Sha256::digest(Value::Object(manifest.clone()).to_string()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn write_tensors(out: &mut Hashed, parameters: &[ParamInfo], arena: &[f32]) -> Result<()> {
@@ -163,30 +141,6 @@ fn slice<'a>(arena: &'a [f32], p: &ParamInfo) -> Result<&'a [f32]> {
         Error::refused(format!("{} lies outside its arena of {} elements", p.name, arena.len()))
             .remedy("report this as a defect")
     })
-}
-
-/// A file whose size and digest are taken while it is written.
-struct Hashed {
-    file: File,
-    size: u64,
-    sha: Sha256,
-}
-
-impl Hashed {
-    fn create(disk: &Disk, path: &Path) -> Result<Self> {
-        Ok(Hashed { file: disk.create(path)?, size: 0, sha: Sha256::new() })
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.size += bytes.len() as u64;
-        self.sha.update(bytes);
-        self.file.put(bytes)
-    }
-
-    fn finish(mut self) -> Result<Value> {
-        self.file.sync()?;
-        Ok(json!({ "bytes": self.size, "sha256": hex(&self.sha.finalize()) }))
-    }
 }
 
 /// A checkpoint whose every byte was checked.
@@ -219,17 +173,14 @@ impl Checkpoint {
     }
 
     fn open_checked(disk: &Disk, dir: &Path) -> std::result::Result<Self, Trouble> {
-        let manifest = read_manifest(disk, &dir.join(MANIFEST))?;
-        for (name, entry) in &manifest {
-            check_file(disk, &dir.join(name), entry)?;
-        }
+        let files = manifest::check(disk, dir, LAYOUT)?;
         let path = dir.join(STATE);
-        if !manifest.contains_key(STATE) || ARENAS.iter().any(|(_, name)| !manifest.contains_key(*name)) {
-            return Err(damage(&dir.join(MANIFEST), "does not list every file of a checkpoint"));
+        if !files.contains_key(STATE) || ARENAS.iter().any(|(_, name)| !files.contains_key(*name)) {
+            return Err(LAYOUT.damage(&dir.join(manifest::FILE), "does not list every file of a checkpoint"));
         }
         let state = disk.read_small(&path, SMALL)?;
         let state =
-            serde_json::from_slice(&state).map_err(|e| damage(&path, format!("not the state of a run: {e}")))?;
+            serde_json::from_slice(&state).map_err(|e| LAYOUT.damage(&path, format!("not the state of a run: {e}")))?;
         Ok(Checkpoint { dir: dir.to_path_buf(), state })
     }
 
@@ -249,7 +200,7 @@ impl Checkpoint {
 
 /// Whether `dir` looks like a checkpoint folder.
 pub fn is_checkpoint(dir: &Path) -> bool {
-    dir.join(MANIFEST).is_file() && dir.join(STATE).is_file()
+    dir.join(manifest::FILE).is_file() && dir.join(STATE).is_file()
 }
 
 /// Checks every digest of a checkpoint.
@@ -260,82 +211,6 @@ pub fn verify(dir: &Path) -> Result<State> {
     }
 }
 
-/// Why a checkpoint did not open: something wrong with its bytes, or something else.
-enum Trouble {
-    Damage(Error),
-    Other(Error),
-}
-
-impl From<Error> for Trouble {
-    fn from(e: Error) -> Self {
-        Trouble::Other(e)
-    }
-}
-
-fn damage(path: &Path, cause: impl Into<String>) -> Trouble {
-    Trouble::Damage(damaged(path, cause))
-}
-
-fn damaged(path: &Path, cause: impl Into<String>) -> Error {
-    Error::refused(cause).path(path).remedy("the checkpoint is damaged; use another one")
-}
-
-fn missing(path: &Path) -> Option<Trouble> {
-    (!path.exists()).then(|| damage(path, "missing"))
-}
-
-fn read_manifest(disk: &Disk, path: &Path) -> std::result::Result<Map<String, Value>, Trouble> {
-    if let Some(trouble) = missing(path) {
-        return Err(trouble);
-    }
-    let bytes = match disk.read_small(path, SMALL) {
-        Err(e) if e.kind() == crate::error::Kind::Refused => return Err(Trouble::Damage(e)),
-        other => other?,
-    };
-    let mut manifest: Map<String, Value> =
-        serde_json::from_slice(&bytes).map_err(|e| damage(path, format!("not a manifest: {e}")))?;
-    let canonical = json_bytes(&Value::Object(manifest.clone())) == bytes;
-    let digest = manifest.shift_remove("sha256");
-    if digest.as_ref().and_then(Value::as_str) != Some(&digest_of(&manifest)) {
-        return Err(damage(path, "its own digest does not hold"));
-    }
-    let format = manifest.get("format").and_then(Value::as_u64);
-    if format != Some(u64::from(FORMAT)) {
-        let cause = format!("checkpoint format {}, this engine reads format {FORMAT}", format.unwrap_or(0));
-        return Err(Trouble::Other(Error::refused(cause).path(path).remedy("use the engine that wrote it")));
-    }
-    match manifest.shift_remove("files") {
-        // The digest is of the content; white space outside it must not change either.
-        Some(Value::Object(files)) if canonical => Ok(files),
-        _ => Err(damage(path, "not as this engine writes it")),
-    }
-}
-
-fn check_file(disk: &Disk, path: &Path, entry: &Value) -> std::result::Result<(), Trouble> {
-    if let Some(trouble) = missing(path) {
-        return Err(trouble);
-    }
-    let mut file = disk.open(path)?;
-    let (size, expected) = (file.size()?, entry["bytes"].as_u64());
-    if Some(size) != expected {
-        return Err(damage(path, format!("{size} bytes, the manifest says {}", expected.unwrap_or(0))));
-    }
-    let mut sha = Sha256::new();
-    let mut buffer = vec![0; CHUNK.min(size as usize + 1)];
-    loop {
-        let n = file.read(&mut buffer).at(path, "cannot read")?;
-        if n == 0 {
-            break;
-        }
-        sha.update(&buffer[..n]);
-    }
-    if entry["sha256"].as_str() == Some(&hex(&sha.finalize())) {
-        Ok(())
-    } else {
-        Err(damage(path, "its digest does not hold"))
-    }
-}
-
 /// Fills the parameters' places of `arena` from a safetensors file.
 fn read_tensors(disk: &Disk, path: &Path, parameters: &[ParamInfo], arena: &mut [f32]) -> Result<()> {
     let mut file = disk.open(path)?;
@@ -343,12 +218,12 @@ fn read_tensors(disk: &Disk, path: &Path, parameters: &[ParamInfo], arena: &mut 
     file.read_exact(&mut length).at(path, "cannot read")?;
     let size = u64::from_le_bytes(length);
     if size > SMALL {
-        return Err(damaged(path, format!("a header of {size} bytes")));
+        return Err(LAYOUT.damaged(path, format!("a header of {size} bytes")));
     }
     let mut header = vec![0; size as usize];
     file.read_exact(&mut header).at(path, "cannot read")?;
     let metadata: Metadata =
-        serde_json::from_slice(&header).map_err(|e| damaged(path, format!("not safetensors: {e}")))?;
+        serde_json::from_slice(&header).map_err(|e| LAYOUT.damaged(path, format!("not safetensors: {e}")))?;
 
     let stored = metadata.tensors();
     if let Some(name) = stored.keys().find(|name| !parameters.iter().any(|p| p.name == **name)) {
@@ -363,7 +238,8 @@ fn read_tensors(disk: &Disk, path: &Path, parameters: &[ParamInfo], arena: &mut 
                     .remedy(OTHER_MODEL)
             })?;
         file.seek(SeekFrom::Start(8 + size + info.data_offsets.0 as u64)).at(path, "cannot seek")?;
-        let place = arena.get_mut(p.offset..p.offset + p.elements()).ok_or_else(|| damaged(path, "arena too short"))?;
+        let place =
+            arena.get_mut(p.offset..p.offset + p.elements()).ok_or_else(|| LAYOUT.damaged(path, "arena too short"))?;
         file.read_exact(bytemuck::cast_slice_mut(place)).at(path, "cannot read")?;
     }
     Ok(())

@@ -6,7 +6,8 @@
 use std::path::Path;
 
 use crate::data::batch::{DecoderBatch, PretrainBatch, Visibility};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
+use crate::files::{self, Disk};
 use crate::model::element::Dtype;
 use crate::model::safetensors::SafeTensors;
 use crate::model::safetensors::writer::{Spec, Writer};
@@ -70,12 +71,21 @@ impl BatchFile {
         let labels =
             |name: &str| packing.labels(&self.like(name, &shape)?, vocabulary).map_err(|c| self.refuse(name, c));
         let (encoder_label_rows, encoder_label_ids) = labels("encoder_labels")?;
+        if encoder_label_ids.is_empty() {
+            return Err(self.refuse("encoder_labels", "holds no label, so there is no loss".into()));
+        }
         let decoder = match decoder {
             false => None,
             true => {
                 let (label_rows, label_ids) = labels("decoder_labels")?;
+                if label_ids.is_empty() {
+                    return Err(self.refuse("decoder_labels", "holds no label, so there is no loss".into()));
+                }
                 let ids = self.like("decoder_input_ids", &shape)?;
                 let visible = self.like("decoder_attention_mask", &[shape[0], shape[1], shape[1]])?;
+                if let Some(x) = visible.iter().find(|&&x| x != 0 && x != 1) {
+                    return Err(self.refuse("decoder_attention_mask", format!("holds {x}, neither 0 nor 1")));
+                }
                 let visibility = packing.visibility(&visible);
                 Some(DecoderBatch { ids: tokens("decoder_input_ids", &ids)?, label_rows, label_ids, visibility })
             }
@@ -102,19 +112,25 @@ pub fn write_gradients(path: &Path, model: &Pretrainer, losses: &Losses) -> Resu
     let parts = model.params().parts();
     let specs = scalars.iter().map(|(name, _)| spec(name.clone(), Vec::new()));
     let specs = specs.chain(parts.iter().map(|p| spec(format!("grad.{}", p.name), p.shape.clone()))).collect();
-    let written = Writer::create(path, specs, &[]).and_then(|mut writer| {
+    let temporary = files::sibling(path, &format!(".tmp-{}", std::process::id()))?;
+    let disk = Disk::default();
+    let written = Writer::create(&temporary, specs, &[]).and_then(|mut writer| {
         for (name, value) in &scalars {
             writer.write_f32(name, &[*value as f32])?;
         }
         for part in parts {
             writer.write_f32(&format!("grad.{}", part.name), &model.params().get_gradient(part))?;
         }
-        writer.finish()
+        writer.finish()?;
+        disk.rename(&temporary, path)?;
+        disk.sync_dir(files::parent(path))
     });
-    if written.is_err() && path.is_file() {
-        std::fs::remove_file(path).at(path, "cannot remove the unfinished file")?;
+    if written.is_err() {
+        // The error that matters is the first one; the temporary file may not even exist.
+        let _ = disk.remove(&temporary);
     }
-    written.map(|_| ())
+    // Errors speak of the file that was asked for.
+    written.map_err(|e| e.path(path))
 }
 
 /// Which cells of a padded batch are tokens.

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{IoContext, Result};
-use crate::train::disk::{Disk, File};
+use crate::files::disk::{Disk, File};
 
 /// Name of the file in the output folder.
 pub const FILE: &str = "metrics.jsonl";

@@ -6,10 +6,11 @@
 //!
 //! - [`plan`]: what a run will do; [`run`]: the loop; [`workspace`]: the output folder, the lock, and what to resume from
 //! - [`settings`]: every knob with its default; [`schedule`]: the learning rate; [`batches`]: [`Batches`] over a corpus
-//! - [`checkpoint`], [`store`]: one checkpoint, and the folder of them; [`disk`]: the file operations below both
+//! - [`checkpoint`], [`store`]: one checkpoint, and the folder of them
 //! - [`pretrain`]: [`Engine`] of the pre-training objectives; [`parts`]: model and data of the settings, brought together
+//! - [`origin`]: what a run keeps of its beginning; [`export`]: a checkpoint made a model that others load
 //! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
-//! - [`lock`], [`signals`]: one writer; orderly stops
+//! - [`signals`]: orderly stops; the file operations below all of this are [`crate::files`]
 
 use std::time::Duration;
 
@@ -19,9 +20,10 @@ use crate::error::Result;
 pub mod batches;
 pub mod checkpoint;
 pub mod contract;
-pub mod disk;
-pub mod lock;
+pub mod export;
+mod manifest;
 pub mod metrics;
+pub mod origin;
 pub mod parts;
 pub mod plan;
 pub mod pretrain;

@@ -1,28 +1,28 @@
-//! What the settings of a run name, brought together: the data, the model's configuration, its weights, the export at the end.
+//! What the settings of a run name, brought together: the data, the model's configuration, its weights.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde_json::{Map, json};
 use sha2::{Digest, Sha256};
 
 use crate::data::corpus::Corpus;
 use crate::data::masking::{LONGEST_TEXT, MaskRules};
 use crate::data::shard::{META, ShardSet};
+use crate::data::tokenizer::Tokenizer;
 use crate::device::{DType, Device};
 use crate::error::{Error, IoContext, Result};
 use crate::graph::Capacity;
 use crate::model::config::BertConfig;
-use crate::model::export::{ExportKind, ExportSpec, export};
 use crate::model::weights::Checkpoint;
 use crate::model::{hub, names, presets};
 use crate::train::batches::CorpusBatches;
+use crate::train::origin::{self, Origin};
+use crate::train::plan::Plan;
 use crate::train::pretrain::PretrainEngine;
-use crate::train::run::Summary;
 use crate::train::settings::{Objective, Precision, Settings};
 use crate::train::step::Pretrainer;
-use crate::train::workspace::MODEL;
-use crate::train::{About, Arena, Batches, Engine};
+use crate::train::workspace::Workspace;
+use crate::train::{About, Batches};
 
 /// Data and model of a run, opened and checked but not yet allocated.
 pub struct Parts {
@@ -35,7 +35,7 @@ pub struct Parts {
     config: BertConfig,
     weights: Option<Checkpoint>,
     capacity: Capacity,
-    data: PathBuf,
+    shards: Arc<ShardSet>,
 }
 
 impl Parts {
@@ -49,10 +49,13 @@ impl Parts {
         let shards = Arc::new(ShardSet::open(&data)?);
         let facts = shards.facts().clone();
         let mut notes = Vec::new();
-        let (mut config, origin) = configuration(settings, facts.vocab_size as usize)?;
+        let (mut config, start) = configuration(settings, facts.vocab_size as usize)?;
         fit(&mut config, facts.vocab_size as usize, &data, &mut notes)?;
+        if let Some(folder) = start.folder.as_deref().filter(|folder| Tokenizer::is_at(folder)) {
+            same_tokenizer(folder, &shards, &mut notes)?;
+        }
         let max_length = max_length(settings, &config, facts.longest as usize, &mut notes);
-        let weights = origin.weights.as_deref().map(Checkpoint::open).transpose()?;
+        let weights = start.weights.as_deref().map(Checkpoint::open).transpose()?;
         if let Some(weights) = &weights {
             weights.check(&names::encoder(&config))?;
         }
@@ -69,13 +72,13 @@ impl Parts {
         let about = About {
             model: format!(
                 "{}, {} layers of width {}, {} heads, {} tokens",
-                origin.words,
+                start.words,
                 config.num_hidden_layers,
                 config.hidden_size,
                 config.num_attention_heads,
                 config.vocab_size
             ),
-            model_fingerprint: fingerprint(&config, origin.weights.as_deref())?,
+            model_fingerprint: fingerprint(&config, start.weights.as_deref())?,
             parameters: footprint.parameters as u64,
             data: format!("{} sequences, {} tokens", facts.sequences, facts.tokens),
             data_fingerprint: short_digest(&std::fs::read(data.join(META)).at(data.join(META), "cannot read")?),
@@ -86,7 +89,7 @@ impl Parts {
             precision: "fp32".into(),
             memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
         };
-        Ok(Parts { about, batches, notes, config, weights, capacity, data })
+        Ok(Parts { about, batches, notes, config, weights, capacity, shards })
     }
 
     /// Allocates the model and loads or initialises its weights. Says in one line which parameters start fresh beside loaded ones.
@@ -109,34 +112,19 @@ impl Parts {
         Ok(PretrainEngine::new(model, settings))
     }
 
-    /// Exports the model of `engine` into the output folder `out`, with the tokenizer that made the data, and returns its folder.
-    pub fn export(&self, settings: &Settings, engine: &dyn Engine, summary: &Summary, out: &Path) -> Result<PathBuf> {
-        let mut spec = ExportSpec::new(self.config.clone(), ExportKind::MaskedLm, &self.data);
-        spec.enhanced_decoder = settings.objective == Objective::Retromae;
-        spec.pooler = self.weights.as_ref().is_some_and(|w| w.contains_all(&names::pooler(&self.config)));
-        spec.base_model = settings.model.clone().filter(|name| hub::is_hub_name(name) && !Path::new(name).exists());
-        spec.replace = true;
-        spec.provenance = provenance(settings, &self.about, summary);
-
-        let parameters = engine.parameters();
-        let mut arena = Vec::new();
-        engine.read_arena(Arena::Weights, &mut arena)?;
-        let target = out.join(MODEL);
-        export(&spec, &target, &mut |name, values| {
-            values.clear();
-            if let Some(p) = parameters.iter().find(|p| p.name == name) {
-                values.extend_from_slice(&arena[p.offset..p.offset + p.elements()]);
-                return Ok(());
-            }
-            // The pooler is not trained here; it is passed on as it came.
-            let untouched = self.weights.as_ref().and_then(|w| Some((w, w.shape(name)?)));
-            let (weights, shape) = untouched.ok_or_else(|| {
-                Error::refused("the model has no such parameter").tensor(name).remedy("report this as a defect")
-            })?;
-            values.resize(shape.iter().product(), 0.0);
-            weights.read_f32(name, &shape, values)
-        })?;
-        Ok(target)
+    /// Keeps in the output folder of `workspace` what its checkpoints need to be exported by themselves.
+    pub fn keep_origin(&self, plan: &Plan, workspace: &Workspace) -> Result<()> {
+        let of = |key: &str| plan.identity.get(key).cloned().unwrap_or_default();
+        let name = plan.settings.model.clone();
+        let about = origin::About {
+            model: of("model"),
+            data: of("data"),
+            base_model: name.filter(|name| hub::is_hub_name(name) && !Path::new(name).exists()),
+            pooler: self.weights.as_ref().is_some_and(|w| w.contains_all(&names::pooler(&self.config))),
+        };
+        let tokenizer = self.shards.read_files()?;
+        let origin = Origin { about, config: &self.config, tokenizer, weights: self.weights.as_ref() };
+        origin::keep(&workspace.disk, &workspace.out, &origin)
     }
 }
 
@@ -154,19 +142,21 @@ fn device(settings: &Settings) -> Result<String> {
 }
 
 /// Where a model comes from.
-struct Origin {
+struct Start {
     words: String,
     /// Folder or file of its weights; None from scratch.
     weights: Option<PathBuf>,
+    /// Folder of the model, which may hold its tokenizer.
+    folder: Option<PathBuf>,
 }
 
-fn configuration(settings: &Settings, vocabulary: usize) -> Result<(BertConfig, Origin)> {
+fn configuration(settings: &Settings, vocabulary: usize) -> Result<(BertConfig, Start)> {
     if let Some(name) = &settings.model {
         let path = hub::resolve(name)?;
         let folder =
             if path.is_dir() { path.clone() } else { path.parent().map(Path::to_path_buf).unwrap_or_default() };
         let config = BertConfig::read(folder.join("config.json"))?;
-        return Ok((config, Origin { words: "BERT".into(), weights: Some(path) }));
+        return Ok((config, Start { words: "BERT".into(), weights: Some(path), folder: Some(folder) }));
     }
     let config = match (&settings.config_file, &settings.config_name) {
         (Some(path), _) => BertConfig::read(path)?,
@@ -175,7 +165,7 @@ fn configuration(settings: &Settings, vocabulary: usize) -> Result<(BertConfig, 
             return Err(Error::usage("--model is missing").remedy("give --model, --config-file or --config-name"));
         }
     };
-    Ok((config, Origin { words: "BERT from scratch".into(), weights: None }))
+    Ok((config, Start { words: "BERT from scratch".into(), weights: None, folder: None }))
 }
 
 /// Refuses a model whose vocabulary lacks tokens of the data.
@@ -191,6 +181,33 @@ fn fit(config: &mut BertConfig, vocabulary: usize, data: &Path, notes: &mut Vec<
         ));
     }
     Ok(())
+}
+
+/// Refuses data whose token ids mean other tokens to the model in `folder` than to the tokenizer that made them.
+fn same_tokenizer(folder: &Path, shards: &ShardSet, notes: &mut Vec<String>) -> Result<()> {
+    let of_model = Tokenizer::load(folder)?;
+    let of_data = Tokenizer::load(shards.dir())?;
+    if of_model.fingerprint() == of_data.fingerprint() {
+        return Ok(());
+    }
+    match of_data.first_difference(&of_model, of_data.vocab_size()) {
+        Some((id, data, model)) => {
+            let cause = format!(
+                "made with another tokenizer than that of {}: token {id} is {data:?} in the data and {model:?} in the model",
+                folder.display()
+            );
+            let remedy = format!("tokenize with --tokenizer {}", folder.display());
+            Err(Error::refused(cause).path(shards.dir()).remedy(remedy))
+        }
+        None => {
+            notes.push(format!(
+                "{} and {}: the tokenizers have the same tokens but treat text differently, as in lower-casing",
+                shards.dir().display(),
+                folder.display()
+            ));
+            Ok(())
+        }
+    }
 }
 
 fn max_length(settings: &Settings, config: &BertConfig, longest: usize, notes: &mut Vec<String>) -> usize {
@@ -244,20 +261,4 @@ fn short_digest(bytes: &[u8]) -> String {
 /// The first 64 bits: two runs are told apart by them, nothing is protected by them.
 fn hex16(digest: &[u8]) -> String {
     digest.iter().take(8).map(|b| format!("{b:02x}")).collect()
-}
-
-fn provenance(settings: &Settings, about: &About, summary: &Summary) -> Map<String, serde_json::Value> {
-    let mut map = Map::new();
-    map.insert("objective".into(), json!(settings.objective));
-    map.insert("steps".into(), json!(summary.state.step));
-    map.insert("texts seen".into(), json!(summary.state.sequences));
-    map.insert("tokens seen".into(), json!(summary.state.tokens));
-    map.insert("learning rate".into(), json!(settings.learning_rate));
-    map.insert("seed".into(), json!(settings.seed));
-    map.insert("data".into(), json!(about.data));
-    map.insert("engine".into(), json!(env!("CARGO_PKG_VERSION")));
-    if let Some(best) = &summary.state.best {
-        map.insert("lowest held-out loss".into(), json!(best.loss));
-    }
-    map
 }

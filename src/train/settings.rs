@@ -350,7 +350,7 @@ pub fn compare(
 
 /// Reads a configuration file, refusing unknown keys and wrong types with their line.
 fn read_file(path: &Path) -> Result<Table> {
-    let bytes = crate::train::disk::Disk::default().read_small(path, 1 << 20)?;
+    let bytes = crate::files::disk::Disk::default().read_small(path, 1 << 20)?;
     let text = String::from_utf8(bytes)
         .map_err(|_| Error::refused("not UTF-8").path(path).remedy("write the file as UTF-8"))?;
     let refuse = |e: &toml::de::Error| {

@@ -6,15 +6,18 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::files::disk::Disk;
 use crate::train::Engine;
 use crate::train::checkpoint::{self, Checkpoint, Opened, State};
-use crate::train::disk::Disk;
 
 /// Name of the folder of checkpoints in the output folder.
 pub const DIR: &str = "checkpoints";
 
 const MARKER: &str = "latest";
 const PREFIX: &str = "step-";
+
+/// Damaged checkpoints, newest first, each with what is wrong.
+pub type Damaged = Vec<(PathBuf, Error)>;
 
 /// The checkpoints of one output folder.
 pub struct Store {
@@ -55,31 +58,37 @@ impl Store {
     /// The newest good checkpoint. Newer ones that are damaged are moved aside, each with one line to `warn`. None when none was
     /// ever saved; refused when there were some and none is good.
     pub fn newest(&self, warn: &mut dyn FnMut(String)) -> Result<Option<Checkpoint>> {
-        let mut bad: Vec<(PathBuf, Error)> = Vec::new();
+        let (found, damaged) = self.look()?;
+        if let Some(checkpoint) = &found {
+            for (dir, error) in damaged {
+                warn(format!("{error}; resuming from {} instead", checkpoint.dir.display()));
+                self.set_aside(&dir)?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// As [`Store::newest`], changing nothing: the newest good checkpoint, and the damaged ones after it.
+    pub fn look(&self) -> Result<(Option<Checkpoint>, Damaged)> {
+        let mut bad: Damaged = Vec::new();
         for (_, dir) in self.list()?.into_iter().rev() {
             match Checkpoint::open(&self.disk, &dir)? {
-                Opened::Good(checkpoint) => {
-                    for (dir, error) in bad {
-                        warn(format!("{error}; resuming from {} instead", checkpoint.dir.display()));
-                        self.set_aside(&dir)?;
-                    }
-                    return Ok(Some(checkpoint));
-                }
+                Opened::Good(checkpoint) => return Ok((Some(checkpoint), bad)),
                 Opened::Damaged(error) => bad.push((dir, error)),
             }
         }
         let marker = self.dir.join(MARKER);
-        match bad.into_iter().map(|(_, error)| error).collect::<Vec<_>>() {
-            errors if !errors.is_empty() => {
-                let remedy = "no checkpoint of this run is good; restore one, or start again in another --output";
-                Err(Error::several(errors).remedy(remedy))
-            }
-            _ if marker.exists() => {
-                let remedy = "restore the checkpoints, or start again in another --output";
-                Err(Error::refused("checkpoints were saved here and all of them are gone").path(&marker).remedy(remedy))
-            }
-            _ => Ok(None),
+        if !bad.is_empty() {
+            let remedy = "no checkpoint of this run is good; restore one, or start again in another --output";
+            return Err(Error::several(bad.into_iter().map(|(_, error)| error).collect()).remedy(remedy));
         }
+        if marker.exists() {
+            let remedy = "restore the checkpoints, or start again in another --output";
+            return Err(Error::refused("checkpoints were saved here and all of them are gone")
+                .path(&marker)
+                .remedy(remedy));
+        }
+        Ok((None, bad))
     }
 
     fn set_aside(&self, dir: &Path) -> Result<()> {
@@ -105,7 +114,7 @@ impl Store {
         }
         self.disk.rename(&temporary, &fin)?;
         self.disk.sync_dir(&self.dir)?;
-        self.disk.replace(&self.dir, MARKER, format!("{name}\n").as_bytes())?;
+        self.disk.replace(&self.dir.join(MARKER), format!("{name}\n").as_bytes())?;
         Ok(fin)
     }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::error::Result;
-use crate::train::disk::{Disk, File};
+use crate::files::disk::{Disk, File};
 
 /// Name of the folder of event files in the output folder.
 pub const DIR: &str = "tensorboard";

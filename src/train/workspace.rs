@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::files::disk::Disk;
+use crate::files::lock::{self, Lock};
 use crate::train::checkpoint::{Checkpoint, Opened};
-use crate::train::disk::Disk;
-use crate::train::lock::{self, Lock};
 use crate::train::plan::Plan;
 use crate::train::settings::{self, Resume};
 use crate::train::store::{self, Store};
-use crate::train::{metrics, tfevents};
+use crate::train::{metrics, origin, tfevents};
 
 /// Name of the resolved settings in the output folder.
 pub const SETTINGS: &str = "run.toml";
@@ -18,7 +18,7 @@ pub const SETTINGS: &str = "run.toml";
 pub const MODEL: &str = "model";
 
 /// What the output folder of a run may hold; a folder with anything else and no run in it is somebody else's.
-const OURS: [&str; 6] = [lock::FILE, ".run.toml.tmp", store::DIR, metrics::FILE, tfevents::DIR, MODEL];
+const OURS: [&str; 7] = [lock::FILE, ".run.toml.tmp", store::DIR, origin::DIR, metrics::FILE, tfevents::DIR, MODEL];
 
 /// A locked output folder.
 pub struct Workspace {
@@ -50,7 +50,7 @@ impl Workspace {
             return Err(Error::refused(cause).path(&out).remedy("choose a new or empty folder"));
         }
         disk.create_dir(&out)?;
-        let lock = Lock::take(&out)?;
+        let lock = Lock::acquire(&out)?;
         let store = Store::new(disk, &out, settings.keep);
         store.sweep()?;
         disk.sync_dir(&out)?;
@@ -62,7 +62,7 @@ impl Workspace {
         if disk.list(&out)?.iter().all(|n| n != SETTINGS)
             || disk.read_small(&out.join(SETTINGS), 1 << 20)? != text.as_bytes()
         {
-            disk.replace(&out, SETTINGS, text.as_bytes())?;
+            disk.replace(&out.join(SETTINGS), text.as_bytes())?;
         }
         Ok(Workspace { out, store, disk: disk.clone(), start, _lock: lock })
     }

@@ -136,11 +136,34 @@ fn a_disk_without_room_is_one_line_and_leaves_nothing() {
 }
 
 #[test]
+fn a_full_file_system_is_one_line_and_the_same_command_succeeds_with_room() {
+    let dir = Dir::new();
+    dir.write("in.txt", "some words that fill the shard\n".repeat(50_000));
+    std::fs::create_dir(dir.at("small")).expect("a folder");
+    for kib in [64, 600, 1200] {
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={kib}k"), "tmpfs"]).arg(dir.at("small"));
+        if !mount.output().is_ok_and(|o| o.status.success()) {
+            println!("left out: mounting a small tmpfs needs root; a size limit stands in for it");
+            return;
+        }
+        let ran = dir.tokenize("in.txt", "small/out", &["-q"]);
+        let left = std::fs::read_dir(dir.at("small")).map(Iterator::count);
+        let unmounted = std::process::Command::new("umount").arg(dir.at("small")).status();
+        assert!(unmounted.is_ok_and(|s| s.success()));
+        let line = ran.error(1);
+        assert!(line.contains("No space left on device; free space or choose another folder"), "{kib} KiB: {line}");
+        assert_eq!(left.expect("a listing"), 0, "{kib} KiB");
+    }
+    dir.tokenize("in.txt", "small/out", &["-q"]).ok();
+}
+
+#[test]
 fn one_writer_at_a_time_and_leftovers_go() {
     let dir = Dir::new();
     dir.write("in.txt", "hello\n");
     let held = OutputDir::create(&dir.at("out"), false, "meta.json").expect("a free name");
-    let pid = format!("process {} is writing here", std::process::id());
+    let pid = format!("process {} is writing to this output folder", std::process::id());
     assert!(dir.tokenize("in.txt", "out", &[]).error(1).contains(&pid));
     drop(held);
     assert_eq!(dir.names(), ["in.txt"]);
@@ -156,7 +179,7 @@ fn locks_exclude_and_atomic_writes_are_whole() {
     let dir = Dir::new();
     let folder = dir.at("");
     let lock = Lock::acquire(&folder).expect("a free folder");
-    assert!(Lock::acquire(&folder).expect_err("a held lock").to_string().contains("is writing here"));
+    assert!(Lock::acquire(&folder).expect_err("a held lock").to_string().contains("is writing to this output folder"));
     drop(lock);
     Lock::acquire(&folder).expect("a freed lock");
     let path = dir.write("file", "old");

@@ -253,14 +253,16 @@ fn a_derived_tokenizer_equals_one_built_from_the_vocabulary() {
 
     // The other way: vocab.txt from tokenizer.json alone.
     let mut second = first.clone();
-    second.tokenizer = out.join("tokenizer.json");
+    second.tokenizer = folder.path().join("alone/tokenizer.json");
+    std::fs::create_dir(folder.path().join("alone")).unwrap();
+    std::fs::copy(out.join("tokenizer.json"), &second.tokenizer).unwrap();
     let again = folder.path().join("again");
     export(&second, &again, &mut source).unwrap();
     for name in ["vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
         assert_eq!(std::fs::read(out.join(name)).unwrap(), std::fs::read(again.join(name)).unwrap(), "{name}");
     }
     second.tokenizer = folder.path().join("absent");
-    assert!(line(export(&second, folder.path().join("third"), &mut source)).contains("no tokenizer"));
+    assert!(line(export(&second, folder.path().join("third"), &mut source)).contains("cannot open the tokenizer"));
 }
 
 #[test]

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use crate::toy::{Job, STEPS, checkpoints, folder, metrics, undisturbed};
 use retromae_engine::error::Kind;
+use retromae_engine::files::disk::{Disk, Op};
 use retromae_engine::train::checkpoint;
-use retromae_engine::train::disk::{Disk, Op};
 use retromae_engine::train::signals::Stop;
 
 /// Runs the toy in a process of its own when the environment says so, and else checks the undisturbed run: the test binary doubles
@@ -39,7 +39,7 @@ fn child() {
 }
 
 /// Kills this very process at the file operation of number `at`.
-fn killer(at: usize) -> Arc<retromae_engine::train::disk::Hook> {
+pub fn killer(at: usize) -> Arc<retromae_engine::files::disk::Hook> {
     let counter = AtomicUsize::new(0);
     Arc::new(move |_, _| {
         if counter.fetch_add(1, Ordering::Relaxed) == at {

@@ -1,7 +1,7 @@
 //! What a run refuses: damaged checkpoints, changed settings, folders of others, and updates by gradients that are not finite.
 
+use retromae_engine::files::disk::Disk;
 use retromae_engine::train::checkpoint;
-use retromae_engine::train::disk::Disk;
 
 use crate::interrupted::copy_dir;
 use crate::toy::{Job, checkpoints, folder, metrics, undisturbed};

@@ -1,11 +1,10 @@
 //! Writes a set: texts are collected in memory until a shard is full, then the shard is written in one go.
 
-use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
-use crate::files;
+use crate::files::{self, disk::File};
 
 use super::format::{BLOCK, HEADER, Header, Layout};
 use super::meta::{Counts, FileDigest, Meta, ShardEntry, Special, hex};

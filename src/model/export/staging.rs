@@ -1,12 +1,10 @@
 //! An exported folder while it is written: every file is made durable and its size and checksum noted for the manifest.
 //! [`OutputDir`] makes the folder appear at once and whole, or not at all.
 
-use crate::error::{IoContext, Result};
-use crate::files::{OutputDir, sync_dir};
+use crate::error::Result;
+use crate::files::{Disk, OutputDir};
 use crate::model::safetensors::writer::Written;
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 /// A folder being written.
@@ -19,15 +17,20 @@ pub(crate) struct Staging {
 
 impl Staging {
     /// Begins the folder `target`. An existing folder is only replaced when `replace` is set and it holds the file `ours`.
-    pub fn begin(target: &Path, replace: bool, ours: &str) -> Result<Self> {
-        Ok(Staging { folder: OutputDir::create(target, replace, ours)?, files: BTreeMap::new() })
+    pub fn begin(disk: &Disk, target: &Path, replace: bool, ours: &str) -> Result<Self> {
+        Ok(Staging { folder: OutputDir::create_on(disk, target, replace, ours)?, files: BTreeMap::new() })
+    }
+
+    /// The disk to write through.
+    pub fn disk(&self) -> &Disk {
+        self.folder.disk()
     }
 
     /// Where a file is to be written by someone else, who then calls [`Staging::record`].
     pub fn place(&self, relative: &str) -> Result<PathBuf> {
         let path = self.folder.path().join(relative);
         if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).at(folder, "cannot create")?;
+            self.disk().create_dir(folder)?;
         }
         Ok(path)
     }
@@ -40,31 +43,10 @@ impl Staging {
     /// Writes a small file.
     pub fn write(&mut self, relative: &str, bytes: &[u8]) -> Result<()> {
         let path = self.place(relative)?;
-        let mut file = OpenOptions::new().write(true).create_new(true).open(&path).at(&path, "cannot create")?;
-        file.write_all(bytes).at(&path, "cannot write")?;
-        file.sync_all().at(&path, "cannot make durable")?;
+        let mut file = self.disk().create_new(&path)?;
+        file.put(bytes)?;
+        file.sync()?;
         self.record(relative, Written { size: bytes.len() as u64, crc32c: crc32c::crc32c(bytes) });
-        Ok(())
-    }
-
-    /// Copies a file byte for byte.
-    pub fn copy(&mut self, source: &Path, relative: &str) -> Result<()> {
-        let path = self.place(relative)?;
-        let mut from = File::open(source).at(source, "cannot read")?;
-        let mut to = OpenOptions::new().write(true).create_new(true).open(&path).at(&path, "cannot create")?;
-        let mut written = Written { size: 0, crc32c: 0 };
-        let mut buffer = vec![0; 1 << 18];
-        loop {
-            let count = from.read(&mut buffer).at(source, "cannot read")?;
-            if count == 0 {
-                break;
-            }
-            to.write_all(&buffer[..count]).at(&path, "cannot write")?;
-            written.crc32c = crc32c::crc32c_append(written.crc32c, &buffer[..count]);
-            written.size += count as u64;
-        }
-        to.sync_all().at(&path, "cannot make durable")?;
-        self.record(relative, written);
         Ok(())
     }
 
@@ -81,7 +63,7 @@ impl Staging {
     /// Makes the folder durable and gives it its name.
     pub fn commit(self) -> Result<()> {
         for folder in self.files.keys().filter_map(|name| Path::new(name).parent()) {
-            sync_dir(&self.folder.path().join(folder))?;
+            self.disk().sync_dir(&self.folder.path().join(folder))?;
         }
         self.folder.commit()
     }

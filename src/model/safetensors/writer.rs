@@ -3,14 +3,13 @@
 //! The digest is the CRC32C of the file with the eight hexadecimal digits of the digest itself taken as `00000000`, so it covers the
 //! header (names, types, shapes, offsets) as well as every value.
 
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
+use crate::files::Disk;
+use crate::files::disk::File;
 use crate::model::element::{Dtype, encode};
 use crate::model::safetensors::byte_length;
 use crate::model::tensor_file::Info;
 use serde_json::{Map, Value, json};
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Start of every key of ours in `__metadata__`.
@@ -60,16 +59,24 @@ impl Writer {
     /// # Errors
     /// The file cannot be created or written, or a spec is impossible.
     pub fn create(path: impl AsRef<Path>, specs: Vec<Spec>, metadata: &[(&str, &str)]) -> Result<Self> {
-        let path = path.as_ref().to_path_buf();
+        Self::create_on(&Disk::default(), path.as_ref(), specs, metadata)
+    }
+
+    /// [`Writer::create`] on this disk.
+    ///
+    /// # Errors
+    /// As [`Writer::create`].
+    pub fn create_on(disk: &Disk, path: &Path, specs: Vec<Spec>, metadata: &[(&str, &str)]) -> Result<Self> {
+        let path = path.to_path_buf();
         let header = header(&path, &specs, metadata)?;
         let marker = format!("\"{DIGEST_KEY}\":\"{DIGEST_PREFIX}");
         let found = header.windows(marker.len()).position(|w| w == marker.as_bytes());
         let digits = found
             .map(|at| at + marker.len())
             .ok_or_else(|| Error::refused("a metadata key hides the digest").path(&path).remedy("rename the key"))?;
-        let mut file = OpenOptions::new().write(true).create_new(true).open(&path).at(&path, "cannot create")?;
-        file.write_all(&(header.len() as u64).to_le_bytes()).at(&path, "cannot write")?;
-        file.write_all(&header).at(&path, "cannot write")?;
+        let mut file = disk.create_new(&path)?;
+        file.put(&(header.len() as u64).to_le_bytes())?;
+        file.put(&header)?;
         let specs = specs.into_iter();
         Ok(Writer { path, file, specs, header, digits, data_crc: 0, data_length: 0, buffer: Vec::new() })
     }
@@ -123,8 +130,8 @@ impl Writer {
         };
         let digits = format!("{:08x}", whole(&self.header));
         self.header[self.digits..self.digits + 8].copy_from_slice(digits.as_bytes());
-        self.file.write_all_at(digits.as_bytes(), 8 + self.digits as u64).at(&self.path, "cannot write")?;
-        self.file.sync_all().at(&self.path, "cannot make durable")?;
+        self.file.put_at(digits.as_bytes(), 8 + self.digits as u64)?;
+        self.file.sync()?;
         let head = crc32c::crc32c_append(crc32c::crc32c(&length), &self.header);
         Ok(Written {
             size: 8 + self.header.len() as u64 + self.data_length,
@@ -153,7 +160,7 @@ impl Writer {
             if !convert(piece, &mut self.buffer) {
                 return Err(Error::refused("announced with another element type").path(&self.path).tensor(name));
             }
-            self.file.write_all(&self.buffer).at(&self.path, "cannot write")?;
+            self.file.put(&self.buffer)?;
             self.data_crc = crc32c::crc32c_append(self.data_crc, &self.buffer);
             self.data_length += self.buffer.len() as u64;
         }

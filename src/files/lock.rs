@@ -1,15 +1,17 @@
-//! One writer to an output folder: an exclusive `flock` whose holder is known by its process id.
+//! One writer to a folder: an exclusive `flock` whose holder is known by its process id.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::{Error, IoContext, Result};
 
-/// Name of the lock file in the output folder. It stays when the run ends: removing it would race with the next holder.
+/// Name of the lock file in the folder. In the folder of a run it stays when the run ends: removing it would race with the next
+/// holder.
 pub const FILE: &str = ".lock";
 
-/// The lock; given back by the system when this is dropped or the process ends in any way.
+/// An exclusive lock on a folder; given back when this is dropped or the process ends in any way.
 #[derive(Debug)]
 pub struct Lock {
     file: File,
@@ -23,8 +25,8 @@ impl Drop for Lock {
 }
 
 impl Lock {
-    /// Takes the lock of `dir` or says who holds it.
-    pub fn take(dir: &Path) -> Result<Lock> {
+    /// Takes the lock of `dir`, or says which process holds it.
+    pub fn acquire(dir: &Path) -> Result<Lock> {
         let path = dir.join(FILE);
         let mut file = OpenOptions::new()
             .read(true)
@@ -42,6 +44,12 @@ impl Lock {
         // that the file never has to be emptied first and another process never reads nothing.
         file.write_all(format!("{:<20}\n", std::process::id()).as_bytes()).at(&path, "cannot write the lock file")?;
         Ok(Lock { file })
+    }
+
+    /// Whether the lock file of `dir` is the one held: a folder may have been renamed since.
+    pub(super) fn is_of(&self, dir: &Path) -> bool {
+        let named = std::fs::metadata(dir.join(FILE)).map(|m| (m.dev(), m.ino())).ok();
+        named.is_some() && named == self.file.metadata().map(|m| (m.dev(), m.ino())).ok()
     }
 }
 
@@ -64,10 +72,11 @@ mod tests {
     #[test]
     fn second_holder_is_told_the_first_ones_pid() -> Result<()> {
         let dir = tempfile::tempdir().at("temporary folder", "cannot create")?;
-        let first = Lock::take(dir.path())?;
-        let refused = Lock::take(dir.path()).err().map(|e| e.to_string()).unwrap_or_default();
+        let first = Lock::acquire(dir.path())?;
+        let refused = Lock::acquire(dir.path()).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(refused.contains(&format!("process {} is writing", std::process::id())), "{refused}");
+        assert!(first.is_of(dir.path()));
         drop(first);
-        Lock::take(dir.path()).map(drop)
+        Lock::acquire(dir.path()).map(drop)
     }
 }

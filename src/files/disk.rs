@@ -1,13 +1,16 @@
-//! Every file operation of a training run, in one place.
+//! Every file operation that must survive faults, in one place.
 //!
-//! Checkpoints, the marker, the resolved settings and the logs are written through [`Disk`], for two reasons: the commit order
-//! (write a temporary file → fsync it → fsync its folder → rename → fsync the parent) is then written down once, and the
-//! reliability tests can fail or kill the process at each single operation through [`Disk::with_hook`].
+//! Checkpoints, settings, logs and exported models are written through [`Disk`], for two reasons: the commit order (write a
+//! temporary file → fsync it → fsync its folder → rename → fsync the parent) is then written down once, and the reliability
+//! tests can fail or kill the process at each single operation through [`Disk::with_hook`].
 
 use std::fs;
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use crate::error::{IoContext, Result};
 
@@ -50,6 +53,12 @@ pub struct Disk {
     hook: Option<Arc<Hook>>,
 }
 
+impl std::fmt::Debug for Disk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Disk").field("hooked", &self.hook.is_some()).finish()
+    }
+}
+
 impl Disk {
     /// A disk that asks `hook` before every operation: fault injection.
     pub fn with_hook(hook: Arc<Hook>) -> Self {
@@ -69,6 +78,14 @@ impl Disk {
     pub fn create(&self, path: &Path) -> Result<File> {
         self.before(Op::Create, path)
             .and_then(|()| fs::File::create(path))
+            .at(path, "cannot create")
+            .map(|inner| self.file(inner, path))
+    }
+
+    /// Creates `path`, which must not exist.
+    pub fn create_new(&self, path: &Path) -> Result<File> {
+        self.before(Op::Create, path)
+            .and_then(|()| fs::File::create_new(path))
             .at(path, "cannot create")
             .map(|inner| self.file(inner, path))
     }
@@ -117,6 +134,17 @@ impl Disk {
         self.before(Op::Rename, to).and_then(|()| fs::rename(from, to)).at(to, "cannot rename to this name")
     }
 
+    /// Lets two folders change names at once. False, and nothing done, where the file system cannot do that.
+    pub fn exchange(&self, one: &Path, other: &Path) -> Result<bool> {
+        use rustix::io::Errno;
+        self.before(Op::Rename, other).at(other, "cannot rename to this name")?;
+        match renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE) {
+            Ok(()) => Ok(true),
+            Err(Errno::INVAL | Errno::NOSYS | Errno::XDEV | Errno::OPNOTSUPP) => Ok(false),
+            Err(e) => Err(crate::Error::io(other, "cannot rename to this name", &e.into())),
+        }
+    }
+
     /// Removes a file or a folder with all it holds; nothing to remove is not an error.
     pub fn remove(&self, path: &Path) -> Result<()> {
         let removed = self.before(Op::Remove, path).and_then(|()| match fs::symlink_metadata(path) {
@@ -145,35 +173,61 @@ impl Disk {
         Ok(names)
     }
 
-    /// Replaces `name` in `dir` by `bytes` in the commit order: a reader sees the old file or the new one, never a part.
-    pub fn replace(&self, dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-        let temporary = dir.join(format!(".{name}.tmp"));
-        let mut file = self.create(&temporary)?;
-        file.put(bytes)?;
-        file.sync()?;
-        self.sync_dir(dir)?;
-        self.rename(&temporary, &dir.join(name))?;
-        self.sync_dir(dir)
+    /// Replaces `path` by `bytes` in the commit order: a reader sees the old file or the new one, never a part. For folders with
+    /// one writer, whose next holder sweeps away the temporary file of a killed one.
+    pub fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        self.replace_by(&super::sibling(path, ".tmp")?, path, |w| w.write_all(bytes))
+    }
+
+    /// The commit order for a single file: `temporary`, in the folder of `path`, is filled, made durable and renamed.
+    pub(super) fn replace_by(
+        &self,
+        temporary: &Path,
+        path: &Path,
+        fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    ) -> Result<()> {
+        let folder = super::parent(path);
+        self.write_synced(temporary, path, fill)?;
+        self.sync_dir(folder)?;
+        self.rename(temporary, path)?;
+        self.sync_dir(folder)
+    }
+
+    /// Creates `real`, fills it and makes it durable; errors speak of `named`.
+    pub(super) fn write_synced(
+        &self,
+        real: &Path,
+        named: &Path,
+        fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    ) -> Result<()> {
+        let mut file = self.create(real).map_err(|e| e.path(named))?;
+        file.path = named.to_path_buf();
+        let mut writer = BufWriter::with_capacity(CHUNK, file);
+        fill(&mut writer).at(named, "cannot write")?;
+        writer.into_inner().map_err(io::IntoInnerError::into_error).at(named, "cannot write")?.sync()
     }
 }
 
 /// An open file of a [`Disk`].
+#[derive(Debug)]
 pub struct File {
     inner: fs::File,
-    path: std::path::PathBuf,
+    path: PathBuf,
     disk: Disk,
 }
 
 impl File {
     /// Writes all of `bytes`, in pieces of at most [`CHUNK`].
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        for chunk in bytes.chunks(CHUNK) {
-            self.disk
-                .before(Op::Write, &self.path)
-                .and_then(|()| self.inner.write_all(chunk))
-                .at(&self.path, "cannot write")?;
-        }
-        Ok(())
+        self.write_all(bytes).at(&self.path, "cannot write")
+    }
+
+    /// Overwrites bytes that were written before, without moving the end.
+    pub fn put_at(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.disk
+            .before(Op::Write, &self.path)
+            .and_then(|()| self.inner.write_all_at(bytes, offset))
+            .at(&self.path, "cannot write")
     }
 
     /// `fsync`.
@@ -195,6 +249,19 @@ impl File {
     /// Size in bytes.
     pub fn size(&self) -> Result<u64> {
         self.inner.metadata().map(|m| m.len()).at(&self.path, "cannot read the size")
+    }
+}
+
+impl Write for File {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let chunk = &bytes[..bytes.len().min(CHUNK)];
+        self.disk.before(Op::Write, &self.path)?;
+        self.inner.write_all(chunk)?;
+        Ok(chunk.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
