@@ -138,7 +138,7 @@ impl Real for f32 {
         let q = 2.135_320_8e-4 * t - 3.211_311_3e-3;
         let q = q * t + 2.287_859_1e-2;
         let q = q * t - 1.052_446_4e-1;
-        let q = q * t - 6.357_309_2e-1;
+        let q = q * t - 6.357_309e-1;
         let q = q * t - 1.128_510_7;
         let large = (1.0 - Real::exp(q * t)).copysign(self);
         if size > 0.93 { large } else { small }
