@@ -1,7 +1,7 @@
 //! The command line: one file per subcommand, each thin.
 //!
 //! To add a subcommand: a file here with a `clap::Args` struct and `pub fn run(args, &Global) -> Result<()>`, and one line each in
-//! [`Command`] and [`run`]. Results go to standard output through [`say`], progress and warnings to standard error.
+//! `Command` and [`run`]. Results go to standard output through [`say`], progress and warnings to standard error.
 
 mod demo;
 mod doctor;

@@ -1,6 +1,6 @@
 //! A model's tokenizer: loading it from the files that models come with, and turning text into token ids.
 //!
-//! Ids are those of the `tokenizers` crate, always. BERT's tokenizers take a shorter way to the same ids (see [`super::wordpiece`]);
+//! Ids are those of the `tokenizers` crate, always. BERT's tokenizers take a shorter way to the same ids (see `wordpiece.rs`);
 //! everything else goes through the crate. Truncation and padding settings of `tokenizer.json` are ignored: the caller cuts.
 
 use std::fs;

@@ -122,26 +122,26 @@ impl Real for f32 {
         let large = 1.0 - 2.0 / (Real::exp(2.0 * self) + 1.0);
         if x2 < 2.5e-3 { small } else { large }
     }
-    /// x + x P(x²) up to 0.93 and 1 − exp(|x| Q(|x|)) beyond, P and Q minimax polynomials of degree 5. Absolute error at most
-    /// 8.4·10⁻⁸ (measured over every f32 of [1, 4] and a twentieth of those below); exactly ±1 from 4 on.
+    /// Rational minimax approximation on [−4, 4] (the one Eigen and XLA use), never beyond ±1. Absolute error at most 5.2·10⁻⁷,
+    /// measured over every f32; it is rounding, largest near 3.94. Forms with an exponential reach 10⁻⁷ in 2.6 times the time.
     #[inline(always)]
     fn erf(self) -> f32 {
-        let x2 = self * self;
-        let p = -5.748_97e-4 * x2 + 4.937_816_4e-3;
-        let p = p * x2 - 2.672_053_3e-2;
-        let p = p * x2 + 1.128_013_66e-1;
-        let p = p * x2 - 3.761_224_5e-1;
-        let p = p * x2 + 1.283_790_5e-1;
-        let small = p * self + self;
-        let size = self.abs();
-        let t = if size > 4.0 { 4.0 } else { size };
-        let q = 2.135_320_8e-4 * t - 3.211_311_3e-3;
-        let q = q * t + 2.287_859_1e-2;
-        let q = q * t - 1.052_446_4e-1;
-        let q = q * t - 0.635_730_9;
-        let q = q * t - 1.128_510_7;
-        let large = (1.0 - Real::exp(q * t)).copysign(self);
-        if size > 0.93 { large } else { small }
+        let x = if self < -4.0 { -4.0 } else { self };
+        let x = if x > 4.0 { 4.0 } else { x };
+        let z = x * x;
+        let p = -2.726_142_3e-10 * z + 2.770_681_4e-8;
+        let p = p * z - 2.101_024e-6;
+        let p = p * z - 5.692_506_4e-5;
+        let p = p * z - 7.349_906_3e-4;
+        let p = p * z - 2.954_6e-3;
+        let p = p * z - 1.609_603_3e-2;
+        let q = -1.456_607_2e-5 * z - 2.133_740_6e-4;
+        let q = q * z - 1.682_827e-3;
+        let q = q * z - 7.373_329e-3;
+        let q = q * z - 1.426_473_9e-2;
+        let y = x * p / q;
+        let y = if y < -1.0 { -1.0 } else { y };
+        if y > 1.0 { 1.0 } else { y }
     }
     #[inline(always)]
     fn max(self, other: f32) -> f32 {
@@ -351,14 +351,19 @@ mod tests {
             let wide = f64::from(x);
             assert!((f64::from(Real::exp(x)) / wide.exp() - 1.0).abs() < 3e-7, "exp({x})");
             assert!((f64::from(Real::tanh(x)) - wide.tanh()).abs() < 2e-7, "tanh({x})");
-            assert!((f64::from(Real::erf(x)) - libm::erf(wide)).abs() < 1e-7, "erf({x})");
+            assert!(
+                (f64::from(Real::erf(x)) - libm::erf(wide)).abs() < 5.2e-7 && Real::erf(x).abs() <= 1.0,
+                "erf({x})"
+            );
             x += 0.001_7;
         }
         assert_eq!(Real::exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(Real::exp(0.0f32), 1.0);
         assert!(Real::exp(f32::NAN).is_nan());
         assert_eq!(Real::exp(-200.0f32), 0.0);
-        assert_eq!((Real::erf(f32::INFINITY), Real::erf(-4.0f32), Real::erf(0.0f32)), (1.0, -1.0, 0.0));
+        assert!(Real::erf(f32::INFINITY) > 0.999_999_4 && Real::erf(0.0f32) == 0.0);
+        // The largest error, where the approximation was measured.
+        assert!((f64::from(Real::erf(3.938_897_1f32)) - libm::erf(f64::from(3.938_897_1f32))).abs() < 5.2e-7);
         assert!(Real::erf(f32::NAN).is_nan());
     }
 

@@ -2,7 +2,7 @@
 //! text-embeddings-inference, with the enhanced decoder beside it so that pre-training can go on from an export.
 //!
 //! Which file must hold what, and why, was found out by loading such folders in both generations of those libraries; the constants of
-//! [`layout`] keep those findings. A folder is written beside its final place and renamed: it is whole or not there. Its manifest
+//! `layout` keep those findings. A folder is written beside its final place and renamed: it is whole or not there. Its manifest
 //! (`retromae_run.json`) holds size and checksum of every file but the model card, which people edit.
 
 mod layout;

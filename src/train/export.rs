@@ -1,7 +1,7 @@
 //! A checkpoint of a run made a model that others load: at the end of `train`, and on demand.
 //!
 //! Everything comes from the folder of the run: weights from the checkpoint, one tensor at a time; configuration, tokenizer and
-//! pooler from what the run kept of its [`origin`](super::origin). So the same checkpoint gives the same model at any time, with the
+//! pooler from what the run kept of its [`origin`]. So the same checkpoint gives the same model at any time, with the
 //! data and the starting model long gone, while the run goes on, and after it was killed while it exported.
 
 use std::path::{Path, PathBuf};
