@@ -89,6 +89,43 @@ pub fn backward(device: Device, a: &Backward<'_>) {
     }
 }
 
+/// Rows of the tiles into which the kernels cut queries and keys.
+pub const TILE: usize = 64;
+
+/// The kernels' table of work: sequence and tile of every tile of [`TILE`] rows between the borders `cu`. The rows of a sequence meet
+/// all its rows between the borders `others`; sequences where those are many come first, so that no long block starts last. At most
+/// `rows / TILE + sequences` entries.
+pub fn tiles(cu: &[u32], others: &[u32]) -> Vec<[u32; 2]> {
+    let length = |cu: &[u32], s: usize| cu[s + 1] - cu[s];
+    let mut order: Vec<usize> = (0..cu.len() - 1).collect();
+    order.sort_by_key(|&s| std::cmp::Reverse(length(others, s)));
+    let of = |s: usize| (0..length(cu, s).div_ceil(TILE as u32)).map(move |tile| [s as u32, tile]);
+    order.into_iter().flat_map(of).collect()
+}
+
+/// The kernels of one attention, in the order in which they run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// `out` and `lse`; its tiles are of queries.
+    Forward,
+    /// dQ, and the row sums that [`Pass::Keys`] reads; its tiles are of queries.
+    Queries,
+    /// dK and dV; its tiles are of keys.
+    Keys,
+}
+
+impl Pass {
+    /// Dynamic shared memory of its kernel for elements of `element` bytes: 2 (two stages of streamed tiles) or 4 (one).
+    pub fn shared_bytes(self, head_size: usize, element: usize) -> u32 {
+        let stages = if element == 2 { 2 } else { 1 };
+        let own = if self == Pass::Forward { 1 } else { 2 };
+        let random = 2048;
+        let product = if element == 2 { 0 } else { 9216 };
+        let columns = if self == Pass::Keys { stages * TILE * 20 } else { 0 };
+        ((own + 2 * stages) * TILE * head_size * element + random + product + columns) as u32
+    }
+}
+
 /// The reference: sequences in parallel, a head at a time with the whole score matrix; no tiling, no online softmax. Shared with the
 /// enhanced decoder, which adds a visibility mask.
 pub(super) mod cpu {
