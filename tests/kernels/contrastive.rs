@@ -87,7 +87,7 @@ macro_rules! kernels {
                 parts: [MutPtr<f32>; 3],
                 capacity: i32,
             ) -> Result<()> {
-                let ([part_max, part_sum, target_score], On { shared: a, q, p, .. }) = (parts, *on);
+                let ([part_max, part_sum, target_score], a, q, p) = (parts, on.shared, on.q, on.p);
                 $forward { part_max, part_sum, target_score, q, p, a, capacity }.launch(device, at)
             }
 
@@ -99,7 +99,7 @@ macro_rules! kernels {
                 (dx, partial): (MutPtr<$t>, MutPtr<f32>),
                 capacity: i32,
             ) -> Result<()> {
-                let (On { shared: a, q, p, .. }, lse, scale) = (*on, on.lse.get(), on.scale.get());
+                let (a, q, p, lse, scale) = (on.shared, on.q, on.p, on.lse.get(), on.scale.get());
                 match (kind.by_query, kind.narrow) {
                     (true, false) => $queries { dx, partial, q, p, lse, scale, a, capacity }.launch(device, at),
                     (false, false) => $passages { dx, partial, q, p, lse, scale, a, capacity }.launch(device, at),
