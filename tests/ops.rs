@@ -7,6 +7,8 @@ mod activation;
 mod attention;
 #[path = "ops/common.rs"]
 mod common;
+#[path = "ops/contrastive.rs"]
+mod contrastive;
 #[path = "ops/cross_entropy.rs"]
 mod cross_entropy;
 #[path = "ops/dropout.rs"]
@@ -23,3 +25,5 @@ mod layernorm;
 mod linear;
 #[path = "ops/optimizer.rs"]
 mod optimizer;
+#[path = "ops/pool.rs"]
+mod pool;

@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod contrastive;
 pub mod cross_entropy;
 pub mod embed;
 pub mod enhanced_decoding;
@@ -12,6 +13,7 @@ pub mod gather;
 pub mod layernorm;
 pub mod linear;
 pub mod optimizer;
+pub mod pool;
 
 use crate::device::Tensor;
 
