@@ -89,7 +89,7 @@ template <class T> __device__ __forceinline__ void load_biased(float (&x)[8], co
   for (int i = 0; i < 8; i++) x[i] += b[i];
 }
 
-template <class F, class T> __device__ __forceinline__ void forward(T* y, const T* u, const float* bias, int rows, int N) {
+template <class F, class T> __device__ __forceinline__ void activation_forward(T* y, const T* u, const float* bias, int rows, int N) {
   size_t first;
   if (!first_element(first, rows, N)) return;
   float x[8];
@@ -99,7 +99,7 @@ template <class F, class T> __device__ __forceinline__ void forward(T* y, const 
   store8(y + first, x);
 }
 
-template <class F, class T> __device__ __forceinline__ void backward(T* dy, const T* u, const float* bias, int rows, int N) {
+template <class F, class T> __device__ __forceinline__ void activation_backward(T* dy, const T* u, const float* bias, int rows, int N) {
   size_t first;
   if (!first_element(first, rows, N)) return;
   float d[8], x[8];
@@ -115,12 +115,12 @@ template <class F, class T> __device__ __forceinline__ void backward(T* dy, cons
 #define ACTIVATION(T, name)                                                                                                            \
   extern "C" __global__ void __launch_bounds__(256)                                                                                    \
       activation_forward_##name(T* y, const T* u, const float* bias, const int* rows, int N, int function) {                           \
-    by_function(function, [&](auto f) { forward<decltype(f)>(y, u, bias, *rows, N); });                                                \
+    by_function(function, [&](auto f) { activation_forward<decltype(f)>(y, u, bias, *rows, N); });                                     \
   }                                                                                                                                    \
   RM_EXPORT_HOT(activation_forward_##name)                                                                                             \
   extern "C" __global__ void __launch_bounds__(256)                                                                                    \
       activation_backward_##name(T* dy, const T* u, const float* bias, const int* rows, int N, int function) {                         \
-    by_function(function, [&](auto f) { backward<decltype(f)>(dy, u, bias, *rows, N); });                                              \
+    by_function(function, [&](auto f) { activation_backward<decltype(f)>(dy, u, bias, *rows, N); });                                   \
   }                                                                                                                                    \
   RM_EXPORT_HOT(activation_backward_##name)
 
