@@ -17,7 +17,11 @@
 
 // Constants of a run.
 struct AdamWConstants {
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+  float beta1;
+  float one_minus_beta1;
+  float beta2;
+  float one_minus_beta2;
+  float eps;
   double max_norm;   // infinity: no clipping
 };
 

@@ -159,8 +159,7 @@ fn exactly(case: &Case, i: &Inputs) -> Vec<Vec<f64>> {
     let gradients = [0, 1, 2, 3, 4].map(|k| filled(values[k].len(), 1.0));
     let tokens = embed::Tokens { ids: &ids, types: &types, names: names.rows() };
     let (dropout, groups) = (case.dropout(), case.groups(i));
-    let forward =
-        embed::Forward { shape, tokens, tables: tables(&values), dropout, y: &y, mean: &mean, rstd: &rstd };
+    let forward = embed::Forward { shape, tokens, tables: tables(&values), dropout, y: &y, mean: &mean, rstd: &rstd };
     embed::forward(Device::Cpu, &forward);
     let own = groups.each_ref().map(|g| [&g.keys, &g.offsets, &g.rows].map(|x| Tensor::from_slice(x)));
     let groups = own.each_ref().map(|[keys, offsets, rows]| ops::Groups { count: keys.len(), keys, offsets, rows });

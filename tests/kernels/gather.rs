@@ -82,8 +82,8 @@ macro_rules! kernels {
                 let windows = (groups.rows.len() + room).div_ceil(32);
                 let partials = Buffer::<f32>::poisoned(on, windows * 2 * c);
                 let spans = Buffer::<u32>::poisoned(on, windows * 2);
-                let [keys, offsets, rows] = [&groups.keys, &groups.offsets, &groups.rows]
-                    .map(|x| Buffer::with_room(on, x, x.len() + room));
+                let [keys, offsets, rows] =
+                    [&groups.keys, &groups.offsets, &groups.rows].map(|x| Buffer::with_room(on, x, x.len() + room));
                 let count = Buffer::of(on, &[groups.keys.len() as i32]);
                 $sums {
                     to_acc: to_acc.get_mut(),
@@ -130,13 +130,7 @@ macro_rules! kernels {
                 $zero { to, rows, count, C: m.width }.launch(on, m.shape).expect(DONE);
             }
 
-            fn column_sums(
-                on: &Emulator,
-                case: &Columns,
-                x: &Buffer<$t>,
-                partials: &Buffer<f32>,
-                rows: &Buffer<i32>,
-            ) {
+            fn column_sums(on: &Emulator, case: &Columns, x: &Buffer<$t>, partials: &Buffer<f32>, rows: &Buffer<i32>) {
                 $columns {
                     partials: partials.get_mut(),
                     x: x.get().offset(case.offset),
@@ -146,10 +140,7 @@ macro_rules! kernels {
                 }
                 .launch(
                     on,
-                    Shape {
-                        grid: [case.columns.div_ceil(256) as u32, case.blocks as u32, 1],
-                        ..Shape::linear(1, 256)
-                    },
+                    Shape { grid: [case.columns.div_ceil(256) as u32, case.blocks as u32, 1], ..Shape::linear(1, 256) },
                 )
                 .expect(DONE);
             }

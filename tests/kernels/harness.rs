@@ -168,8 +168,7 @@ impl Names {
         let samples: Vec<u64> = (0..lengths.len() as u64).map(|s| (1 << 40) + 3 * s).collect();
         let sequence: Vec<u32> = lengths.iter().enumerate().flat_map(|(s, &n)| vec![s as u32; n]).collect();
         let position: Vec<u32> = lengths.iter().flat_map(|&n| 0..n as u32).collect();
-        let tensors =
-            [Tensor::from_slice(&samples), Tensor::from_slice(&sequence), Tensor::from_slice(&position)];
+        let tensors = [Tensor::from_slice(&samples), Tensor::from_slice(&sequence), Tensor::from_slice(&position)];
         Names { samples, sequence, position, tensors }
     }
 
@@ -203,11 +202,7 @@ impl Names {
 
 impl DeviceNames {
     pub fn get(&self) -> kernels::RowNames {
-        kernels::RowNames {
-            samples: self.samples.get(),
-            sequence: self.sequence.get(),
-            position: self.position.get(),
-        }
+        kernels::RowNames { samples: self.samples.get(), sequence: self.sequence.get(), position: self.position.get() }
     }
 }
 
