@@ -39,7 +39,8 @@ template <class Inner> struct Swish {
   static __device__ __forceinline__ float value(float x) { return x * sigmoid(Inner::value(x)); }
   static __device__ __forceinline__ float slope(float x) {
     const float s = sigmoid(Inner::value(x));
-    return s + x * s * (1.f - s) * Inner::slope(x);
+    const float bump = s * (1.f - s);
+    return bump == 0.f ? s : s + bump * x * Inner::slope(x);  // far out Inner::slope may be infinite
   }
 };
 

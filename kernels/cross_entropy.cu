@@ -180,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(512)
 }
 RM_EXPORT(cross_entropy_sums)
 
-#define RM_CROSS_ENTROPY(suffix, T, BLOCKS)                                                                                                      \
+#define RM_CROSS_ENTROPY(suffix, T, BLOCKS) \
   extern "C" __global__ void __launch_bounds__(512, BLOCKS)                                                                              \
       cross_entropy_loss_##suffix(float* row_loss, uint32_t* row_correct, const T* logits, const float* bias, const uint32_t* labels,    \
                                   const int* rows, int first, int chunk, int V) {                                                        \

@@ -1,7 +1,7 @@
 //! In-batch-negative contrastive loss (InfoNCE; DPR, arXiv 2004.04906): every passage of the batch is a candidate of every query.
 //!
-//! `s = q pᵀ / τ`, `lse_b = ln Σ exp s_b`, loss of query b `= lse_b − s_b,target(b)`. Saved: `lse`. Backward of `scale · Σ loss`, from scores
-//! computed again: `g = (exp(s − lse) − onehot(target)) · scale / τ`, `dq = g p`, `dp = gᵀ q`.
+//! `s = q pᵀ / τ`, `lse_b = ln Σ exp s_b`, loss of query b `= lse_b − s_b,target(b)`. Saved: `lse`. Backward of `scale · Σ loss`,
+//! from scores computed again: `g = (exp(s − lse) − onehot(target)) · scale / τ`, `dq = g p`, `dp = gᵀ q`.
 //!
 //! Passages can be hidden from single queries, as duplicates of their own passage must be; the target itself never is.
 

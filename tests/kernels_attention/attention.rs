@@ -152,7 +152,13 @@ impl Case<'_> {
             let stride = 3 * c as i32;
             let [q, k, v] = [0, c, 2 * c].map(|at| qkv.get().offset(at));
             let [dq, dk, dv] = [0, c, 2 * c].map(|at| grad.get_mut().offset(at));
-            T::launch(device, &batch, self, &Views { q, k, v, dq, dk, dv, q_stride: stride, kv_stride: stride }, &dense);
+            T::launch(
+                device,
+                &batch,
+                self,
+                &Views { q, k, v, dq, dk, dv, q_stride: stride, kv_stride: stride },
+                &dense,
+            );
             let grad = widened(grad.take(tokens * 3 * c));
             (columns(&grad, c, 0, 3), columns(&grad, c, 1, 3), columns(&grad, c, 2, 3))
         } else {
@@ -281,7 +287,8 @@ fn many_queries_with_gaps() {
 fn large_scores_stay_finite() {
     let case = Case { lengths: &[70, 3], size: 500.0, ..PLAIN };
     let device = Emulator::new(Default::default()).expect("the emulator is linked in");
-    for results in [case.run::<f32>(&device, &case.inputs::<f32>()), case.run::<bf16>(&device, &case.inputs::<bf16>())] {
+    for results in [case.run::<f32>(&device, &case.inputs::<f32>()), case.run::<bf16>(&device, &case.inputs::<bf16>())]
+    {
         assert!(results.all().iter().flatten().all(|x| x.is_finite()));
     }
 }

@@ -164,11 +164,7 @@ impl Case<'_> {
             dkv: Buffer::poisoned(device, (tokens + ROOM) * 2 * c),
             lse: Buffer::poisoned(device, (rows + ROOM) * self.heads),
             delta: Buffer::poisoned(device, (rows + ROOM) * self.heads),
-            bits: (
-                Buffer::of(device, &bits.offsets),
-                Buffer::of(device, &bits.words),
-                Buffer::of(device, &bits.row),
-            ),
+            bits: (Buffer::of(device, &bits.offsets), Buffer::of(device, &bits.words), Buffer::of(device, &bits.row)),
         };
         T::launch(device, &DeviceBatch::new(device, &p), self, &x);
         let dkv = widened(x.dkv.take(tokens * 2 * c));
@@ -295,7 +291,12 @@ fn rows_that_see_nothing_are_zero() {
 /// A position that its own bit alone shows sees nothing.
 #[test]
 fn no_position_sees_itself() {
-    let own = Case { lengths: &[40], queries: Queried::These(&[&[1, 33]]), mask: |_, key| [1, 5, 33].contains(&key), ..PLAIN };
+    let own = Case {
+        lengths: &[40],
+        queries: Queried::These(&[&[1, 33]]),
+        mask: |_, key| [1, 5, 33].contains(&key),
+        ..PLAIN
+    };
     check(own);
     let alone = Case { queries: Queried::These(&[&[33]]), mask: |_, key| key == 33, ..own };
     let device = Emulator::new(Default::default()).expect("the emulator is linked in");

@@ -105,11 +105,20 @@ impl DeviceBatch {
             (Buffer::with_room(device, &tiles.concat(), room), count, tiles.len())
         };
         let tiles = [table(&cu_rows, &cu_seqlens), table(&cu_seqlens, &cu_rows)];
-        let [cu_rows, cu_seqlens, position] = [cu_rows, cu_seqlens, p.positions.concat()].map(|x| Buffer::of(device, &x));
+        let [cu_rows, cu_seqlens, position] =
+            [cu_rows, cu_seqlens, p.positions.concat()].map(|x| Buffer::of(device, &x));
         let key = Buffer::of(device, &p.dropout.mask.key);
         let (sample, dropout) = (Buffer::of(device, &p.samples()), p.dropout);
         DeviceBatch {
-            cu_rows, cu_seqlens, position, sample, tiles, key, dropout, heads: p.heads, head_size: p.head_size
+            cu_rows,
+            cu_seqlens,
+            position,
+            sample,
+            tiles,
+            key,
+            dropout,
+            heads: p.heads,
+            head_size: p.head_size,
         }
     }
 
@@ -171,7 +180,8 @@ impl Plain {
     pub fn new<T: Storage>(p: &Problem, x: &Operands<'_>) -> Plain {
         let (rows, tokens) = (p.rows() * p.width(), p.tokens() * p.width());
         let lse = vec![f32::INFINITY; p.rows() * p.heads];
-        let mut y = Plain { out: vec![0.0; rows], lse, dq: vec![0.0; rows], dk: vec![0.0; tokens], dv: vec![0.0; tokens] };
+        let mut y =
+            Plain { out: vec![0.0; rows], lse, dq: vec![0.0; rows], dk: vec![0.0; tokens], dv: vec![0.0; tokens] };
         for s in 0..p.lengths.len() {
             for head in 0..p.heads {
                 y.head::<T>(p, x, s, head);

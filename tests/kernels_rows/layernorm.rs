@@ -204,12 +204,29 @@ fn plainly(case: &Case, i: &Inputs) -> Vec<Vec<f32>> {
     out
 }
 
+/// In bf16 the saved statistics must be, to f32 accuracy, those of the sums the kernel stored: a few rows are too few to compare their
+/// rounding with that of another implementation.
+fn statistics_of_stored_rows(case: &Case, z: &[f32], saved: &[f32], k: usize, what: &str) {
+    for (z, &saved) in z.chunks_exact(case.width).zip(saved) {
+        let n = z.len() as f64;
+        let mean = z.iter().map(|&z| f64::from(z)).sum::<f64>() / n;
+        let variance = z.iter().map(|&z| (f64::from(z) - mean).powi(2)).sum::<f64>() / n;
+        let rstd = 1.0 / (variance + f64::from(case.shape().eps)).sqrt();
+        let error = if k == 2 { (f64::from(saved) - mean).abs() * rstd } else { (f64::from(saved) / rstd - 1.0).abs() };
+        assert!(error <= 1e-5, "{what}: error {error:e}");
+    }
+}
+
 fn judged<T: Storage>(case: &Case, run: fn(&Emulator, &Case, &Inputs) -> Vec<Vec<f32>>) {
     let i = case.inputs::<T>();
     let got = in_every_order(|on| run(on, case, &i));
     let (exact, plain) = (on_cpu(case, &i, f64::from), plainly(case, &i));
     for (k, name) in RESULTS.iter().enumerate() {
         let what = format!("{name} of {:?} x {}", case.lengths, case.width);
+        if T::ROUNDS && (k == 2 || k == 3) {
+            statistics_of_stored_rows(case, &got[0], &got[k], k, &what);
+            continue;
+        }
         judge::<T>(&what, &got[k], &exact[k], &plain[k]);
     }
 }
