@@ -27,8 +27,8 @@ template <class T> constexpr int CL_CHUNK = 128 / int(sizeof(T));   // columns o
 // Offset of a 16-byte unit in a chunk of a tile.
 __device__ __forceinline__ uint32_t cl_unit(int row, int unit) { return uint32_t(row * 128 + ((unit ^ (row & 7)) << 4)); }
 
-// The address `units` (even) units further in a row, from the address of its unit 0 or 1 (or 4 or 5 for `units` of 2): chunks begin at
-// multiples of 1,024, so the swizzle stays an exclusive or. Not an offset for each: those would fill registers.
+// The address `units` units further in a row, where the bits of `units` are clear in the number of the unit at `at`: chunks begin at
+// multiples of 1,024, so the swizzle stays an exclusive or. One address instead of an offset for each unit saves registers.
 __device__ __forceinline__ uint32_t cl_further(uint32_t at, int units) { return at ^ uint32_t(units << 4); }
 
 // Starts the copy of a chunk of rows first .. first + ROWS, zeros past the last row and column.
@@ -244,7 +244,7 @@ template <class T, int ROWS> struct ClStream {
   }
 };
 
-// Whether passage p is a candidate of query b; the caller treats the target apart.
+// Whether passage p is hidden from query b, as its own passage never is: the caller treats that apart.
 __device__ __forceinline__ bool cl_hidden(const Contrastive& a, int b, int p) {
   return a.hidden != nullptr && (a.hidden[size_t(b) * size_t(a.words) + p / 32] >> (p % 32) & 1u) != 0;
 }
