@@ -123,7 +123,7 @@ impl Real for f32 {
         if x2 < 2.5e-3 { small } else { large }
     }
     /// Rational minimax approximation on [−4, 4] (the one Eigen and XLA use), never beyond ±1. Absolute error at most 5.2·10⁻⁷,
-    /// measured over every f32; it is rounding, largest near 3.94. Forms with an exponential reach 10⁻⁷ in 2.6 times the time.
+    /// measured over every f32 in [2⁻¹⁰, 6]; it is rounding, largest near 3.94. Forms with an exponential reach 10⁻⁷ in 2.6 times the time.
     #[inline(always)]
     fn erf(self) -> f32 {
         let x = if self < -4.0 { -4.0 } else { self };
