@@ -1,6 +1,8 @@
 //! The part of a transformer layer after its attention, shared by the encoder and the enhanced decoder:
 //! `x1 = LN(dropout(ctx W_o + b_o) + residual)`, `x2 = LN(dropout(act(x1 W_i + b_i) W_d + b_d) + x1)`.
 
+use std::ops::Range;
+
 use super::activations::{Plan, Slot};
 use super::params::{Id, Init, Table};
 use super::{Dims, Pass};
@@ -51,6 +53,45 @@ impl Linear {
         let (x, dy) = (Matrix::new(x, inputs), Matrix::new(dy, outputs));
         let (w, dw_acc, db_acc) = (p.w(self.weight), p.g(self.weight), Some(p.g(self.bias)));
         linear::backward(p.device, &linear::Backward { rows, inputs, outputs, x, w, dy, dx, dw_acc, db_acc });
+    }
+
+    /// Rows `parts` (in units of C) of a fused layer of `[C, C]` matrices, and the same of its bias.
+    fn parts<'a>(&self, of: impl Fn(Id) -> &'a Tensor, c: usize, parts: &Range<usize>) -> (Tensor, Tensor) {
+        let (from, to) = (parts.start * c, parts.end * c);
+        (of(self.weight).slice(from * c..to * c), of(self.bias).slice(from..to))
+    }
+
+    /// [`Self::forward`] of some of the `[C, C]` matrices of a fused layer, with or without their bias.
+    pub fn forward_parts(
+        &self,
+        p: &Pass<'_>,
+        (rows, c, parts): (usize, usize, Range<usize>),
+        x: &Tensor,
+        bias: bool,
+        y: &Tensor,
+    ) {
+        let (w, b) = self.parts(|id| p.params.weight(id), c, &parts);
+        let (inputs, outputs) = (c, parts.len() * c);
+        let (x, y) = (Matrix::new(x, inputs), Matrix::new(y, outputs));
+        linear::forward(p.device, &linear::Forward { rows, inputs, outputs, x, w: &w, b: bias.then_some(&b), y });
+    }
+
+    /// Gradients of [`Self::forward_parts`]; `dx` is set or added to.
+    pub fn backward_parts(
+        &self,
+        p: &Pass<'_>,
+        (rows, c, parts): (usize, usize, Range<usize>),
+        x: &Tensor,
+        dy: &Tensor,
+        bias: bool,
+        dx: (&Tensor, Output),
+    ) {
+        let (w, _) = self.parts(|id| p.params.weight(id), c, &parts);
+        let (dw, db) = self.parts(|id| p.params.gradient(id), c, &parts);
+        let (inputs, outputs) = (c, parts.len() * c);
+        let dx = Some((Matrix::new(dx.0, inputs), dx.1));
+        let (x, dy, db_acc) = (Matrix::new(x, inputs), Matrix::new(dy, outputs), bias.then_some(&db));
+        linear::backward(p.device, &linear::Backward { rows, inputs, outputs, x, w: &w, dy, dx, dw_acc: &dw, db_acc });
     }
 }
 

@@ -11,7 +11,7 @@ use super::{Capacity, Dims, Pass};
 use crate::device::{Matrix, Output, Tensor};
 use crate::model::config::BertConfig;
 use crate::ops::embed::Tables;
-use crate::ops::{attention, embed, gather, layernorm, linear};
+use crate::ops::{attention, embed, gather, layernorm};
 
 /// Numbers of the embedding tables; the decoder reads them too.
 #[derive(Clone, Copy, Debug)]
@@ -245,21 +245,6 @@ impl Layer {
         }
     }
 
-    /// Rows `from..to` (in units of C) of the fused weight or gradient, and of the bias.
-    fn part(&self, of: impl Fn(Id) -> Tensor, c: usize, from: usize, to: usize) -> (Tensor, Tensor) {
-        (of(self.qkv.weight).slice(from * c * c..to * c * c), of(self.qkv.bias).slice(from * c..to * c))
-    }
-
-    fn attention_shape<'a>(dims: &Dims, tokens: &'a TokenInputs, rows: Option<&'a Rows>) -> attention::Shape<'a> {
-        attention::Shape {
-            sequences: tokens.sequences,
-            heads: dims.heads,
-            head_size: dims.head_size(),
-            cu_rows: rows.map_or(&tokens.cu_seqlens, |r| &r.cu_rows),
-            cu_seqlens: &tokens.cu_seqlens,
-        }
-    }
-
     /// Queries, keys, values of the layer as matrices.
     fn qkv<'a>(&self, p: &Pass<'a>, c: usize) -> [Matrix<'a>; 3] {
         let wide = p.buffers.tensor(self.wide);
@@ -273,6 +258,32 @@ impl Layer {
         }
     }
 
+    fn attention<'a>(
+        &self,
+        p: &Pass<'a>,
+        dims: &Dims,
+        tokens: &'a TokenInputs,
+        rows: Option<&'a Rows>,
+    ) -> attention::Forward<'a> {
+        let [q, k, v] = self.qkv(p, dims.hidden);
+        attention::Forward {
+            shape: attention::Shape {
+                sequences: tokens.sequences,
+                heads: dims.heads,
+                head_size: dims.head_size(),
+                cu_rows: rows.map_or(&tokens.cu_seqlens, |r| &r.cu_rows),
+                cu_seqlens: &tokens.cu_seqlens,
+            },
+            q,
+            k,
+            v,
+            names: rows.map_or(tokens.names(), |r| tokens.names_of(r)),
+            dropout: p.dropout.attention(self.site),
+            out: p.buffers.tensor(self.ctx),
+            lse: p.buffers.tensor(self.lse),
+        }
+    }
+
     fn forward(&self, p: &Pass<'_>, dims: &Dims, tokens: &TokenInputs, needed: &Rows, x: &Tensor) {
         let (c, count) = (dims.hidden, tokens.count);
         let rows = self.pruned.map(|_| needed);
@@ -282,69 +293,34 @@ impl Layer {
             Some(s) => {
                 residual = p.b(s.x);
                 gather::gather(p.device, x, &needed.token, needed.count, c, residual);
-                let product = |rows: usize, from: usize, to: usize, x: &Tensor, y: &Tensor| {
-                    let (w, b) = self.part(|id| p.w(id).clone(), c, from, to);
-                    let (inputs, outputs) = (c, (to - from) * c);
-                    let (x, y) = (Matrix::new(x, inputs), Matrix::new(y, outputs));
-                    linear::forward(p.device, &linear::Forward { rows, inputs, outputs, x, w: &w, b: Some(&b), y });
-                };
-                product(needed.count, 0, 1, residual, p.b(s.q));
-                product(count, 1, 3, x, p.b(self.wide));
+                self.qkv.forward_parts(p, (needed.count, c, 0..1), residual, true, p.b(s.q));
+                self.qkv.forward_parts(p, (count, c, 1..3), x, true, p.b(self.wide));
             }
         }
-        let names = rows.map_or(tokens.names(), |r| tokens.names_of(r));
-        let [q, k, v] = self.qkv(p, c);
-        let shape = Self::attention_shape(dims, tokens, rows);
-        let dropout = p.dropout.attention(self.site);
-        let (out, lse) = (p.b(self.ctx), p.b(self.lse));
-        attention::forward(p.device, &attention::Forward { shape, q, k, v, names, dropout, out, lse });
-        self.block.forward(p, rows.map_or(count, |r| r.count), names, p.b(self.ctx), residual);
+        let attention = self.attention(p, dims, tokens, rows);
+        attention::forward(p.device, &attention);
+        self.block.forward(p, rows.map_or(count, |r| r.count), attention.names, attention.out, residual);
     }
 
     /// From the gradient of the output (`g.rows` in the pruned layer, `g.hidden` else) to that of the input in `g.hidden`.
     fn backward(&self, p: &Pass<'_>, dims: &Dims, tokens: &TokenInputs, needed: &Rows, x: &Tensor, g: Gradients) {
         let (c, count) = (dims.hidden, tokens.count);
         let rows = self.pruned.map(|_| needed);
-        let names = rows.map_or(tokens.names(), |r| tokens.names_of(r));
+        let forward = self.attention(p, dims, tokens, rows);
         let d = p.buffers.tensor(if self.pruned.is_some() { g.rows } else { g.hidden });
-        self.block.backward(p, rows.map_or(count, |r| r.count), names, p.b(self.ctx), d, g.block);
-        let [q, k, v] = self.qkv(p, c);
+        self.block.backward(p, rows.map_or(count, |r| r.count), forward.names, forward.out, d, g.block);
         let wide = p.b(g.wide);
-        attention::backward(
-            p.device,
-            &attention::Backward {
-                shape: Self::attention_shape(dims, tokens, rows),
-                q,
-                k,
-                v,
-                names,
-                dropout: p.dropout.attention(self.site),
-                out: p.b(self.ctx),
-                lse: p.b(self.lse),
-                dout: p.b(g.block.context),
-                gradient: match self.pruned {
-                    None => attention::Gradient::Fused(wide),
-                    Some(s) => attention::Gradient::Split(p.b(s.dq), wide),
-                },
-            },
-        );
+        let gradient = match self.pruned {
+            None => attention::Gradient::Fused(wide),
+            Some(s) => attention::Gradient::Split(p.b(s.dq), wide),
+        };
+        attention::backward(p.device, &attention::Backward { forward, dout: p.b(g.block.context), gradient });
         let Some(s) = self.pruned else {
             self.qkv.backward(p, (count, c, 3 * c), x, wide, (d, Output::Add));
             return zero_key_bias(p, self.qkv.bias, c);
         };
-        let product = |rows: usize, from: usize, to: usize, x: &Tensor, dy: &Tensor, dx: (&Tensor, Output)| {
-            let (w, _) = self.part(|id| p.w(id).clone(), c, from, to);
-            let (dw, db) = self.part(|id| p.g(id).clone(), c, from, to);
-            let (inputs, outputs) = (c, (to - from) * c);
-            let (x, dy, dx) =
-                (Matrix::new(x, inputs), Matrix::new(dy, outputs), Some((Matrix::new(dx.0, inputs), dx.1)));
-            linear::backward(
-                p.device,
-                &linear::Backward { rows, inputs, outputs, x, w: &w, dy, dx, dw_acc: &dw, db_acc: Some(&db) },
-            );
-        };
-        product(needed.count, 0, 1, p.b(s.x), p.b(s.dq), (d, Output::Add));
-        product(count, 1, 3, x, wide, (p.b(g.hidden), Output::Set));
+        self.qkv.backward_parts(p, (needed.count, c, 0..1), p.b(s.x), p.b(s.dq), true, (d, Output::Add));
+        self.qkv.backward_parts(p, (count, c, 1..3), x, wide, true, (p.b(g.hidden), Output::Set));
         gather::scatter_add(p.device, d, &needed.token, needed.count, c, p.b(g.hidden));
         zero_key_bias(p, self.qkv.bias, c);
     }

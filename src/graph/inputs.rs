@@ -137,11 +137,16 @@ impl TokenInputs {
         self.types.upload(types);
         self.cu_seqlens.upload(cu_seqlens);
         self.samples.upload(samples);
+        self.sequence.upload(&sequence);
+        self.position.upload(&position);
+    }
+
+    /// Prepares the sums of the backward for the tokens that [`Self::set`] was given.
+    fn set_groups(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32]) {
+        let position: Vec<u32> = cu_seqlens.windows(2).flat_map(|w| 0..w[1] - w[0]).collect();
         self.by_word.set(ids);
         self.by_position.set(&position);
         self.by_type.set(types);
-        self.sequence.upload(&sequence);
-        self.position.upload(&position);
     }
 
     /// Names of all rows.
@@ -233,6 +238,7 @@ impl Inputs {
     pub fn set(&mut self, batch: &PretrainBatch) {
         let types = vec![0; batch.tokens()];
         self.tokens.set(&batch.encoder_ids, &types, &batch.cu_seqlens, &batch.samples);
+        self.tokens.set_groups(&batch.encoder_ids, &types, &batch.cu_seqlens);
         let first = &batch.cu_seqlens[..batch.sequences()];
         self.first_tokens.upload(first);
         let with_cls = self.decoder.is_some();
@@ -271,6 +277,7 @@ impl GroupBuffers {
 impl DecoderInputs {
     fn set(&mut self, from: &DecoderBatch, batch: &PretrainBatch, types: &[u32]) {
         self.tokens.set(&from.ids, types, &batch.cu_seqlens, &batch.samples);
+        self.tokens.set_groups(&from.ids, types, &batch.cu_seqlens);
         let (sequence, position) = self.rows.set(&from.label_rows, &batch.cu_seqlens);
         self.by_sequence.set(&sequence);
         self.by_position.set(&position);

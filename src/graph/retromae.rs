@@ -12,7 +12,7 @@ use super::inputs::{DecoderInputs, Inputs};
 use super::params::Table;
 use super::{Capacity, Dims, Pass};
 use crate::device::{Matrix, Output, Tensor};
-use crate::ops::{attention, enhanced_decoding, gather, linear};
+use crate::ops::{attention, enhanced_decoding, gather};
 
 /// The decoder.
 pub struct EnhancedDecoder {
@@ -85,12 +85,6 @@ impl EnhancedDecoder {
         self.dc
     }
 
-    /// Query weight (0) or key and value weights (1) of the fused matrix or its gradient, with the bias.
-    fn part(weight: &Tensor, bias: &Tensor, c: usize, which: usize) -> (Tensor, Tensor) {
-        let (from, to) = if which == 0 { (0, 1) } else { (1, 3) };
-        (weight.slice(from * c * c..to * c * c), bias.slice(from * c..to * c))
-    }
-
     fn attention<'a>(&self, p: &Pass<'a>, inputs: &'a DecoderInputs) -> enhanced_decoding::Forward<'a> {
         let (c, tokens) = (self.dims.hidden, &inputs.tokens);
         let kv = p.buffers.tensor(self.kv);
@@ -124,18 +118,9 @@ impl EnhancedDecoder {
         gather::gather(p.device, encoder_rows, &inputs.cls_rows, sequences, c, sentence);
         self.embedding.forward(p, tokens);
         gather::scatter(p.device, sentence, &inputs.first_tokens, sequences, c, e);
-        let product = |rows: usize, which: usize, x: &Tensor, with_bias: bool, y: &Tensor| {
-            let (w, b) = Self::part(p.w(self.qkv.weight), p.w(self.qkv.bias), c, which);
-            let (inputs, outputs) = (c, (1 + which) * c);
-            let (x, y) = (Matrix::new(x, inputs), Matrix::new(y, outputs));
-            linear::forward(
-                p.device,
-                &linear::Forward { rows, inputs, outputs, x, w: &w, b: with_bias.then_some(&b), y },
-            );
-        };
-        product(tokens.count, 1, e, true, p.b(self.kv));
-        product(tokens.longest, 0, p.w(self.position), false, p.b(self.q_position));
-        product(sequences, 0, sentence, true, p.b(self.q_sentence));
+        self.qkv.forward_parts(p, (tokens.count, c, 1..3), e, true, p.b(self.kv));
+        self.qkv.forward_parts(p, (tokens.longest, c, 0..1), p.w(self.position), false, p.b(self.q_position));
+        self.qkv.forward_parts(p, (sequences, c, 0..1), sentence, true, p.b(self.q_sentence));
         enhanced_decoding::forward(p.device, &self.attention(p, decoder));
         let names = tokens.names_of(&decoder.rows);
         enhanced_decoding::add_rows(p.device, p.w(self.position), sentence, names, rows, c, p.b(self.query));
@@ -171,21 +156,11 @@ impl EnhancedDecoder {
         gather::zero(p.device, dq_sentence, sequences * c);
         gather::group_sums(p.device, dq, by_position, c, dq_position);
         gather::group_sums(p.device, dq, by_sequence, c, dq_sentence);
-        let product = |rows: usize, which: usize, x: &Tensor, dy: &Tensor, bias: bool, dx: (&Tensor, Output)| {
-            let (w, _) = Self::part(p.w(self.qkv.weight), p.w(self.qkv.bias), c, which);
-            let (dw, db) = Self::part(p.g(self.qkv.weight), p.g(self.qkv.bias), c, which);
-            let (inputs, outputs) = (c, (1 + which) * c);
-            let (x, dy, dx) =
-                (Matrix::new(x, inputs), Matrix::new(dy, outputs), Some((Matrix::new(dx.0, inputs), dx.1)));
-            let db_acc = bias.then_some(&db);
-            linear::backward(
-                p.device,
-                &linear::Backward { rows, inputs, outputs, x, w: &w, dy, dx, dw_acc: &dw, db_acc },
-            );
-        };
-        product(longest, 0, p.w(self.position), dq_position, false, (p.g(self.position), Output::Add));
-        product(sequences, 0, p.b(self.c), dq_sentence, true, (dc, Output::Add));
-        product(tokens.count, 1, p.b(self.embedding.y), wide, true, (hidden, Output::Set));
+        let (positions, kv) = (p.w(self.position), p.b(self.embedding.y));
+        let d_positions = (p.g(self.position), Output::Add);
+        self.qkv.backward_parts(p, (longest, c, 0..1), positions, dq_position, false, d_positions);
+        self.qkv.backward_parts(p, (sequences, c, 0..1), p.b(self.c), dq_sentence, true, (dc, Output::Add));
+        self.qkv.backward_parts(p, (tokens.count, c, 1..3), kv, wide, true, (hidden, Output::Set));
         zero_key_bias(p, self.qkv.bias, c);
         // The first row of each sequence's keys and values was c, not an embedding.
         gather::group_sums(p.device, hidden, inputs.by_first.groups(), c, dc);

@@ -60,22 +60,8 @@ pub enum Gradient<'a> {
 
 /// Arguments of [`backward`].
 pub struct Backward<'a> {
-    /// As in the forward.
-    pub shape: Shape<'a>,
-    /// As in the forward.
-    pub q: Matrix<'a>,
-    /// As in the forward.
-    pub k: Matrix<'a>,
-    /// As in the forward.
-    pub v: Matrix<'a>,
-    /// As in the forward.
-    pub names: RowNames<'a>,
-    /// As in the forward.
-    pub dropout: SiteDropout,
-    /// Saved output.
-    pub out: &'a Tensor,
-    /// Saved log-sum-exp.
-    pub lse: &'a Tensor,
+    /// The forward's arguments; `out` and `lse` are read here.
+    pub forward: Forward<'a>,
     /// `[R, H·D]`.
     pub dout: &'a Tensor,
     /// Written.
@@ -85,7 +71,7 @@ pub struct Backward<'a> {
 /// Gradients of queries, keys and values.
 pub fn backward(device: Device, a: &Backward<'_>) {
     match device {
-        Device::Cpu => super::on_cpu!(a.out, cpu::backward, a),
+        Device::Cpu => super::on_cpu!(a.dout, cpu::backward, a),
     }
 }
 
@@ -130,8 +116,8 @@ impl Pass {
 /// enhanced decoder, which adds a visibility mask.
 pub(super) mod cpu {
     use super::{Backward, Forward, Gradient, RowNames, SiteDropout};
-    use crate::device::Output;
     use crate::device::cpu::{Real, Threads, View, gemm, max, scratch, sum1, sum2, vectorized};
+    use crate::device::{Output, Read};
     use rayon::prelude::*;
 
     /// Which keys each query row of a sequence sees.
@@ -335,59 +321,68 @@ pub(super) mod cpu {
             .collect()
     }
 
-    pub fn forward<F: Real>(a: &Forward<'_>) {
-        let (h, d) = (a.shape.heads, a.shape.head_size);
-        let (q, k, v) = (a.q.tensor.read::<F>(), a.k.tensor.read::<F>(), a.v.tensor.read::<F>());
-        let (cu_rows, cu_seqlens) = (a.shape.cu_rows.read::<u32>(), a.shape.cu_seqlens.read::<u32>());
-        let (cu_rows, cu_seqlens) = (&cu_rows[..a.shape.sequences + 1], &cu_seqlens[..a.shape.sequences + 1]);
-        let positions = a.names.position.read::<u32>();
-        let (mut out, mut lse) = (a.out.write::<F>(), a.lse.write::<F>());
-        let out = split(&mut out, cu_rows, h * d);
-        let lse = split(&mut lse, cu_rows, h);
-        out.into_par_iter().zip(lse).enumerate().for_each(|(s, (out, lse))| {
-            let (rows, first) = (cu_rows[s] as usize..cu_rows[s + 1] as usize, cu_seqlens[s] as usize);
+    /// Everything the sequences read.
+    struct Inputs<'a, F> {
+        q: Read<'a, F>,
+        k: Read<'a, F>,
+        v: Read<'a, F>,
+        cu_rows: Read<'a, u32>,
+        cu_seqlens: Read<'a, u32>,
+        positions: Read<'a, u32>,
+    }
+
+    impl<'a, F: Real> Inputs<'a, F> {
+        fn new(a: &Forward<'a>) -> Self {
+            Inputs {
+                q: a.q.tensor.read(),
+                k: a.k.tensor.read(),
+                v: a.v.tensor.read(),
+                cu_rows: a.shape.cu_rows.read(),
+                cu_seqlens: a.shape.cu_seqlens.read(),
+                positions: a.names.position.read(),
+            }
+        }
+
+        fn rows(&self, s: usize) -> std::ops::Range<usize> {
+            self.cu_rows[s] as usize..self.cu_rows[s + 1] as usize
+        }
+
+        /// The attention problem of sequence `s`.
+        fn sequence(&self, a: &Forward<'_>, s: usize) -> Sequence<'_, F> {
+            let (rows, first) = (self.rows(s), self.cu_seqlens[s] as usize);
             Sequence {
-                heads: h,
-                head_size: d,
-                keys: cu_seqlens[s + 1] as usize - first,
-                q: View::rows(&q[(a.q.offset + rows.start * a.q.stride).min(q.len())..], a.q.stride),
-                k: View::rows(&k[a.k.offset + first * a.k.stride..], a.k.stride),
-                v: View::rows(&v[a.v.offset + first * a.v.stride..], a.v.stride),
-                positions: &positions[rows],
+                heads: a.shape.heads,
+                head_size: a.shape.head_size,
+                keys: self.cu_seqlens[s + 1] as usize - first,
+                q: View::rows(&self.q[(a.q.offset + rows.start * a.q.stride).min(self.q.len())..], a.q.stride),
+                k: View::rows(&self.k[a.k.offset + first * a.k.stride..], a.k.stride),
+                v: View::rows(&self.v[a.v.offset + first * a.v.stride..], a.v.stride),
+                positions: &self.positions[rows],
                 visible: None,
                 drop: Drop::new(a.dropout, &a.names, s),
             }
-            .forward(out, lse);
-        });
+        }
+    }
+
+    pub fn forward<F: Real>(a: &Forward<'_>) {
+        let inputs = Inputs::<F>::new(a);
+        let (mut out, mut lse) = (a.out.write::<F>(), a.lse.write::<F>());
+        let cu_rows = &inputs.cu_rows[..a.shape.sequences + 1];
+        let out = split(&mut out, cu_rows, a.shape.heads * a.shape.head_size);
+        let lse = split(&mut lse, cu_rows, a.shape.heads);
+        out.into_par_iter().zip(lse).enumerate().for_each(|(s, (out, lse))| inputs.sequence(a, s).forward(out, lse));
     }
 
     pub fn backward<F: Real>(a: &Backward<'_>) {
-        let (h, d) = (a.shape.heads, a.shape.head_size);
-        let c = h * d;
-        let (q, k, v) = (a.q.tensor.read::<F>(), a.k.tensor.read::<F>(), a.v.tensor.read::<F>());
-        let (out, lse, dout) = (a.out.read::<F>(), a.lse.read::<F>(), a.dout.read::<F>());
-        let (cu_rows, cu_seqlens) = (a.shape.cu_rows.read::<u32>(), a.shape.cu_seqlens.read::<u32>());
-        let (cu_rows, cu_seqlens) = (&cu_rows[..a.shape.sequences + 1], &cu_seqlens[..a.shape.sequences + 1]);
-        let positions = a.names.position.read::<u32>();
+        let fwd = &a.forward;
+        let (h, c) = (fwd.shape.heads, fwd.shape.heads * fwd.shape.head_size);
+        let inputs = Inputs::<F>::new(fwd);
+        let (out, lse, dout) = (fwd.out.read::<F>(), fwd.lse.read::<F>(), a.dout.read::<F>());
+        let cu_seqlens = &inputs.cu_seqlens[..fwd.shape.sequences + 1];
         let sequence = |s: usize, grad: &mut SequenceGrad<'_, F>| {
-            let (rows, first) = (cu_rows[s] as usize..cu_rows[s + 1] as usize, cu_seqlens[s] as usize);
-            Sequence {
-                heads: h,
-                head_size: d,
-                keys: cu_seqlens[s + 1] as usize - first,
-                q: View::rows(&q[(a.q.offset + rows.start * a.q.stride).min(q.len())..], a.q.stride),
-                k: View::rows(&k[a.k.offset + first * a.k.stride..], a.k.stride),
-                v: View::rows(&v[a.v.offset + first * a.v.stride..], a.v.stride),
-                positions: &positions[rows.clone()],
-                visible: None,
-                drop: Drop::new(a.dropout, &a.names, s),
-            }
-            .backward(
-                &out[rows.start * c..rows.end * c],
-                &lse[rows.start * h..rows.end * h],
-                &dout[rows.start * c..rows.end * c],
-                grad,
-            );
+            let r = inputs.rows(s);
+            let (out, dout) = (&out[r.start * c..r.end * c], &dout[r.start * c..r.end * c]);
+            inputs.sequence(fwd, s).backward(out, &lse[r.start * h..r.end * h], dout, grad);
         };
         match a.gradient {
             Gradient::Fused(wide) => {
@@ -398,7 +393,8 @@ pub(super) mod cpu {
             }
             Gradient::Split(dq, wide) => {
                 let (mut dq, mut wide) = (dq.write::<F>(), wide.write::<F>());
-                let parts = split(&mut dq, cu_rows, c).into_par_iter().zip(split(&mut wide, cu_seqlens, 2 * c));
+                let dq = split(&mut dq, &inputs.cu_rows[..fwd.shape.sequences + 1], c);
+                let parts = dq.into_par_iter().zip(split(&mut wide, cu_seqlens, 2 * c));
                 parts.enumerate().for_each(|(s, (dq, wide))| {
                     sequence(s, &mut SequenceGrad { dq: Some(dq), wide, stride: 2 * c, dk: 0, dv: c });
                 });

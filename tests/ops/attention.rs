@@ -128,14 +128,16 @@ impl Op for Case<'_> {
         backward(
             CPU,
             &Backward {
-                shape: self.shape(&p),
-                q,
-                k,
-                v,
-                names: p.names.rows(),
-                dropout: dropout(self.p, 6),
-                out: &out.tensor,
-                lse: &lse.tensor,
+                forward: Forward {
+                    shape: self.shape(&p),
+                    q,
+                    k,
+                    v,
+                    names: p.names.rows(),
+                    dropout: dropout(self.p, 6),
+                    out: &out.tensor,
+                    lse: &lse.tensor,
+                },
                 dout: &dout,
                 gradient: match self.queries {
                     None => Gradient::Fused(&wide.tensor),

@@ -1,7 +1,15 @@
 //! Kernels on the emulator against the CPU's ops: f32 to 1e-5, bf16 within twice the error of a plain bf16 computation, the same bits
 //! in every order that a GPU may choose.
 
+mod activation;
 mod attention;
+mod contrastive;
+mod cross_entropy;
+mod embed;
 mod enhanced_decoding;
+mod gather;
 mod harness;
+mod layernorm;
+mod optimizer;
+mod pool;
 mod reference;

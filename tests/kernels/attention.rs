@@ -196,13 +196,10 @@ impl Case<'_> {
         let (borders, names, dropout) = (p.borders(), p.names(), p.dropout);
         let (shape, names) = (p.shape(&borders), row_names(&names));
         let [q, k, v] = [&q, &k, &v].map(|x| Matrix::new(x, c));
-        attention::forward(Device::Cpu, &Forward { shape, q, k, v, names, dropout, out: &out, lse: &lse });
+        let forward = Forward { shape, q, k, v, names, dropout, out: &out, lse: &lse };
+        attention::forward(Device::Cpu, &forward);
         let gradient = Gradient::Split(&dq, &dkv);
-        let (out_, lse_) = (&out, &lse);
-        attention::backward(
-            Device::Cpu,
-            &Backward { shape, q, k, v, names, dropout, out: out_, lse: lse_, dout: &dout, gradient },
-        );
+        attention::backward(Device::Cpu, &Backward { forward, dout: &dout, gradient });
         let dkv = dkv.to_vec::<f64>();
         ([out.to_vec(), dq.to_vec(), columns(&dkv, c, 0, 2), columns(&dkv, c, 1, 2)], lse.to_vec())
     }
