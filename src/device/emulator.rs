@@ -27,7 +27,6 @@ pub enum Asynchronous {
 
 /// How launches run.
 #[derive(Clone, Copy, Debug)]
-#[repr(C)]
 pub struct Options {
     /// Order in which threads run: 0 round robin, anything else a random schedule that this number names.
     pub seed: u64,
@@ -37,11 +36,22 @@ pub struct Options {
     pub threads: u32,
     /// A launch that takes longer, in milliseconds, fails.
     pub watchdog_ms: u32,
+    /// Bytes of device memory.
+    pub memory: usize,
+}
+
+/// [`Options`] as `api.h` declares them.
+#[repr(C)]
+struct RawOptions {
+    seed: u64,
+    asynchronous: Asynchronous,
+    threads: u32,
+    watchdog_ms: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 0, asynchronous: Asynchronous::Late, threads: 2, watchdog_ms: 120_000 }
+        Options { seed: 0, asynchronous: Asynchronous::Late, threads: 2, watchdog_ms: 120_000, memory: 8 << 30 }
     }
 }
 
@@ -93,7 +103,7 @@ macro_rules! api {
 }
 
 api! {
-    rm_emu_launch: fn(*const EmulatedKernel, *const RawLaunch, *const Options, *mut c_char, usize) -> c_int;
+    rm_emu_launch: fn(*const EmulatedKernel, *const RawLaunch, *const RawOptions, *mut c_char, usize) -> c_int;
     rm_emu_alloc: fn(usize) -> *mut c_void;
     rm_emu_free: fn(*mut c_void);
     rm_emu_write: fn(*mut c_void, *const c_void, usize);
@@ -186,13 +196,56 @@ impl Emulator {
 
     /// `bytes` of device memory, filled with 0xFF (NaN as f32 and bf16).
     pub fn alloc(&self, bytes: usize) -> Result<Memory> {
+        let start = self.alloc_at(bytes)? as *mut c_void;
+        Ok(Memory { device: self.clone(), start, bytes })
+    }
+
+    /// As [`Self::alloc`], its address alone.
+    pub(super) fn alloc_at(&self, bytes: usize) -> Result<u64> {
         // SAFETY: any size may be asked for.
         let start = unsafe { (self.api.rm_emu_alloc)(bytes) };
         if start.is_null() {
             return Err(Error::device(format!("out of memory: the emulator cannot map {bytes} bytes"))
                 .remedy("use a smaller batch or model"));
         }
-        Ok(Memory { device: self.clone(), start, bytes })
+        Ok(start as u64)
+    }
+
+    /// # Safety
+    /// `address` came from [`Self::alloc_at`] and is given back once.
+    pub(super) unsafe fn free_at(&self, address: u64) {
+        // SAFETY: passed on.
+        unsafe { (self.api.rm_emu_free)(address as *mut c_void) };
+    }
+
+    /// # Safety
+    /// The bytes from `address` on lie inside one allocation.
+    pub(super) unsafe fn write_at(&self, address: u64, from: &[u8]) {
+        // SAFETY: passed on; a host slice cannot overlap device memory.
+        unsafe { (self.api.rm_emu_write)(address as *mut c_void, from.as_ptr().cast(), from.len()) };
+    }
+
+    /// # Safety
+    /// The bytes from `address` on lie inside one allocation.
+    pub(super) unsafe fn read_at(&self, address: u64, to: &mut [u8]) {
+        // SAFETY: as in `write_at`.
+        unsafe { (self.api.rm_emu_read)(to.as_mut_ptr().cast(), address as *const c_void, to.len()) };
+    }
+
+    /// # Safety
+    /// The bytes from `address` on lie inside one allocation.
+    pub(super) unsafe fn fill_at(&self, address: u64, byte: u8, bytes: usize) {
+        // SAFETY: passed on.
+        unsafe { (self.api.rm_emu_fill)(address as *mut c_void, c_int::from(byte), bytes) };
+    }
+
+    /// Tells the checker that the host has written these bytes.
+    ///
+    /// # Safety
+    /// The bytes from `address` on lie inside one allocation.
+    pub(super) unsafe fn written(&self, address: u64, bytes: usize) {
+        // SAFETY: passed on: the bytes are copied over themselves.
+        unsafe { (self.api.rm_emu_write)(address as *mut c_void, address as *const c_void, bytes) };
     }
 
     /// Encodes a tensor map, refusing what the driver would refuse.
@@ -256,6 +309,8 @@ impl Launcher for Emulator {
             param_sizes: kernel.param_sizes.as_ptr(),
             params: params.as_ptr(),
         };
+        let Options { seed, asynchronous, threads, watchdog_ms, .. } = self.options;
+        let options = RawOptions { seed, asynchronous, threads, watchdog_ms };
         let mut error = [0u8; 2048];
         // SAFETY: `find` returns a kernel of this emulator, the launch points to live arrays of `param_count` elements, and the caller
         // vouches for the values behind `params`.
@@ -263,7 +318,7 @@ impl Launcher for Emulator {
             (self.api.rm_emu_launch)(
                 self.find(kernel)?,
                 &raw const launch,
-                &raw const self.options,
+                &raw const options,
                 error.as_mut_ptr().cast(),
                 error.len(),
             )

@@ -1,4 +1,5 @@
-//! Tensors over shared memory, with borrows checked when they are taken.
+//! Tensors over shared memory. Those of the host are borrowed, with borrows checked when they are taken; those of a GPU are reached by
+//! address, by kernels that run in the order in which they were queued.
 //!
 //! A graph step reads and writes many tensors of one arena at once. The compiler cannot see that the ranges are disjoint, so each
 //! tensor carries a borrow flag as `RefCell` does: any number of readers or one writer, and a violation is a bug that panics at
@@ -9,7 +10,9 @@ use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicIsize, Ordering};
 
-use super::DType;
+use super::gpu::Memory as GpuMemory;
+use super::launch::{ConstPtr, MutPtr};
+use super::{DType, Device};
 
 /// A type that tensors can hold.
 pub trait Element: bytemuck::Pod + Send + Sync {
@@ -20,25 +23,31 @@ pub trait Element: bytemuck::Pod + Send + Sync {
 macro_rules! element {
     ($($t:ty = $d:ident),*) => { $(impl Element for $t { const DTYPE: DType = DType::$d; })* };
 }
-element!(f32 = F32, f64 = F64, u16 = U16, u32 = U32, u64 = U64);
+element!(f32 = F32, f64 = F64, half::bf16 = BF16, u16 = U16, u32 = U32, u64 = U64);
 
 /// One cache line; the unit of allocation, so that every allocation is aligned to 64 bytes.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
+/// Where the elements are.
+enum Memory {
+    Host(HostMemory),
+    Gpu(GpuMemory),
+}
+
 /// A host allocation, reached only through borrowed ranges.
-struct Memory {
+struct HostMemory {
     start: *mut u8,
     lines: usize,
 }
 
-// SAFETY: `Memory` is a plain allocation; every access goes through `Tensor::read`/`write`, whose flags forbid aliased writes.
-unsafe impl Send for Memory {}
+// SAFETY: `HostMemory` is a plain allocation; every access goes through `Tensor::read`/`write`, whose flags forbid aliased writes.
+unsafe impl Send for HostMemory {}
 // SAFETY: as above.
-unsafe impl Sync for Memory {}
+unsafe impl Sync for HostMemory {}
 
-impl Memory {
+impl HostMemory {
     fn zeroed(bytes: usize) -> Self {
         let lines = bytes.div_ceil(64).max(1);
         let layout = Self::layout(lines);
@@ -47,7 +56,7 @@ impl Memory {
         if start.is_null() {
             std::alloc::handle_alloc_error(layout);
         }
-        Memory { start, lines }
+        HostMemory { start, lines }
     }
 
     fn layout(lines: usize) -> std::alloc::Layout {
@@ -56,7 +65,7 @@ impl Memory {
     }
 }
 
-impl Drop for Memory {
+impl Drop for HostMemory {
     fn drop(&mut self) {
         // SAFETY: allocated in `zeroed` with this layout.
         unsafe { std::alloc::dealloc(self.start, Self::layout(self.lines)) }
@@ -97,13 +106,22 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A zeroed tensor of its own.
+    /// A zeroed tensor of its own on the host.
     pub fn zeros(dtype: DType, len: usize) -> Self {
-        let memory = Arc::new(Memory::zeroed(len * dtype.size()));
+        Self::zeros_on(Device::Cpu, dtype, len)
+    }
+
+    /// [`Device::zeros`].
+    pub(super) fn zeros_on(device: Device, dtype: DType, len: usize) -> Self {
+        let bytes = len * dtype.size();
+        let memory = Arc::new(match device {
+            Device::Cpu => Memory::Host(HostMemory::zeroed(bytes)),
+            Device::Gpu(gpu) => Memory::Gpu(gpu.memory(bytes, 0)),
+        });
         Tensor { memory, offset: 0, len, dtype, own: Arc::default(), arena: None, whole: false }
     }
 
-    /// A tensor that holds a copy of `data`.
+    /// A tensor on the host that holds a copy of `data`.
     pub fn from_slice<T: Element>(data: &[T]) -> Self {
         let t = Self::zeros(T::DTYPE, data.len());
         t.write::<T>().copy_from_slice(data);
@@ -133,12 +151,71 @@ impl Tensor {
 
     /// Copies `data` to the first elements.
     pub fn upload<T: Element>(&self, data: &[T]) {
-        self.write::<T>()[..data.len()].copy_from_slice(data);
+        match &*self.memory {
+            Memory::Host(_) => self.write::<T>()[..data.len()].copy_from_slice(data),
+            Memory::Gpu(memory) => {
+                self.check::<T>();
+                assert!(data.len() <= self.len, "upload of {} elements to {}", data.len(), self.len);
+                memory.write(self.offset, bytemuck::cast_slice(data));
+            }
+        }
     }
 
-    /// Copies the elements out.
+    /// Copies the elements out, on a GPU after all work that was queued before; zeros when that failed, see [`Device::check`].
     pub fn to_vec<T: Element>(&self) -> Vec<T> {
-        self.read::<T>().to_vec()
+        match &*self.memory {
+            Memory::Host(_) => self.read::<T>().to_vec(),
+            Memory::Gpu(memory) => {
+                self.check::<T>();
+                let mut data = vec![T::zeroed(); self.len];
+                memory.read(self.offset, bytemuck::cast_slice_mut(&mut data));
+                data
+            }
+        }
+    }
+
+    /// Sets the first `count` elements to zero.
+    pub fn clear(&self, count: usize) {
+        assert!(count <= self.len, "{count} of {} elements cleared", self.len);
+        match &*self.memory {
+            Memory::Host(_) => {
+                let bytes = self.slice(0..count);
+                bytes.enter();
+                bytes.own.write();
+                // SAFETY: in bounds, borrowed for writing, and zero bytes are valid for every `Element`.
+                unsafe { bytes.pointer::<u8>().write_bytes(0, count * self.dtype.size()) };
+                bytes.leave();
+            }
+            Memory::Gpu(memory) => memory.fill(self.offset, count * self.dtype.size(), 0),
+        }
+    }
+
+    /// Where it lives.
+    pub fn device(&self) -> Device {
+        match &*self.memory {
+            Memory::Host(_) => Device::Cpu,
+            Memory::Gpu(memory) => Device::Gpu(memory.gpu()),
+        }
+    }
+
+    /// Address on the GPU of the first element.
+    pub fn address(&self) -> u64 {
+        match &*self.memory {
+            Memory::Host(_) => panic!("address of a tensor of the host"),
+            Memory::Gpu(memory) => memory.address() + self.offset as u64,
+        }
+    }
+
+    /// The elements for a kernel that reads them.
+    pub fn get<T: Element>(&self) -> ConstPtr<T> {
+        self.check::<T>();
+        ConstPtr::new(self.address())
+    }
+
+    /// The elements for a kernel that writes them.
+    pub fn get_mut<T: Element>(&self) -> MutPtr<T> {
+        self.check::<T>();
+        MutPtr::new(self.address())
     }
 
     /// Borrows the elements for reading.
@@ -175,9 +252,10 @@ impl Tensor {
     }
 
     fn pointer<T>(&self) -> *mut T {
-        debug_assert!(self.offset + self.len * size_of::<T>() <= self.memory.lines * 64);
+        let Memory::Host(memory) = &*self.memory else { panic!("a tensor of the GPU is borrowed on the host") };
+        debug_assert!(self.offset + self.len * size_of::<T>() <= memory.lines * 64);
         // SAFETY: constructors and `slice` keep `offset + len · size` inside the allocation.
-        unsafe { self.memory.start.add(self.offset).cast() }
+        unsafe { memory.start.add(self.offset).cast() }
     }
 }
 
@@ -228,7 +306,10 @@ impl<T> Drop for Write<'_, T> {
     }
 }
 
-/// One allocation cut into consecutive tensors of one type, each starting on a cache line.
+/// Elements to whose multiples the parts of an arena are aligned: 128 bytes in bf16, and the same places in every type.
+const ALIGNMENT: usize = 64;
+
+/// One allocation cut into consecutive tensors of one type, each starting at a multiple of [`ALIGNMENT`] elements.
 pub struct Arena {
     tensors: Vec<Tensor>,
     whole: Tensor,
@@ -236,19 +317,18 @@ pub struct Arena {
 
 impl Arena {
     /// Zeroed memory for tensors of these lengths.
-    pub fn zeros(dtype: DType, lengths: impl IntoIterator<Item = usize>) -> Self {
-        let step = 64 / dtype.size();
+    pub fn zeros(device: Device, dtype: DType, lengths: impl IntoIterator<Item = usize>) -> Self {
         let mut end = 0;
         let ranges: Vec<Range<usize>> = lengths
             .into_iter()
             .map(|len| {
                 let start = end;
-                end += len.next_multiple_of(step);
+                end += len.next_multiple_of(ALIGNMENT);
                 start..start + len
             })
             .collect();
         let flag = Arc::new(Flag::default());
-        let whole = Tensor { arena: Some(flag), whole: true, ..Tensor::zeros(dtype, end) };
+        let whole = Tensor { arena: Some(flag), whole: true, ..device.zeros(dtype, end) };
         let tensors =
             ranges.into_iter().map(|r| Tensor { whole: false, own: Arc::default(), ..whole.slice(r) }).collect();
         Arena { tensors, whole }
@@ -276,15 +356,15 @@ mod tests {
 
     #[test]
     fn arena_parts_are_disjoint_and_the_whole_sees_them() {
-        let a = Arena::zeros(DType::F32, [3, 17, 1]);
+        let a = Arena::zeros(Device::Cpu, DType::F32, [3, 17, 1]);
         let (mut x, mut y) = (a.tensor(0).write::<f32>(), a.tensor(1).write::<f32>());
         x.fill(1.0);
         y.fill(2.0);
         drop((x, y));
         let all = a.whole().read::<f32>();
-        assert_eq!(all.len(), 16 + 32 + 16);
-        assert_eq!((all[2], all[3], all[16], all[32], all[33]), (1.0, 0.0, 2.0, 2.0, 0.0));
-        assert_eq!(a.offset(2), 48);
+        assert_eq!(all.len(), 3 * 64);
+        assert_eq!((all[2], all[3], all[64], all[80], all[81]), (1.0, 0.0, 2.0, 2.0, 0.0));
+        assert_eq!(a.offset(2), 128);
     }
 
     #[test]
@@ -299,7 +379,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "written while it is in use")]
     fn the_whole_arena_excludes_its_parts() {
-        let a = Arena::zeros(DType::F64, [8]);
+        let a = Arena::zeros(Device::Cpu, DType::F64, [8]);
         let _r = a.tensor(0).read::<f64>();
         let _w = a.whole().read::<f64>();
     }

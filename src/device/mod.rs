@@ -5,17 +5,33 @@
 
 pub mod cpu;
 pub mod emulator;
+mod emulator_backend;
+pub mod gpu;
 pub mod kernels;
 pub mod launch;
 mod memory;
 
+use gpu::{Gpu, GpuProduct, Operand};
 pub use memory::{Arena, Element, Read, Tensor, Write};
 
+use crate::error::Result;
+
 /// Where tensors live and ops run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub enum Device {
     /// The host: every op's `mod cpu`, in parallel over rayon's threads.
     Cpu,
+    /// An NVIDIA GPU or the emulated one: every op's `mod gpu`.
+    Gpu(&'static Gpu),
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("Cpu"),
+            Device::Gpu(gpu) => write!(f, "Gpu({})", gpu.facts().name),
+        }
+    }
 }
 
 /// Element type of a [`Tensor`].
@@ -25,6 +41,8 @@ pub enum DType {
     F32,
     /// 64-bit float: the CPU's gradient checks.
     F64,
+    /// 16-bit float with the range of f32: storage on the GPU.
+    BF16,
     /// 16-bit unsigned integer.
     U16,
     /// 32-bit unsigned integer.
@@ -37,7 +55,7 @@ impl DType {
     /// Bytes of one element.
     pub fn size(self) -> usize {
         match self {
-            DType::U16 => 2,
+            DType::BF16 | DType::U16 => 2,
             DType::F32 | DType::U32 => 4,
             DType::F64 | DType::U64 => 8,
         }
@@ -105,13 +123,82 @@ pub struct Matmul<'a> {
     pub c: Matrix<'a>,
     /// `=` or `+=`.
     pub output: Output,
+    /// `[n]`, added to every row of the output; on the GPU of the output's type.
+    pub bias: Option<&'a Tensor>,
 }
 
 impl Device {
+    /// The emulated GPU.
+    pub fn emulator(options: emulator::Options) -> Result<Device> {
+        Gpu::new(Box::new(emulator_backend::EmulatorBackend::new(options)?)).map(Device::Gpu)
+    }
+
+    /// The first failure of what was queued so far; on the CPU there is none.
+    pub fn check(self) -> Result<()> {
+        match self {
+            Device::Cpu => Ok(()),
+            Device::Gpu(gpu) => gpu.check(),
+        }
+    }
+
+    /// Whether it is a GPU, emulated or not.
+    pub fn is_gpu(self) -> bool {
+        matches!(self, Device::Gpu(_))
+    }
+
+    /// A zeroed tensor here.
+    pub fn zeros(self, dtype: DType, len: usize) -> Tensor {
+        Tensor::zeros_on(self, dtype, len)
+    }
+
+    /// A tensor here that holds a copy of `data`.
+    pub fn tensor<T: Element>(self, data: &[T]) -> Tensor {
+        let tensor = self.zeros(T::DTYPE, data.len());
+        tensor.upload(data);
+        tensor
+    }
+
     /// Runs a matrix product.
     pub fn matmul(self, p: &Matmul<'_>) {
         match self {
             Device::Cpu => cpu::matmul(p),
+            Device::Gpu(gpu) => gpu.matmul(p),
         }
+    }
+}
+
+impl Gpu {
+    fn matmul(&self, p: &Matmul<'_>) {
+        let operand = |m: &Matrix<'_>, rows: usize, columns: usize| {
+            let dtype = m.tensor.dtype();
+            assert!(
+                rows == 0 || columns == 0 || m.offset + (rows - 1) * m.stride + columns <= m.tensor.len(),
+                "product out of bounds"
+            );
+            Operand { address: m.tensor.address() + (m.offset * dtype.size()) as u64, dtype, stride: m.stride }
+        };
+        let (m, n, k) = (p.m, p.n, p.k);
+        let ((a_rows, a_columns), (b_rows, b_columns)) = match p.product {
+            Product::NT => ((m, k), (n, k)),
+            Product::NN => ((m, k), (k, n)),
+            Product::TN => ((k, m), (k, n)),
+        };
+        let bias = p.bias.map(|b| {
+            assert!(b.len() >= n && b.dtype() == p.c.tensor.dtype(), "bias of a product");
+            b.address()
+        });
+        let product = GpuProduct {
+            product: p.product,
+            m,
+            n,
+            k,
+            a: operand(&p.a, a_rows, a_columns),
+            b: operand(&p.b, b_rows, b_columns),
+            c: operand(&p.c, m, n),
+            add: p.output == Output::Add,
+            bias,
+        };
+        // SAFETY: the operands lie inside their tensors, as just checked; that the output overlaps none is what `Matmul` asks for.
+        unsafe { self.product(&product) };
     }
 }
