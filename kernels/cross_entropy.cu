@@ -5,12 +5,13 @@
 // R rows with a label (*rows, on the device), taken in chunks: a launch works on rows first .. first + chunk of them. V: vocabulary,
 // padded to a multiple of 8; padding has bias -inf (or so low that its exponential is 0) and gets the gradient 0.
 //
-// cross_entropy_gradient  row_loss, row_correct [R] (=, the chunk's rows); logits [chunk, V] in, gradient out (=).
+// cross_entropy_gradient  row_loss, row_correct [R] (=, the chunk's rows); logits [chunk, V] in, gradient out (=); rows of the chunk
+//                         past the last label become 0, since products sum over all of the chunk.
 // cross_entropy_loss      the same without the gradient; logits stay. Both: grid ceil(chunk / 4), block 512.
 // cross_entropy_bias_sums partial [ceil(chunk / 64), V] (=, slabs that hold a row): sums over 64 rows each.
 //                         Grid (ceil(V / 1024), ceil(chunk / 64)), block 128.
 // cross_entropy_bias_add  db_acc [V] (+=): the slabs in ascending order. Grid ceil(V / 256), block 256.
-// cross_entropy_sums      sums [2] (=): sum of row_loss and number of correct rows, in a fixed order in f64. Grid 1, block 512.
+// cross_entropy_sums      sums_acc [2] (+=): sum of row_loss and number of correct rows, in a fixed order in f64. Grid 1, block 512.
 //
 // Storage of logits f32 or bf16; bias, losses, statistics and sums across rows f32, their total f64. No dynamic shared memory.
 //
@@ -108,6 +109,10 @@ __device__ __forceinline__ void cross_entropy_gradient(float* row_loss, uint32_t
                                                        const uint32_t* labels, const int* rows, const float* scale, int first, int chunk,
                                                        int V) {
   const int begin = int(blockIdx.x) * CE_ROWS, live = min(min(*rows - first, chunk) - begin, CE_ROWS);
+  for (int r = max(live, 0); r < min(chunk - begin, CE_ROWS); r++) {
+    const float zero[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
+    for (int c = int(threadIdx.x) * 8; c < V; c += CE_THREADS * 8) store8(logits + size_t(begin + r) * size_t(V) + c, zero);
+  }
   if (live <= 0) return;
   const T* x[CE_ROWS];
 #pragma unroll
@@ -163,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(256)
 RM_EXPORT(cross_entropy_bias_add)
 
 extern "C" __global__ void __launch_bounds__(512)
-    cross_entropy_sums(double* sums, const float* row_loss, const uint32_t* row_correct, const int* rows) {
+    cross_entropy_sums(double* sums_acc, const float* row_loss, const uint32_t* row_correct, const int* rows) {
   RM_SHARED(double, losses, CE_THREADS);
   RM_SHARED(int, counts, CE_THREADS);
   const int me = int(threadIdx.x), live = *rows;
@@ -176,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(512)
     __syncthreads();
     if (me < half) losses[me] += losses[me + half], counts[me] += counts[me + half];
   }
-  if (me == 0) sums[0] = losses[0], sums[1] = double(counts[0]);
+  if (me == 0) sums_acc[0] += losses[0], sums_acc[1] += double(counts[0]);
 }
 RM_EXPORT(cross_entropy_sums)
 

@@ -7,6 +7,9 @@
 // scatter_*:     to[rows[i]] = from[i]     for i < count, rows distinct; the same grid and block.
 // scatter_add_*: to_acc[rows[i]] += from[i], likewise.
 // zero_rows_*:   to[rows[i]] = 0, likewise.
+// add_rows_*:    to[i] = a[a_rows[i]] + b[b_rows[i]], likewise; the rows of a and of b need not be distinct.
+// zero_tails_*:  a[i] = 0 and b[i] = 0 for count <= i < bound, in rows of a_width and b_width that are a_stride and b_stride apart, all
+//   multiples of 8 elements: what a product that sums over all `bound` rows needs of rows that are not in use. Any grid. Block: 256.
 // round_rows_bf16: to[i] = from[i] in bf16, for i < count; the same grid and block.
 //
 // group_sums_*: to_acc[keys[g]] += the sum over j in offsets[g] .. offsets[g + 1] of from[rows[j]], for g < count; keys distinct, no
@@ -40,20 +43,25 @@ template <class T> __device__ __forceinline__ void copy_row(T* to, const T* from
   for (int v = lane_id(); v < vectors; v += WARP) reinterpret_cast<uint4*>(to)[v] = reinterpret_cast<const uint4*>(from)[v];
 }
 
-template <class T> __device__ __forceinline__ void add_row(T* to, const T* from, int C) {
+template <class T> __device__ __forceinline__ void zero_row(T* to, int C) {
+  const int vectors = C * int(sizeof(T)) / 16;
+  for (int v = lane_id(); v < vectors; v += WARP) reinterpret_cast<uint4*>(to)[v] = make_uint4(0, 0, 0, 0);
+}
+
+template <class T> __device__ __forceinline__ void sum_row(T* to, const T* x, const T* y, int C) {
   for (int c = lane_id() * 8; c < C; c += WARP * 8) {
     float a[8], b[8];
-    load8(a, to + c);
-    load8(b, from + c);
+    load8(a, x + c);
+    load8(b, y + c);
 #pragma unroll
     for (int i = 0; i < 8; i++) a[i] += b[i];
     store8(to + c, a);
   }
 }
 
-template <class T> __device__ __forceinline__ void zero_row(T* to, int C) {
-  const int vectors = C * int(sizeof(T)) / 16;
-  for (int v = lane_id(); v < vectors; v += WARP) reinterpret_cast<uint4*>(to)[v] = make_uint4(0, 0, 0, 0);
+template <class T> __device__ __forceinline__ void zero_tail(T* x, int width, int stride, int count, int bound) {
+  for (int row = count + int(blockIdx.x) * MOVE_WARPS + warp_id(); row < bound; row += int(gridDim.x) * MOVE_WARPS)
+    zero_row(x + size_t(row) * size_t(stride), width);
 }
 
 // ---- sums of groups of rows
@@ -194,13 +202,29 @@ template <class T> __device__ __forceinline__ void column_sums(float* partials, 
   RM_EXPORT(scatter_##name)                                                                                                            \
   extern "C" __global__ void __launch_bounds__(256)                                                                                    \
       scatter_add_##name(T* to_acc, const T* from, const uint32_t* rows, const int* count, int C) {                                    \
-    each_row(*count, [&](int i) { add_row(to_acc + size_t(rows[i]) * size_t(C), from + size_t(i) * size_t(C), C); });                  \
+    const size_t width = size_t(C);                                                                                                    \
+    each_row(*count, [&](int i) {                                                                                                      \
+      T* const to = to_acc + rows[i] * width;                                                                                          \
+      sum_row(to, to, from + size_t(i) * width, C);                                                                                    \
+    });                                                                                                                                \
   }                                                                                                                                    \
   RM_EXPORT(scatter_add_##name)                                                                                                        \
   extern "C" __global__ void __launch_bounds__(256) zero_rows_##name(T* to, const uint32_t* rows, const int* count, int C) {           \
     each_row(*count, [&](int i) { zero_row(to + size_t(rows[i]) * size_t(C), C); });                                                   \
   }                                                                                                                                    \
   RM_EXPORT(zero_rows_##name)                                                                                                          \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                    \
+      add_rows_##name(T* to, const T* a, const uint32_t* a_rows, const T* b, const uint32_t* b_rows, const int* count, int C) {        \
+    const size_t width = size_t(C);                                                                                                    \
+    each_row(*count, [&](int i) { sum_row(to + size_t(i) * width, a + a_rows[i] * width, b + b_rows[i] * width, C); });                \
+  }                                                                                                                                    \
+  RM_EXPORT(add_rows_##name)                                                                                                           \
+  extern "C" __global__ void __launch_bounds__(256)                                                                                    \
+      zero_tails_##name(T* a, int a_width, int a_stride, T* b, int b_width, int b_stride, const int* count, int bound) {               \
+    zero_tail(a, a_width, a_stride, *count, bound);                                                                                    \
+    zero_tail(b, b_width, b_stride, *count, bound);                                                                                    \
+  }                                                                                                                                    \
+  RM_EXPORT(zero_tails_##name)                                                                                                         \
   extern "C" __global__ void __launch_bounds__(128)                                                                                    \
       group_sums_##name(float* to_acc, float* partials, uint32_t* spans, const T* from, const uint32_t* keys,                          \
                         const uint32_t* offsets, const uint32_t* rows, const int* count, int C) {                                      \

@@ -10,15 +10,15 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use flate2::read::GzDecoder;
 use serde_json::{Value, json};
 
-use super::{Cli, Global, say};
+use super::{Cli, Global, Hardware, say};
 use crate::data::shard::ShardSet;
 use crate::error::{Error, IoContext, Result};
 use crate::files::{OutputDir, write_synced};
-use crate::train::settings::Settings;
+use crate::train::settings::{Precision, Settings};
 use crate::train::workspace::MODEL;
 use figures::Figures;
 
@@ -50,6 +50,8 @@ pub struct Arguments {
     /// Training steps, for tests of the demo itself
     #[arg(long, value_name = "N", hide = true, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     steps: Option<u64>,
+    #[command(flatten)]
+    hardware: Hardware,
 }
 
 /// Runs the subcommand.
@@ -87,8 +89,9 @@ struct Demo {
     /// Not shortened: the figures must be those of a model that has learned something.
     whole: bool,
     seed: u64,
-    /// Options of the demo that its commands get, too.
+    /// Options of the demo that its commands get, too, and those that `train` gets.
     passed_on: Vec<OsString>,
+    train: Vec<OsString>,
     program: OsString,
 }
 
@@ -111,12 +114,21 @@ impl Demo {
         if global.quiet {
             passed_on.push("--quiet".into());
         }
+        let mut train = Vec::new();
+        let Hardware { device, precision } = args.hardware;
+        if device != "auto" {
+            train.extend(["--device".into(), device.into()]);
+        }
+        if let Some(value) = precision.to_possible_value().filter(|_| precision != Precision::Auto) {
+            train.extend(["--precision".into(), value.get_name().into()]);
+        }
         Demo {
             dir: args.output,
             steps: args.steps.unwrap_or(STEPS),
             whole: args.steps.is_none(),
             seed: global.seed.unwrap_or(Settings::default().seed),
             passed_on,
+            train,
             program: std::env::args_os().next().unwrap_or_else(|| "retromae-engine".into()),
         }
     }
@@ -175,7 +187,7 @@ impl Demo {
         let passed_on = || self.passed_on.iter().cloned();
         vec![
             Command { words: tokenize.chain(passed_on()).collect(), done: ShardSet::is_set(&self.dir.join("shards")) },
-            Command { words: train.chain(passed_on()).collect(), done: false },
+            Command { words: train.chain(self.train.iter().cloned()).chain(passed_on()).collect(), done: false },
             Command { words: verify.into_iter().chain(passed_on()).collect(), done: false },
         ]
     }

@@ -20,6 +20,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::error::{Error, IoContext, Result};
 use crate::files;
+use crate::train::settings::Precision;
 
 /// What the whole command line parses to.
 #[derive(Debug, Parser)]
@@ -29,6 +30,17 @@ pub struct Cli {
     command: Command,
     #[command(flatten)]
     global: Global,
+}
+
+/// Where a subcommand computes.
+#[derive(Debug, Args)]
+pub struct Hardware {
+    /// Device: auto takes a GPU where there is one; emulator runs the GPU's kernels on the CPU, for tests
+    #[arg(long, default_value = "auto", value_parser = ["auto", "cpu", "cuda", "emulator"])]
+    pub device: String,
+    /// Arithmetic: auto is bf16 on a GPU and fp32 on the CPU
+    #[arg(long, value_enum, default_value = "auto")]
+    pub precision: Precision,
 }
 
 /// Options of every subcommand.

@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::{Global, say};
-use crate::device::{DType, Device};
+use super::{Global, Hardware, say};
 use crate::error::{Error, Result};
 use crate::graph::{Capacity, StepDropout};
 use crate::model::config::BertConfig;
@@ -14,6 +13,7 @@ use crate::model::{hub, names};
 use crate::train::contract::{BatchFile, write_gradients};
 use crate::train::settings::Objective;
 use crate::train::step::{self, Pretrainer};
+use crate::train::target::Target;
 
 /// Loss and every gradient of one batch, without dropout
 ///
@@ -34,9 +34,8 @@ pub struct Arguments {
     /// Where the losses and gradients go; must not exist
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
-    /// Device
-    #[arg(long, default_value = "auto", value_parser = ["auto", "cpu"])]
-    device: String,
+    #[command(flatten)]
+    hardware: Hardware,
 }
 
 /// Runs the subcommand.
@@ -64,9 +63,11 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         length: batch.cu_seqlens.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0),
         encoder_labels: batch.encoder_label_ids.len(),
     };
-    let mut model = Pretrainer::new(Device::Cpu, &config, objective, capacity, DType::F32);
+    let target = Target::open(&args.hardware.device, args.hardware.precision)?;
+    target.note.iter().for_each(|note| global.note(note));
+    let mut model = Pretrainer::new(target.device, &config, objective, capacity, target.storage)?;
     model.params().load(0, 0.0, |name, shape, out| weights.read_f32(name, shape, out).map(|()| true))?;
-    let losses = model.gradients(&[batch], StepDropout::OFF);
+    let losses = model.gradients(&[batch], StepDropout::OFF)?;
     write_gradients(&args.output, &model, &losses)?;
     let mut result = json!({ "loss": losses.total() });
     say(&format!("loss          {:.7}", losses.total()))?;

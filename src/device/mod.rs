@@ -14,7 +14,7 @@ mod memory;
 use gpu::{Gpu, GpuProduct, Operand};
 pub use memory::{Arena, Element, Read, Tensor, Write};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Where tensors live and ops run.
 #[derive(Clone, Copy)]
@@ -52,6 +52,11 @@ pub enum DType {
 }
 
 impl DType {
+    /// The type of statistics, sums and master weights where this is the storage type.
+    pub fn wide(self) -> DType {
+        if self == DType::BF16 { DType::F32 } else { self }
+    }
+
     /// Bytes of one element.
     pub fn size(self) -> usize {
         match self {
@@ -131,6 +136,16 @@ impl Device {
     /// The emulated GPU.
     pub fn emulator(options: emulator::Options) -> Result<Device> {
         Gpu::new(Box::new(emulator_backend::EmulatorBackend::new(options)?)).map(Device::Gpu)
+    }
+
+    /// The device that a name stands for, and a line worth telling of how it was chosen.
+    pub fn open(name: &str) -> Result<(Device, Option<String>)> {
+        match name {
+            "auto" | "cpu" => Ok((Device::Cpu, None)),
+            "emulator" => Ok((Device::emulator(emulator::Options::default())?, None)),
+            other => Err(Error::device(format!("--device {other}: this build has no GPU kernels"))
+                .remedy("use --device cpu")),
+        }
     }
 
     /// The first failure of what was queued so far; on the CPU there is none.

@@ -1,48 +1,68 @@
-//! The activation arena: one allocation for all buffers of a step, made from one table before the first step.
+//! The activation arenas: all buffers of a step, made from one table before the first step.
+//!
+//! Matrices of hidden states are of the storage type; statistics, losses and sums over rows are f32 wherever storage is bf16.
 
-use crate::device::{Arena, DType, Tensor};
+use crate::device::{Arena, DType, Device, Tensor};
 
 /// Number of a buffer in the plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slot(usize);
+pub struct Slot {
+    index: usize,
+    wide: bool,
+}
 
 /// The table of buffers, filled by the parts of the graph.
 #[derive(Debug, Default)]
 pub struct Plan {
-    buffers: Vec<(String, usize)>,
+    storage: Vec<(String, usize)>,
+    wide: Vec<(String, usize)>,
 }
 
 impl Plan {
-    /// Adds a buffer of `rows × columns` elements.
+    /// Adds a buffer of `rows × columns` elements of the storage type.
     pub fn add(&mut self, name: impl Into<String>, rows: usize, columns: usize) -> Slot {
-        self.buffers.push((name.into(), rows * columns));
-        Slot(self.buffers.len() - 1)
+        self.storage.push((name.into(), rows * columns));
+        Slot { index: self.storage.len() - 1, wide: false }
     }
 
-    /// Elements of all buffers.
-    pub fn elements(&self) -> usize {
-        self.buffers.iter().map(|b| b.1).sum()
+    /// Adds a buffer of `rows × columns` elements that are not rounded: statistics and sums.
+    pub fn add_wide(&mut self, name: impl Into<String>, rows: usize, columns: usize) -> Slot {
+        self.wide.push((name.into(), rows * columns));
+        Slot { index: self.wide.len() - 1, wide: true }
     }
 
-    /// Name and elements of every buffer, in order.
+    /// Elements of the storage type, and others.
+    pub fn elements(&self) -> [usize; 2] {
+        [&self.storage, &self.wide].map(|list| list.iter().map(|b| b.1).sum())
+    }
+
+    /// Bytes of all buffers.
+    pub fn bytes(&self, storage: DType) -> usize {
+        let [narrow, wide] = self.elements();
+        narrow * storage.size() + wide * storage.wide().size()
+    }
+
+    /// Name and elements of every buffer, those of the storage type first.
     pub fn table(&self) -> impl Iterator<Item = (&str, usize)> {
-        self.buffers.iter().map(|(name, len)| (name.as_str(), *len))
+        self.storage.iter().chain(&self.wide).map(|(name, len)| (name.as_str(), *len))
     }
 
-    /// Allocates the arena.
-    pub fn allocate(&self, dtype: DType) -> Activations {
-        Activations { arena: Arena::zeros(dtype, self.buffers.iter().map(|b| b.1)) }
+    /// Allocates the arenas.
+    pub fn allocate(&self, device: Device, storage: DType) -> Activations {
+        let arena = |dtype, list: &[(String, usize)]| Arena::zeros(device, dtype, list.iter().map(|b| b.1));
+        Activations { storage: arena(storage, &self.storage), wide: arena(storage.wide(), &self.wide) }
     }
 }
 
 /// The allocated buffers.
 pub struct Activations {
-    arena: Arena,
+    storage: Arena,
+    wide: Arena,
 }
 
 impl Activations {
     /// The buffer of `slot`.
     pub fn tensor(&self, slot: Slot) -> &Tensor {
-        self.arena.tensor(slot.0)
+        if slot.wide { self.wide.tensor(slot.index) } else { self.storage.tensor(slot.index) }
     }
 }

@@ -7,7 +7,7 @@ use super::activations::{Plan, Slot};
 use super::params::{Id, Init, Table};
 use super::{Dims, Pass};
 use crate::device::{Matrix, Output, Tensor};
-use crate::ops::{RowNames, activation, layernorm, linear};
+use crate::ops::{Count, RowNames, activation, layernorm, linear};
 
 /// A linear layer's parameters.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +34,7 @@ impl Linear {
     }
 
     /// `y [rows, outputs] = x [rows, inputs] wᵀ + b`.
-    pub fn forward(&self, p: &Pass<'_>, (rows, inputs, outputs): (usize, usize, usize), x: &Tensor, y: &Tensor) {
+    pub fn forward(&self, p: &Pass<'_>, (rows, inputs, outputs): (Count<'_>, usize, usize), x: &Tensor, y: &Tensor) {
         let (x, y) = (Matrix::new(x, inputs), Matrix::new(y, outputs));
         let (w, b) = (p.w(self.weight), Some(p.w(self.bias)));
         linear::forward(p.device, &linear::Forward { rows, inputs, outputs, x, w, b, y });
@@ -44,7 +44,7 @@ impl Linear {
     pub fn backward(
         &self,
         p: &Pass<'_>,
-        (rows, inputs, outputs): (usize, usize, usize),
+        (rows, inputs, outputs): (Count<'_>, usize, usize),
         x: &Tensor,
         dy: &Tensor,
         dx: (&Tensor, Output),
@@ -65,7 +65,7 @@ impl Linear {
     pub fn forward_parts(
         &self,
         p: &Pass<'_>,
-        (rows, c, parts): (usize, usize, Range<usize>),
+        (rows, c, parts): (Count<'_>, usize, Range<usize>),
         x: &Tensor,
         bias: bool,
         y: &Tensor,
@@ -80,7 +80,7 @@ impl Linear {
     pub fn backward_parts(
         &self,
         p: &Pass<'_>,
-        (rows, c, parts): (usize, usize, Range<usize>),
+        (rows, c, parts): (Count<'_>, usize, Range<usize>),
         x: &Tensor,
         dy: &Tensor,
         bias: bool,
@@ -123,7 +123,8 @@ struct Junction {
     mean: Slot,
     rstd: Slot,
     y: Slot,
-    shape: layernorm::Shape,
+    width: usize,
+    eps: f32,
 }
 
 impl Junction {
@@ -133,24 +134,29 @@ impl Junction {
             norm,
             site,
             z: plan.add(format!("{name}.z"), rows, dims.hidden),
-            mean: plan.add(format!("{name}.mean"), rows, 1),
-            rstd: plan.add(format!("{name}.rstd"), rows, 1),
+            mean: plan.add_wide(format!("{name}.mean"), rows, 1),
+            rstd: plan.add_wide(format!("{name}.rstd"), rows, 1),
             y: plan.add(format!("{name}.y"), rows, dims.hidden),
-            shape: layernorm::Shape { rows: 0, width: dims.hidden, eps: dims.eps },
+            width: dims.hidden,
+            eps: dims.eps,
         }
     }
 
+    fn shape<'a>(&self, rows: Count<'a>) -> layernorm::Shape<'a> {
+        layernorm::Shape { rows, width: self.width, eps: self.eps }
+    }
+
     /// `y = LN(dropout(z) + residual)`; leaves the sum in `z`.
-    fn forward(&self, p: &Pass<'_>, rows: usize, names: RowNames<'_>, residual: &Tensor) {
+    fn forward(&self, p: &Pass<'_>, rows: Count<'_>, names: RowNames<'_>, residual: &Tensor) {
         layernorm::forward(
             p.device,
             &layernorm::Forward {
-                shape: layernorm::Shape { rows, ..self.shape },
+                shape: self.shape(rows),
                 x: p.b(self.z),
                 residual: Some(residual),
                 dropout: Some((p.dropout.hidden(self.site), names)),
-                gamma: p.w(self.norm.gamma),
-                beta: p.w(self.norm.beta),
+                gamma: p.master(self.norm.gamma),
+                beta: p.master(self.norm.beta),
                 y: p.b(self.y),
                 mean: p.b(self.mean),
                 rstd: p.b(self.rstd),
@@ -162,7 +168,7 @@ impl Junction {
     fn backward<'a>(
         &self,
         p: &Pass<'_>,
-        rows: usize,
+        rows: Count<'_>,
         names: RowNames<'_>,
         dy: &'a Tensor,
         dropped: &'a Tensor,
@@ -172,11 +178,11 @@ impl Junction {
         layernorm::backward(
             p.device,
             &layernorm::Backward {
-                shape: layernorm::Shape { rows, ..self.shape },
+                shape: self.shape(rows),
                 z: p.b(self.z),
                 mean: p.b(self.mean),
                 rstd: p.b(self.rstd),
-                gamma: p.w(self.norm.gamma),
+                gamma: p.master(self.norm.gamma),
                 dy,
                 dropout: on.then_some((site, names, dropped)),
                 dgamma_acc: p.g(self.norm.gamma),
@@ -254,24 +260,24 @@ impl Block {
     }
 
     /// From the attention output `ctx [rows, C]` and the residual stream `[rows, C]` to [`Self::output`].
-    pub fn forward(&self, p: &Pass<'_>, rows: usize, names: RowNames<'_>, ctx: &Tensor, residual: &Tensor) {
+    pub fn forward(&self, p: &Pass<'_>, rows: Count<'_>, names: RowNames<'_>, ctx: &Tensor, residual: &Tensor) {
         let (c, i) = (self.dims.hidden, self.dims.intermediate);
         let (first, second) = (&self.after_attention, &self.after_feed_forward);
         self.out.forward(p, (rows, c, c), ctx, p.b(first.z));
         first.forward(p, rows, names, residual);
         self.up.forward(p, (rows, c, i), p.b(first.y), p.b(self.u));
-        activation::forward(p.device, self.dims.activation, p.b(self.u), p.b(self.act), rows * i);
+        activation::forward(p.device, self.dims.activation, p.b(self.u), p.b(self.act), (rows, i));
         self.down.forward(p, (rows, i, c), p.b(self.act), p.b(second.z));
         second.forward(p, rows, names, p.b(first.y));
     }
 
     /// `d` holds the gradient of x2 and leaves holding that of the residual stream; `s.context` gets that of `ctx`.
-    pub fn backward(&self, p: &Pass<'_>, rows: usize, names: RowNames<'_>, ctx: &Tensor, d: &Tensor, s: Scratch) {
+    pub fn backward(&self, p: &Pass<'_>, rows: Count<'_>, names: RowNames<'_>, ctx: &Tensor, d: &Tensor, s: Scratch) {
         let (c, i) = (self.dims.hidden, self.dims.intermediate);
         let (dropped, wide) = (p.b(s.dropped), p.b(s.wide));
         let dz = self.after_feed_forward.backward(p, rows, names, d, dropped);
         self.down.backward(p, (rows, i, c), p.b(self.act), dz, (wide, Output::Set));
-        activation::backward(p.device, self.dims.activation, p.b(self.u), wide, rows * i);
+        activation::backward(p.device, self.dims.activation, p.b(self.u), wide, (rows, i));
         self.up.backward(p, (rows, c, i), p.b(self.after_attention.y), wide, (d, Output::Add));
         let dz = self.after_attention.backward(p, rows, names, d, dropped);
         self.out.backward(p, (rows, c, c), ctx, dz, (p.b(s.context), Output::Set));

@@ -28,21 +28,33 @@ impl Embeddings {
     fn new(t: &mut Table, config: &BertConfig) -> Self {
         let c = config.hidden_size;
         let name = |part: &str| [format!("bert.embeddings.{part}_embeddings.weight")];
+        let word = t.matrices(&name("word"), config.vocab_size, c, Init::NormalWithPad(config.pad_token_id));
+        t.pad(word, Dims::new(config).vocabulary, 0.0);
         Embeddings {
-            word: t.matrices(&name("word"), config.vocab_size, c, Init::NormalWithPad(config.pad_token_id)),
+            word,
             position: t.matrices(&name("position"), config.max_position_embeddings, c, Init::Normal),
             token_type: t.matrices(&name("token_type"), config.type_vocab_size, c, Init::Normal),
             norm: Norm::new(t, "bert.embeddings.LayerNorm", c),
         }
     }
 
-    fn tables<'a>(&self, of: impl Fn(Id) -> &'a Tensor) -> Tables<'a> {
+    fn weights<'a>(&self, p: &'a Pass<'_>) -> Tables<'a> {
         Tables {
-            word: of(self.word),
-            position: of(self.position),
-            token_type: of(self.token_type),
-            gamma: of(self.norm.gamma),
-            beta: of(self.norm.beta),
+            word: p.w(self.word),
+            position: p.w(self.position),
+            token_type: p.w(self.token_type),
+            gamma: p.master(self.norm.gamma),
+            beta: p.master(self.norm.beta),
+        }
+    }
+
+    fn gradients<'a>(&self, p: &'a Pass<'_>) -> Tables<'a> {
+        Tables {
+            word: p.g(self.word),
+            position: p.g(self.position),
+            token_type: p.g(self.token_type),
+            gamma: p.g(self.norm.gamma),
+            beta: p.g(self.norm.beta),
         }
     }
 }
@@ -66,14 +78,14 @@ impl Embedding {
             tables,
             dims,
             site,
-            mean: plan.add(format!("{name}.mean"), tokens, 1),
-            rstd: plan.add(format!("{name}.rstd"), tokens, 1),
+            mean: plan.add_wide(format!("{name}.mean"), tokens, 1),
+            rstd: plan.add_wide(format!("{name}.rstd"), tokens, 1),
             y: plan.add(format!("{name}.y"), tokens, dims.hidden),
         }
     }
 
-    fn shape(&self, tokens: &TokenInputs) -> layernorm::Shape {
-        layernorm::Shape { rows: tokens.count, width: self.dims.hidden, eps: self.dims.eps }
+    fn shape<'a>(&self, tokens: &'a TokenInputs) -> layernorm::Shape<'a> {
+        layernorm::Shape { rows: tokens.count.get(), width: self.dims.hidden, eps: self.dims.eps }
     }
 
     /// Embeds the tokens into `y`.
@@ -83,7 +95,7 @@ impl Embedding {
             &embed::Forward {
                 shape: self.shape(tokens),
                 tokens: embed::Tokens { ids: &tokens.ids, types: &tokens.types, names: tokens.names() },
-                tables: self.tables.tables(|id| p.w(id)),
+                tables: self.tables.weights(p),
                 dropout: p.dropout.hidden(self.site),
                 y: p.b(self.y),
                 mean: p.b(self.mean),
@@ -99,13 +111,13 @@ impl Embedding {
             &embed::Backward {
                 shape: self.shape(tokens),
                 tokens: embed::Tokens { ids: &tokens.ids, types: &tokens.types, names: tokens.names() },
-                tables: self.tables.tables(|id| p.w(id)),
+                tables: self.tables.weights(p),
                 dropout: p.dropout.hidden(self.site),
                 mean: p.b(self.mean),
                 rstd: p.b(self.rstd),
                 dy,
                 groups: tokens.groups(),
-                grad_acc: self.tables.tables(|id| p.g(id)),
+                grad_acc: self.tables.gradients(p),
             },
         );
     }
@@ -236,7 +248,7 @@ impl Layer {
             block: Block::new(t, plan, dims, name, rows, site + 1),
             wide: plan.add(format!("{name}.qkv"), tokens, if pruned.is_some() { 2 * c } else { 3 * c }),
             ctx: plan.add(format!("{name}.ctx"), rows, c),
-            lse: plan.add(format!("{name}.lse"), rows, dims.heads),
+            lse: plan.add_wide(format!("{name}.lse"), rows, dims.heads),
             pruned: pruned.map(|rows| Pruned {
                 x: plan.add(format!("{name}.x"), rows, c),
                 q: plan.add(format!("{name}.q"), rows, c),
@@ -268,11 +280,12 @@ impl Layer {
         let [q, k, v] = self.qkv(p, dims.hidden);
         attention::Forward {
             shape: attention::Shape {
-                sequences: tokens.sequences,
+                sequences: tokens.sequences.count,
                 heads: dims.heads,
                 head_size: dims.head_size(),
                 cu_rows: rows.map_or(&tokens.cu_seqlens, |r| &r.cu_rows),
                 cu_seqlens: &tokens.cu_seqlens,
+                work: rows.map_or(tokens.work(), Rows::work),
             },
             q,
             k,
@@ -285,30 +298,30 @@ impl Layer {
     }
 
     fn forward(&self, p: &Pass<'_>, dims: &Dims, tokens: &TokenInputs, needed: &Rows, x: &Tensor) {
-        let (c, count) = (dims.hidden, tokens.count);
+        let (c, count) = (dims.hidden, tokens.count.get());
         let rows = self.pruned.map(|_| needed);
         let mut residual = x;
         match self.pruned {
             None => self.qkv.forward(p, (count, c, 3 * c), x, p.b(self.wide)),
             Some(s) => {
                 residual = p.b(s.x);
-                gather::gather(p.device, x, &needed.token, needed.count, c, residual);
-                self.qkv.forward_parts(p, (needed.count, c, 0..1), residual, true, p.b(s.q));
+                gather::gather(p.device, x, &needed.token, needed.count.get(), c, residual);
+                self.qkv.forward_parts(p, (needed.count.get(), c, 0..1), residual, true, p.b(s.q));
                 self.qkv.forward_parts(p, (count, c, 1..3), x, true, p.b(self.wide));
             }
         }
         let attention = self.attention(p, dims, tokens, rows);
         attention::forward(p.device, &attention);
-        self.block.forward(p, rows.map_or(count, |r| r.count), attention.names, attention.out, residual);
+        self.block.forward(p, rows.map_or(count, |r| r.count.get()), attention.names, attention.out, residual);
     }
 
     /// From the gradient of the output (`g.rows` in the pruned layer, `g.hidden` else) to that of the input in `g.hidden`.
     fn backward(&self, p: &Pass<'_>, dims: &Dims, tokens: &TokenInputs, needed: &Rows, x: &Tensor, g: Gradients) {
-        let (c, count) = (dims.hidden, tokens.count);
+        let (c, count) = (dims.hidden, tokens.count.get());
         let rows = self.pruned.map(|_| needed);
         let forward = self.attention(p, dims, tokens, rows);
         let d = p.buffers.tensor(if self.pruned.is_some() { g.rows } else { g.hidden });
-        self.block.backward(p, rows.map_or(count, |r| r.count), forward.names, forward.out, d, g.block);
+        self.block.backward(p, rows.map_or(count, |r| r.count.get()), forward.names, forward.out, d, g.block);
         let wide = p.b(g.wide);
         let gradient = match self.pruned {
             None => attention::Gradient::Fused(wide),
@@ -319,9 +332,9 @@ impl Layer {
             self.qkv.backward(p, (count, c, 3 * c), x, wide, (d, Output::Add));
             return zero_key_bias(p, self.qkv.bias, c);
         };
-        self.qkv.backward_parts(p, (needed.count, c, 0..1), p.b(s.x), p.b(s.dq), true, (d, Output::Add));
+        self.qkv.backward_parts(p, (needed.count.get(), c, 0..1), p.b(s.x), p.b(s.dq), true, (d, Output::Add));
         self.qkv.backward_parts(p, (count, c, 1..3), x, wide, true, (p.b(g.hidden), Output::Set));
-        gather::scatter_add(p.device, d, &needed.token, needed.count, c, p.b(g.hidden));
+        gather::scatter_add(p.device, d, &needed.token, needed.count.get(), c, p.b(g.hidden));
         zero_key_bias(p, self.qkv.bias, c);
     }
 }

@@ -1,70 +1,134 @@
 //! A host batch on the device: token streams, row subsets and the index groups that make gradient sums deterministic.
 
 use crate::data::batch::{DecoderBatch, PretrainBatch};
-use crate::device::{DType, Tensor};
-use crate::ops::{Groups, RowNames};
+use crate::device::{DType, Device, Tensor};
+use crate::ops::attention::{self, Tiles, Work};
+use crate::ops::{Count, Groups, RowNames};
 
 use super::Capacity;
+use super::extent::{Bounds, Extent};
 
 /// Room for index groups of up to `rows` rows.
 pub struct GroupBuffers {
-    count: usize,
+    count: Extent,
+    entries: usize,
     keys: Tensor,
     offsets: Tensor,
     rows: Tensor,
 }
 
 impl GroupBuffers {
-    fn new(groups: usize, rows: usize) -> Self {
-        let u32s = |len| Tensor::zeros(DType::U32, len);
-        GroupBuffers { count: 0, keys: u32s(groups), offsets: u32s(groups + 1), rows: u32s(rows) }
+    fn new(device: Device, groups: usize, rows: usize) -> Self {
+        let u32s = |len| device.zeros(DType::U32, len);
+        let (count, keys, offsets, rows) = (Extent::new(device), u32s(groups), u32s(groups + 1), u32s(rows));
+        GroupBuffers { count, entries: 0, keys, offsets, rows }
     }
 
-    /// Groups the rows `0..keys.len()` by key; rows stay ascending inside a group.
-    fn set(&mut self, keys: &[u32]) {
-        let mut order: Vec<u64> =
-            keys.iter().enumerate().map(|(row, &key)| u64::from(key) << 32 | row as u64).collect();
-        order.sort_unstable();
-        let (mut distinct, mut offsets) = (Vec::new(), Vec::new());
-        for (i, &x) in order.iter().enumerate() {
-            let key = (x >> 32) as u32;
-            if distinct.last() != Some(&key) {
-                distinct.push(key);
-                offsets.push(i as u32);
-            }
+    /// Groups the rows `0..keys.len()` by key; rows stay ascending inside a group. Work is laid out for `bound` rows.
+    fn set(&mut self, keys: &[u32], bound: usize) {
+        // A counting sort: keys are numbers of words, positions or sequences, and a batch has about as many rows.
+        let mut ends = vec![0u32; keys.iter().max().map_or(0, |&most| most as usize + 1)];
+        keys.iter().for_each(|&key| ends[key as usize] += 1);
+        let (mut distinct, mut offsets, mut end) = (Vec::new(), vec![0], 0);
+        for (key, rows) in ends.iter_mut().enumerate().filter(|(_, rows)| **rows > 0) {
+            (end, *rows) = (end + *rows, end);
+            distinct.push(key as u32);
+            offsets.push(end);
         }
-        offsets.push(order.len() as u32);
-        self.count = distinct.len();
-        self.keys.upload(&distinct);
-        self.offsets.upload(&offsets);
-        self.rows.upload(&order.iter().map(|&x| x as u32).collect::<Vec<_>>());
+        let mut order = vec![0; keys.len()];
+        for (row, &key) in keys.iter().enumerate() {
+            order[ends[key as usize] as usize] = row as u32;
+            ends[key as usize] += 1;
+        }
+        self.upload(&distinct, &offsets, &order, bound);
+    }
+
+    fn upload(&mut self, keys: &[u32], offsets: &[u32], rows: &[u32], bound: usize) {
+        self.count.set(keys.len(), bound.max(keys.len()));
+        self.entries = bound.max(rows.len());
+        self.keys.upload(keys);
+        self.offsets.upload(offsets);
+        self.rows.upload(rows);
     }
 
     /// The groups, for an op.
     pub fn groups(&self) -> Groups<'_> {
-        Groups { count: self.count, keys: &self.keys, offsets: &self.offsets, rows: &self.rows }
+        let (count, entries) = (self.count.get(), self.entries);
+        Groups { count, entries, keys: &self.keys, offsets: &self.offsets, rows: &self.rows }
+    }
+}
+
+/// Room for one of attention's tables of work; nothing on the CPU.
+struct TileBuffers {
+    count: Extent,
+    table: Option<Tensor>,
+}
+
+impl TileBuffers {
+    /// For up to `rows` rows of `sequences`.
+    fn new(device: Device, rows: usize, sequences: usize) -> Self {
+        let tiles = Self::most(rows, sequences);
+        TileBuffers {
+            count: Extent::new(device),
+            table: device.is_gpu().then(|| device.zeros(DType::U32, 2 * tiles)),
+        }
+    }
+
+    fn most(rows: usize, sequences: usize) -> usize {
+        rows / attention::TILE + sequences
+    }
+
+    /// The tiles of the rows between the borders `cu`, laid out for `rows` rows of `sequences`.
+    fn set(&mut self, cu: &[u32], others: &[u32], (rows, sequences): (usize, usize)) {
+        if let Some(table) = &self.table {
+            let tiles = attention::tiles(cu, others);
+            self.count.set(tiles.len(), Self::most(rows, sequences));
+            table.upload(tiles.as_flattened());
+        }
+    }
+
+    fn get(&self) -> Option<Tiles<'_>> {
+        self.table.as_ref().map(|table| Tiles { table, count: self.count.get() })
     }
 }
 
 /// Some rows of the token stream: which, whose, and where.
 pub struct Rows {
     /// Number of rows.
-    pub count: usize,
+    pub count: Extent,
     /// `[count]` row of the token stream, ascending.
     pub token: Tensor,
     /// `[S + 1]` first row of each sequence.
     pub cu_rows: Tensor,
     sequence: Tensor,
     position: Tensor,
+    query_tiles: TileBuffers,
+    key_tiles: TileBuffers,
 }
 
 impl Rows {
-    pub(super) fn new(rows: usize, sequences: usize) -> Self {
-        let u32s = |len| Tensor::zeros(DType::U32, len);
-        Rows { count: 0, token: u32s(rows), cu_rows: u32s(sequences + 1), sequence: u32s(rows), position: u32s(rows) }
+    /// Room for `rows` rows of batches up to `c`.
+    pub(super) fn new(device: Device, rows: usize, c: Capacity) -> Self {
+        let u32s = |len| device.zeros(DType::U32, len);
+        Rows {
+            count: Extent::new(device),
+            token: u32s(rows),
+            cu_rows: u32s(c.sequences + 1),
+            sequence: u32s(rows),
+            position: u32s(rows),
+            query_tiles: TileBuffers::new(device, rows, c.sequences),
+            key_tiles: TileBuffers::new(device, c.tokens, c.sequences),
+        }
     }
 
-    pub(super) fn set(&mut self, rows: &[u32], cu_seqlens: &[u32]) -> (Vec<u32>, Vec<u32>) {
+    /// Work is laid out for `bound` of these rows of a batch with `bounds`.
+    pub(super) fn set(
+        &mut self,
+        rows: &[u32],
+        cu_seqlens: &[u32],
+        bound: usize,
+        bounds: &Bounds,
+    ) -> (Vec<u32>, Vec<u32>) {
         let (mut cu, mut sequence, mut position) = (vec![0], Vec::new(), Vec::new());
         for s in 0..cu_seqlens.len() - 1 {
             while let Some(&row) = rows.get(sequence.len()).filter(|&&r| r < cu_seqlens[s + 1]) {
@@ -73,23 +137,32 @@ impl Rows {
             }
             cu.push(sequence.len() as u32);
         }
-        self.count = rows.len();
+        self.count.set(rows.len(), bound);
         self.token.upload(rows);
         self.cu_rows.upload(&cu);
         self.sequence.upload(&sequence);
         self.position.upload(&position);
+        self.query_tiles.set(&cu, cu_seqlens, (bound, bounds.sequences));
+        self.key_tiles.set(cu_seqlens, &cu, (bounds.tokens, bounds.sequences));
         (sequence, position)
+    }
+
+    /// The tables of work of an attention whose queries are these rows.
+    pub fn work(&self) -> Option<Work<'_>> {
+        Some(Work { queries: self.query_tiles.get()?, keys: self.key_tiles.get()? })
     }
 }
 
 /// A packed token stream on the device.
 pub struct TokenInputs {
     /// T.
-    pub count: usize,
+    pub count: Extent,
     /// S.
-    pub sequences: usize,
-    /// Longest sequence.
+    pub sequences: Extent,
+    /// Longest sequence, or what work is laid out for.
     pub longest: usize,
+    /// The same on the device: every position that work is laid out for counts as in use.
+    positions: Extent,
     /// `[T]`.
     pub ids: Tensor,
     /// `[T]` token types.
@@ -103,36 +176,41 @@ pub struct TokenInputs {
     by_word: GroupBuffers,
     by_position: GroupBuffers,
     by_type: GroupBuffers,
+    tiles: TileBuffers,
 }
 
 impl TokenInputs {
-    pub(super) fn new(c: Capacity, words: usize, types: usize) -> Self {
-        let u32s = |len| Tensor::zeros(DType::U32, len);
+    pub(super) fn new(device: Device, c: Capacity, words: usize, types: usize) -> Self {
+        let u32s = |len| device.zeros(DType::U32, len);
         TokenInputs {
-            count: 0,
-            sequences: 0,
+            count: Extent::new(device),
+            sequences: Extent::new(device),
             longest: 0,
+            positions: Extent::new(device),
             ids: u32s(c.tokens),
             types: u32s(c.tokens),
             cu_seqlens: u32s(c.sequences + 1),
-            samples: Tensor::zeros(DType::U64, c.sequences),
+            samples: device.zeros(DType::U64, c.sequences),
             sequence: u32s(c.tokens),
             position: u32s(c.tokens),
-            by_word: GroupBuffers::new(c.tokens.min(words), c.tokens),
-            by_position: GroupBuffers::new(c.length, c.tokens),
-            by_type: GroupBuffers::new(types, c.tokens),
+            by_word: GroupBuffers::new(device, c.tokens.min(words), c.tokens),
+            by_position: GroupBuffers::new(device, c.length, c.tokens),
+            by_type: GroupBuffers::new(device, types, c.tokens),
+            tiles: TileBuffers::new(device, c.tokens, c.sequences),
         }
     }
 
-    pub(super) fn set(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32], samples: &[u64]) {
+    pub(super) fn set(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32], samples: &[u64], bounds: &Bounds) {
         let (mut sequence, mut position) = (Vec::with_capacity(ids.len()), Vec::with_capacity(ids.len()));
-        self.longest = 0;
+        self.longest = bounds.length;
+        self.positions.set(bounds.length, bounds.length);
         for (s, w) in cu_seqlens.windows(2).enumerate() {
             sequence.extend(std::iter::repeat_n(s as u32, (w[1] - w[0]) as usize));
             position.extend(0..w[1] - w[0]);
-            self.longest = self.longest.max((w[1] - w[0]) as usize);
         }
-        (self.count, self.sequences) = (ids.len(), samples.len());
+        self.count.set(ids.len(), bounds.tokens);
+        self.sequences.set(samples.len(), bounds.sequences);
+        self.tiles.set(cu_seqlens, cu_seqlens, (bounds.tokens, bounds.sequences));
         self.ids.upload(ids);
         self.types.upload(types);
         self.cu_seqlens.upload(cu_seqlens);
@@ -142,11 +220,21 @@ impl TokenInputs {
     }
 
     /// Prepares the sums of the backward for the tokens that [`Self::set`] was given.
-    fn set_groups(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32]) {
+    fn set_groups(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32], bounds: &Bounds) {
         let position: Vec<u32> = cu_seqlens.windows(2).flat_map(|w| 0..w[1] - w[0]).collect();
-        self.by_word.set(ids);
-        self.by_position.set(&position);
-        self.by_type.set(types);
+        self.by_word.set(ids, bounds.tokens);
+        self.by_position.set(&position, bounds.tokens);
+        self.by_type.set(types, bounds.tokens);
+    }
+
+    /// The tables of work of an attention of all tokens.
+    pub fn work(&self) -> Option<Work<'_>> {
+        self.tiles.get().map(|tiles| Work { queries: tiles, keys: tiles })
+    }
+
+    /// [`Self::longest`], for an op.
+    pub fn longest_count(&self) -> Count<'_> {
+        self.positions.get()
     }
 
     /// Names of all rows.
@@ -192,7 +280,7 @@ pub struct Inputs {
     /// Rows needed of the encoder's last layer: labelled ones, and [CLS] where there is a decoder.
     pub needed: Rows,
     /// M.
-    pub labels_count: usize,
+    pub label_count: Extent,
     /// `[M]` where the labelled rows are among the needed ones.
     pub label_rows: Tensor,
     /// `[M]` labels.
@@ -205,40 +293,45 @@ pub struct Inputs {
     pub by_first: GroupBuffers,
     /// Present for RetroMAE.
     pub decoder: Option<DecoderInputs>,
+    device: Device,
+    capacity: Capacity,
 }
 
 impl Inputs {
     /// Room for batches up to `c`.
-    pub fn new(c: Capacity, vocabulary: usize, types: usize, decoder: bool) -> Self {
-        let u32s = |len| Tensor::zeros(DType::U32, len);
+    pub fn new(device: Device, c: Capacity, vocabulary: usize, types: usize, decoder: bool) -> Self {
+        let u32s = |len| device.zeros(DType::U32, len);
         let words = c.tokens * c.length.div_ceil(32).max(1) + c.sequences;
         Inputs {
-            tokens: TokenInputs::new(c, vocabulary, types),
-            needed: Rows::new(c.encoder_labels + c.sequences, c.sequences),
-            labels_count: 0,
+            tokens: TokenInputs::new(device, c, vocabulary, types),
+            needed: Rows::new(device, c.encoder_labels + c.sequences, c),
+            label_count: Extent::new(device),
             label_rows: u32s(c.encoder_labels),
             labels: u32s(c.encoder_labels),
             cls_rows: u32s(c.sequences),
             first_tokens: u32s(c.sequences),
-            by_first: GroupBuffers::new(c.sequences, c.sequences),
+            by_first: GroupBuffers::new(device, c.sequences, c.sequences),
             decoder: decoder.then(|| DecoderInputs {
-                tokens: TokenInputs::new(c, vocabulary, types),
-                rows: Rows::new(c.tokens, c.sequences),
+                tokens: TokenInputs::new(device, c, vocabulary, types),
+                rows: Rows::new(device, c.tokens, c),
                 labels: u32s(c.tokens),
                 offsets: u32s(c.sequences + 1),
                 words: u32s(words),
-                row: Tensor::zeros(DType::U16, c.tokens),
-                by_position: GroupBuffers::new(c.length, c.tokens),
-                by_sequence: GroupBuffers::new(c.sequences, c.tokens),
+                row: device.zeros(DType::U16, c.tokens),
+                by_position: GroupBuffers::new(device, c.length, c.tokens),
+                by_sequence: GroupBuffers::new(device, c.sequences, c.tokens),
             }),
+            device,
+            capacity: c,
         }
     }
 
-    /// Uploads a batch. It must fit the capacity.
-    pub fn set(&mut self, batch: &PretrainBatch) {
+    /// Uploads a batch, which must fit the capacity, and says for what its work is laid out.
+    pub fn set(&mut self, batch: &PretrainBatch) -> Bounds {
+        let bounds = Bounds::new(self.device, self.capacity, batch);
         let types = vec![0; batch.tokens()];
-        self.tokens.set(&batch.encoder_ids, &types, &batch.cu_seqlens, &batch.samples);
-        self.tokens.set_groups(&batch.encoder_ids, &types, &batch.cu_seqlens);
+        self.tokens.set(&batch.encoder_ids, &types, &batch.cu_seqlens, &batch.samples, &bounds);
+        self.tokens.set_groups(&batch.encoder_ids, &types, &batch.cu_seqlens, &bounds);
         let first = &batch.cu_seqlens[..batch.sequences()];
         self.first_tokens.upload(first);
         let with_cls = self.decoder.is_some();
@@ -251,36 +344,34 @@ impl Inputs {
         let place = |row: &u32| needed.partition_point(|r| r < row) as u32;
         self.label_rows.upload(&batch.encoder_label_rows.iter().map(place).collect::<Vec<_>>());
         self.labels.upload(&batch.encoder_label_ids);
-        self.labels_count = batch.encoder_label_ids.len();
+        self.label_count.set(batch.encoder_label_ids.len(), bounds.labels);
         if with_cls {
             self.cls_rows.upload(&first.iter().map(place).collect::<Vec<_>>());
-            self.by_first.set_rows(first);
+            self.by_first.set_rows(first, bounds.sequences);
         }
-        self.needed.set(&needed, &batch.cu_seqlens);
+        self.needed.set(&needed, &batch.cu_seqlens, bounds.needed(), &bounds);
         if let (Some(to), Some(from)) = (&mut self.decoder, &batch.decoder) {
-            to.set(from, batch, &types);
+            to.set(from, batch, &types, &bounds);
         }
+        bounds
     }
 }
 
 impl GroupBuffers {
     /// One group for each of `rows`, with keys 0, 1, 2, ….
-    fn set_rows(&mut self, rows: &[u32]) {
+    fn set_rows(&mut self, rows: &[u32], bound: usize) {
         let iota: Vec<u32> = (0..=rows.len() as u32).collect();
-        self.count = rows.len();
-        self.keys.upload(&iota[..rows.len()]);
-        self.offsets.upload(&iota);
-        self.rows.upload(rows);
+        self.upload(&iota[..rows.len()], &iota, rows, bound);
     }
 }
 
 impl DecoderInputs {
-    fn set(&mut self, from: &DecoderBatch, batch: &PretrainBatch, types: &[u32]) {
-        self.tokens.set(&from.ids, types, &batch.cu_seqlens, &batch.samples);
-        self.tokens.set_groups(&from.ids, types, &batch.cu_seqlens);
-        let (sequence, position) = self.rows.set(&from.label_rows, &batch.cu_seqlens);
-        self.by_sequence.set(&sequence);
-        self.by_position.set(&position);
+    fn set(&mut self, from: &DecoderBatch, batch: &PretrainBatch, types: &[u32], bounds: &Bounds) {
+        self.tokens.set(&from.ids, types, &batch.cu_seqlens, &batch.samples, bounds);
+        self.tokens.set_groups(&from.ids, types, &batch.cu_seqlens, bounds);
+        let (sequence, position) = self.rows.set(&from.label_rows, &batch.cu_seqlens, bounds.decoder_rows, bounds);
+        self.by_sequence.set(&sequence, bounds.decoder_rows);
+        self.by_position.set(&position, bounds.decoder_rows);
         self.labels.upload(&from.label_ids);
         self.offsets.upload(&from.visibility.offsets);
         self.words.upload(&from.visibility.words);

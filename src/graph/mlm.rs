@@ -6,12 +6,14 @@ use super::activations::{Plan, Slot};
 use super::block::{Linear, Norm};
 use super::params::{Id, Init, Table};
 use super::{Dims, Pass};
-use crate::device::{DType, Output, Tensor};
+use crate::device::{DType, Device, Output, Tensor};
 use crate::model::config::BertConfig;
-use crate::ops::{activation, cross_entropy, layernorm};
+use crate::ops::cross_entropy::{self, Scale};
+use crate::ops::{Count, activation, layernorm};
 
-/// Bytes of logits that exist at a time on the CPU.
+/// Bytes of logits that exist at a time: on the CPU, and on a GPU, where they stay in the second-level cache.
 const LOGITS_BYTES: usize = 64 << 20;
+const LOGITS_BYTES_GPU: usize = 32 << 20;
 
 /// The head.
 pub struct MlmHead {
@@ -31,7 +33,6 @@ pub struct MlmHead {
     logits: Slot,
     row_loss: Slot,
     row_correct: Tensor,
-    sums: Tensor,
 }
 
 /// Loss of the labelled rows.
@@ -45,48 +46,60 @@ pub struct LossSums {
 
 impl MlmHead {
     /// For up to `rows` labelled rows; `word` is the embedding table.
-    pub fn new(t: &mut Table, plan: &mut Plan, config: &BertConfig, word: Id, rows: usize) -> Self {
+    pub fn new(
+        (device, storage): (Device, DType),
+        t: &mut Table,
+        plan: &mut Plan,
+        config: &BertConfig,
+        word: Id,
+        rows: usize,
+    ) -> Self {
         let dims = Dims::new(config);
         let (c, v) = (dims.hidden, dims.vocabulary);
-        let chunk = (LOGITS_BYTES / (4 * v)).clamp(16, rows.max(16));
+        let bytes = if device.is_gpu() { LOGITS_BYTES_GPU } else { LOGITS_BYTES };
+        let chunk = (bytes / (storage.size().min(4) * v)).clamp(16, rows.max(16));
+        // Whole tiles of the products, where there are enough rows.
+        let chunk = if chunk > 128 { chunk / 128 * 128 } else { chunk };
+        let bias = t.vectors(&["cls.predictions.bias".into()], config.vocab_size, Init::Zeros);
+        t.pad(bias, v, f32::NEG_INFINITY);
         MlmHead {
             dims,
             transform: Linear::new(t, "cls.predictions.transform.dense".into(), c, c),
             norm: Norm::new(t, "cls.predictions.transform.LayerNorm", c),
             word,
-            bias: t.vectors(&["cls.predictions.bias".into()], v, Init::Zeros),
+            bias,
             chunk,
             u: plan.add("head.u", rows, c),
             z: plan.add("head.z", rows, c),
-            mean: plan.add("head.mean", rows, 1),
-            rstd: plan.add("head.rstd", rows, 1),
+            mean: plan.add_wide("head.mean", rows, 1),
+            rstd: plan.add_wide("head.rstd", rows, 1),
             y: plan.add("head.y", rows, c),
             dy: plan.add("head.dy", rows, c),
             logits: plan.add("head.logits", chunk, v),
-            row_loss: plan.add("head.row_loss", rows, 1),
-            row_correct: Tensor::zeros(DType::U32, rows),
-            sums: Tensor::zeros(DType::F64, 2),
+            row_loss: plan.add_wide("head.row_loss", rows, 1),
+            row_correct: device.zeros(DType::U32, rows),
         }
     }
 
-    /// Loss of `rows` rows `h [rows, C]` with their labels. With `gradient` (weight of a row's loss, and where to write the gradient
-    /// of `h`, `[rows, C]`), parameter gradients are added too.
+    /// Adds loss and correct rows of `rows` rows `h [rows, C]` with these labels to `sums_acc` `[2]`. With `gradient` (weight of a
+    /// row's loss, and where to write the gradient of `h`, `[rows, C]`), parameter gradients are added too.
     pub fn loss(
         &self,
         p: &Pass<'_>,
-        rows: usize,
+        rows: Count<'_>,
         h: &Tensor,
         labels: &Tensor,
-        gradient: Option<(f64, &Tensor)>,
-    ) -> LossSums {
-        if rows == 0 {
-            return LossSums::default();
+        sums_acc: &Tensor,
+        gradient: Option<(Scale<'_>, &Tensor)>,
+    ) {
+        if rows.rows == 0 {
+            return;
         }
         let c = self.dims.hidden;
         let shape = layernorm::Shape { rows, width: c, eps: self.dims.eps };
         self.transform.forward(p, (rows, c, c), h, p.b(self.u));
-        activation::forward(p.device, self.dims.activation, p.b(self.u), p.b(self.z), rows * c);
-        let (gamma, beta) = (p.w(self.norm.gamma), p.w(self.norm.beta));
+        activation::forward(p.device, self.dims.activation, p.b(self.u), p.b(self.z), (rows, c));
+        let (gamma, beta) = (p.master(self.norm.gamma), p.master(self.norm.beta));
         let (x, y, mean, rstd) = (p.b(self.z), p.b(self.y), p.b(self.mean), p.b(self.rstd));
         layernorm::forward(
             p.device,
@@ -99,12 +112,12 @@ impl MlmHead {
                 shape: cross_entropy::Shape { rows, width: c, vocabulary: self.dims.vocabulary, chunk: self.chunk },
                 h: y,
                 w: p.w(self.word),
-                b: p.w(self.bias),
+                b: p.master(self.bias),
                 labels,
                 logits: p.b(self.logits),
                 row_loss: p.b(self.row_loss),
                 row_correct: &self.row_correct,
-                sums: &self.sums,
+                sums_acc,
                 gradients: gradient.map(|(scale, _)| cross_entropy::Gradients {
                     scale,
                     dh: p.b(self.dy),
@@ -116,12 +129,10 @@ impl MlmHead {
         if let Some((_, dh)) = gradient {
             self.backward(p, shape, h, dh);
         }
-        let sums = self.sums.read::<f64>();
-        LossSums { loss: sums[0], correct: sums[1] }
     }
 
     /// From the gradient of `y` in `dy` to that of `h` in `dh`.
-    fn backward(&self, p: &Pass<'_>, shape: layernorm::Shape, h: &Tensor, dh: &Tensor) {
+    fn backward(&self, p: &Pass<'_>, shape: layernorm::Shape<'_>, h: &Tensor, dh: &Tensor) {
         let (rows, c) = (shape.rows, shape.width);
         let dy = p.b(self.dy);
         layernorm::backward(
@@ -131,14 +142,14 @@ impl MlmHead {
                 z: p.b(self.z),
                 mean: p.b(self.mean),
                 rstd: p.b(self.rstd),
-                gamma: p.w(self.norm.gamma),
+                gamma: p.master(self.norm.gamma),
                 dy,
                 dropout: None,
                 dgamma_acc: p.g(self.norm.gamma),
                 dbeta_acc: p.g(self.norm.beta),
             },
         );
-        activation::backward(p.device, self.dims.activation, p.b(self.u), dy, rows * c);
+        activation::backward(p.device, self.dims.activation, p.b(self.u), dy, (rows, c));
         self.transform.backward(p, (rows, c, c), h, dy, (dh, Output::Set));
     }
 }

@@ -9,6 +9,7 @@
 pub mod activations;
 pub mod block;
 pub mod encoder;
+pub mod extent;
 pub mod inference;
 pub mod inputs;
 pub mod mlm;
@@ -16,6 +17,7 @@ pub mod params;
 pub mod retromae;
 
 use crate::device::{Device, Tensor};
+use crate::error::{Error, Result};
 use crate::model::config::{Activation, BertConfig};
 use crate::ops::SiteDropout;
 use crate::ops::activation::Function;
@@ -45,7 +47,7 @@ pub struct Dims {
     pub heads: usize,
     /// I.
     pub intermediate: usize,
-    /// V.
+    /// V, rounded up to a multiple of 64; the bias of the padding is −∞.
     pub vocabulary: usize,
     /// ε of LayerNorm.
     pub eps: f32,
@@ -60,7 +62,7 @@ impl Dims {
             hidden: config.hidden_size,
             heads: config.num_attention_heads,
             intermediate: config.intermediate_size,
-            vocabulary: config.vocab_size,
+            vocabulary: config.vocab_size.next_multiple_of(64),
             eps: config.layer_norm_eps,
             activation: match config.hidden_act {
                 Activation::Gelu => Function::Gelu,
@@ -76,6 +78,26 @@ impl Dims {
     pub fn head_size(&self) -> usize {
         self.hidden / self.heads
     }
+}
+
+/// Refuses a model whose sizes the GPU's kernels do not have.
+pub fn check_gpu(config: &BertConfig) -> Result<()> {
+    let dims = Dims::new(config);
+    let refuse = |what: &str, is: usize, must: &str| {
+        Err(Error::refused(format!("{what} is {is}; the GPU's kernels need {must}"))
+            .remedy("use --device cpu, or a model of another size"))
+    };
+    match dims.head_size() {
+        32 | 64 | 128 => {}
+        other => return refuse("the size of an attention head", other, "32, 64 or 128"),
+    }
+    if dims.hidden > 4096 {
+        return refuse("hidden_size", dims.hidden, "at most 4096");
+    }
+    if dims.intermediate % 8 != 0 {
+        return refuse("intermediate_size", dims.intermediate, "a multiple of 8");
+    }
+    Ok(())
 }
 
 /// The dropout masks of one step.
@@ -116,9 +138,14 @@ pub struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Weight tensor.
+    /// Weight tensor, in the storage type.
     pub fn w(&self, id: Id) -> &Tensor {
         self.params.weight(id)
+    }
+
+    /// Weight tensor as the optimizer has it: γ, β, and the bias of the LM head.
+    pub fn master(&self, id: Id) -> &Tensor {
+        self.params.master(id)
     }
 
     /// Gradient tensor.

@@ -2,9 +2,12 @@
 //!
 //! Matrices that are used together are one entry (`query`, `key`, `value` as one `[3C, C]` matrix); each entry knows the checkpoint
 //! names of its parts. Parameters with weight decay come first in memory, so that one optimizer call covers the flat arena.
+//!
+//! Where storage is bf16, the optimizer's weights, the masters, are f32, and products read a rounded copy of the same layout.
 
-use crate::device::{Arena, DType, Tensor};
+use crate::device::{Arena, DType, Device, Tensor};
 use crate::error::Result;
+use crate::ops::{Count, gather};
 use crate::rng::{Site, Stream};
 
 /// Number of an entry.
@@ -51,6 +54,8 @@ impl Part {
 struct Entry {
     len: usize,
     decay: bool,
+    /// What elements behind those of the parts hold.
+    padding: f32,
 }
 
 /// Collects entries before the arenas are allocated.
@@ -71,6 +76,14 @@ impl Table {
         self.entry(names, vec![len], false, init)
     }
 
+    /// Gives an entry room for `rows` rows or elements in all, those behind its parts filled with `padding`.
+    pub fn pad(&mut self, id: Id, rows: usize, padding: f32) {
+        let own = self.parts.iter().filter(|p| p.entry == id.0);
+        let width = own.clone().next().map_or(1, |p| p.shape[1..].iter().product());
+        let entry = &mut self.entries[id.0];
+        (entry.len, entry.padding) = (entry.len.max(rows * width), padding);
+    }
+
     fn entry(&mut self, names: &[String], shape: Vec<usize>, decay: bool, init: Init) -> Id {
         let size: usize = shape.iter().product();
         let entry = self.entries.len();
@@ -79,7 +92,7 @@ impl Table {
                 Part { name: name.clone(), shape: shape.clone(), decay, offset: 0, entry, start: i * size, init };
             self.parts.push(part);
         }
-        self.entries.push(Entry { len: size * names.len(), decay });
+        self.entries.push(Entry { len: size * names.len(), decay, padding: 0.0 });
         Id(entry)
     }
 
@@ -94,7 +107,7 @@ impl Table {
     }
 
     /// Allocates weights and gradients.
-    pub fn allocate(mut self, dtype: DType) -> Params {
+    pub fn allocate(mut self, device: Device, storage: DType) -> Params {
         let order: Vec<usize> = [true, false]
             .into_iter()
             .flat_map(|decay| (0..self.entries.len()).map(move |i| (i, decay)))
@@ -106,14 +119,20 @@ impl Table {
             place[entry] = position;
         }
         let lengths: Vec<usize> = order.iter().map(|&i| self.entries[i].len).collect();
-        let weights = Arena::zeros(dtype, lengths.iter().copied());
-        let gradients = Arena::zeros(dtype, lengths.iter().copied());
+        let arena = |dtype| Arena::zeros(device, dtype, lengths.iter().copied());
+        let (masters, gradients) = (arena(storage.wide()), arena(storage.wide()));
+        let copies = (storage != storage.wide()).then(|| arena(storage));
         for part in &mut self.parts {
-            part.offset = weights.offset(place[part.entry]) + part.start;
+            part.offset = masters.offset(place[part.entry]) + part.start;
         }
         let first_plain = self.entries.iter().filter(|e| e.decay).count();
-        let decayed = if first_plain < order.len() { weights.offset(first_plain) } else { weights.whole().len() };
-        Params { parts: self.parts, place, weights, gradients, decayed }
+        let decayed = if first_plain < order.len() { masters.offset(first_plain) } else { masters.whole().len() };
+        for (i, entry) in self.entries.iter().enumerate().filter(|(_, e)| e.padding != 0.0) {
+            let parts = self.parts.iter().filter(|p| p.entry == i).map(Part::elements).sum();
+            let padding = masters.tensor(place[i]).slice(parts..entry.len);
+            upload_f32(&padding, &vec![entry.padding; entry.len - parts]);
+        }
+        Params { parts: self.parts, place, masters, copies, gradients, decayed, device }
     }
 }
 
@@ -121,16 +140,24 @@ impl Table {
 pub struct Params {
     parts: Vec<Part>,
     place: Vec<usize>,
-    weights: Arena,
+    masters: Arena,
+    /// In the storage type, where that is another.
+    copies: Option<Arena>,
     gradients: Arena,
+    device: Device,
     /// Elements of the arenas before this one decay.
     pub decayed: usize,
 }
 
 impl Params {
-    /// Weights of an entry.
+    /// Weights of an entry in the storage type.
     pub fn weight(&self, id: Id) -> &Tensor {
-        self.weights.tensor(self.place[id.0])
+        self.copies.as_ref().unwrap_or(&self.masters).tensor(self.place[id.0])
+    }
+
+    /// Weights of an entry as the optimizer has them.
+    pub fn master(&self, id: Id) -> &Tensor {
+        self.masters.tensor(self.place[id.0])
     }
 
     /// Gradients of an entry.
@@ -138,9 +165,23 @@ impl Params {
         self.gradients.tensor(self.place[id.0])
     }
 
-    /// All weights, flat.
+    /// All weights as the optimizer has them, flat.
     pub fn weights(&self) -> &Tensor {
-        self.weights.whole()
+        self.masters.whole()
+    }
+
+    /// Their copy in the storage type, where that is another.
+    pub fn copies(&self) -> Option<&Tensor> {
+        self.copies.as_ref().map(Arena::whole)
+    }
+
+    /// Makes the copy anew, after [`Self::weights`] were written.
+    pub fn refresh(&self) {
+        if let Some(copies) = self.copies() {
+            let exact = self.device.tensor(&[(copies.len() / COPY_ROW) as u32]);
+            let rows = Count::on_device(copies.len() / COPY_ROW, &exact);
+            gather::rounded(self.device, self.weights(), rows, COPY_ROW, copies);
+        }
     }
 
     /// All gradients, flat.
@@ -153,7 +194,7 @@ impl Params {
         &self.parts
     }
 
-    /// Fills every part: `read` puts a tensor of the given name and shape into the slice, or says that it has none; the missing ones
+    /// Fills every part of the masters and makes the copy anew: `read` puts a tensor of the given name and shape into the slice, or says that it has none; the missing ones
     /// are initialised from `seed` with standard deviation `range`. Returns the names of the missing.
     pub fn load(
         &self,
@@ -172,26 +213,34 @@ impl Params {
             }
             self.set(part, &buffer);
         }
+        self.refresh();
         Ok(fresh)
     }
 
-    /// Copies `values` to the weights of `part`.
+    /// Copies `values` to the masters of `part`; [`Self::refresh`] brings them to the copy.
     pub fn set(&self, part: &Part, values: &[f32]) {
-        let to = self.weights.whole().slice(part.offset..part.offset + part.elements());
-        match to.dtype() {
-            DType::F64 => to.upload(&values.iter().map(|&x| f64::from(x)).collect::<Vec<_>>()),
-            _ => to.upload(values),
-        }
+        upload_f32(&self.masters.whole().slice(part.offset..part.offset + part.elements()), values);
     }
 
     /// The weights of `part`, as f32.
     pub fn get(&self, part: &Part) -> Vec<f32> {
-        to_f32(&self.weights.whole().slice(part.offset..part.offset + part.elements()))
+        to_f32(&self.masters.whole().slice(part.offset..part.offset + part.elements()))
     }
 
     /// The gradient of `part`, as f32.
     pub fn get_gradient(&self, part: &Part) -> Vec<f32> {
         to_f32(&self.gradients.whole().slice(part.offset..part.offset + part.elements()))
+    }
+}
+
+/// Elements that are rounded as one row; arenas consist of whole ones.
+const COPY_ROW: usize = 64;
+
+/// Copies f32 values to a tensor of f32 or f64.
+fn upload_f32(to: &Tensor, values: &[f32]) {
+    match to.dtype() {
+        DType::F64 => to.upload(&values.iter().map(|&x| f64::from(x)).collect::<Vec<_>>()),
+        _ => to.upload(values),
     }
 }
 
@@ -232,7 +281,7 @@ mod tests {
         let bias = t.vectors(&["a.bias".into(), "b.bias".into()], 5, Init::Ones);
         let weight = t.matrices(&["a.weight".into(), "b.weight".into()], 5, 3, Init::Normal);
         assert_eq!(t.parameters(), 40);
-        let p = t.allocate(DType::F32);
+        let p = t.allocate(Device::Cpu, DType::F32);
         let fresh = p.load(1, 0.02, |name, _, out| {
             out.fill(7.0);
             Ok(name == "b.weight")

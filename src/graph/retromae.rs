@@ -12,7 +12,7 @@ use super::inputs::{DecoderInputs, Inputs};
 use super::params::Table;
 use super::{Capacity, Dims, Pass};
 use crate::device::{Matrix, Output, Tensor};
-use crate::ops::{attention, enhanced_decoding, gather};
+use crate::ops::{Count, attention, enhanced_decoding, gather};
 
 /// The decoder.
 pub struct EnhancedDecoder {
@@ -34,12 +34,31 @@ pub struct EnhancedDecoder {
     query: Slot,
     /// `[N, C]`.
     dq: Slot,
-    dq_position: Slot,
-    dq_sentence: Slot,
+    dq_position: Sum,
+    dq_sentence: Sum,
     /// `[N, C]` gradient of the decoder's output.
     d: Slot,
     /// `[S, C]` gradient of the sentence embeddings.
-    dc: Slot,
+    dc: Sum,
+}
+
+/// A gradient that is summed up without rounding and then used in the storage type.
+#[derive(Clone, Copy)]
+struct Sum {
+    wide: Slot,
+    storage: Slot,
+}
+
+impl Sum {
+    fn new(plan: &mut Plan, name: &str, rows: usize, columns: usize) -> Self {
+        let wide = plan.add_wide(format!("{name}.sum"), rows, columns);
+        Sum { wide, storage: plan.add(name, rows, columns) }
+    }
+
+    /// The sum of `rows` rows, in the storage type.
+    fn rounded<'a>(&self, p: &'a Pass<'_>, rows: Count<'_>, columns: usize) -> &'a Tensor {
+        gather::rounded(p.device, p.b(self.wide), rows, columns, p.b(self.storage))
+    }
 }
 
 impl EnhancedDecoder {
@@ -60,13 +79,13 @@ impl EnhancedDecoder {
             q_position: plan.add("decoder.q_position", length, c),
             q_sentence: plan.add("decoder.q_sentence", sequences, c),
             ctx: plan.add("decoder.ctx", tokens, c),
-            lse: plan.add("decoder.lse", tokens, dims.heads),
+            lse: plan.add_wide("decoder.lse", tokens, dims.heads),
             query: plan.add("decoder.query", tokens, c),
             dq: plan.add("decoder.dq", tokens, c),
-            dq_position: plan.add("decoder.dq_position", length, c),
-            dq_sentence: plan.add("decoder.dq_sentence", sequences, c),
+            dq_position: Sum::new(plan, "decoder.dq_position", length, c),
+            dq_sentence: Sum::new(plan, "decoder.dq_sentence", sequences, c),
             d: plan.add("decoder.d", tokens, c),
-            dc: plan.add("decoder.dc", sequences, c),
+            dc: Sum::new(plan, "decoder.dc", sequences, c),
         }
     }
 
@@ -80,9 +99,9 @@ impl EnhancedDecoder {
         self.d
     }
 
-    /// Where [`Self::backward`] leaves the gradient of the sentence embeddings `[S, C]`.
-    pub fn sentence_gradient(&self) -> Slot {
-        self.dc
+    /// The gradient of the sentence embeddings `[S, C]` that [`Self::backward`] leaves.
+    pub fn sentence_gradient<'a>(&self, p: &'a Pass<'_>, sequences: Count<'_>) -> &'a Tensor {
+        self.dc.rounded(p, sequences, self.dims.hidden)
     }
 
     fn attention<'a>(&self, p: &Pass<'a>, inputs: &'a DecoderInputs) -> enhanced_decoding::Forward<'a> {
@@ -90,11 +109,12 @@ impl EnhancedDecoder {
         let kv = p.buffers.tensor(self.kv);
         enhanced_decoding::Forward {
             shape: attention::Shape {
-                sequences: tokens.sequences,
+                sequences: tokens.sequences.count,
                 heads: self.dims.heads,
                 head_size: self.dims.head_size(),
                 cu_rows: &inputs.rows.cu_rows,
                 cu_seqlens: &tokens.cu_seqlens,
+                work: inputs.rows.work(),
             },
             queries: enhanced_decoding::Queries {
                 position: p.buffers.tensor(self.q_position),
@@ -113,21 +133,22 @@ impl EnhancedDecoder {
     /// From the encoder's needed rows `[R, C]` to [`Self::output`].
     pub fn forward(&self, p: &Pass<'_>, inputs: &Inputs, decoder: &DecoderInputs, encoder_rows: &Tensor) {
         let (c, tokens) = (self.dims.hidden, &decoder.tokens);
-        let (sequences, rows) = (tokens.sequences, decoder.rows.count);
+        let (sequences, rows) = (tokens.sequences.get(), decoder.rows.count.get());
         let (sentence, e) = (p.b(self.c), p.b(self.embedding.y));
         gather::gather(p.device, encoder_rows, &inputs.cls_rows, sequences, c, sentence);
         self.embedding.forward(p, tokens);
         gather::scatter(p.device, sentence, &inputs.first_tokens, sequences, c, e);
-        self.qkv.forward_parts(p, (tokens.count, c, 1..3), e, true, p.b(self.kv));
-        self.qkv.forward_parts(p, (tokens.longest, c, 0..1), p.w(self.position), false, p.b(self.q_position));
+        self.qkv.forward_parts(p, (tokens.count.get(), c, 1..3), e, true, p.b(self.kv));
+        self.qkv.forward_parts(p, (tokens.longest.into(), c, 0..1), p.w(self.position), false, p.b(self.q_position));
         self.qkv.forward_parts(p, (sequences, c, 0..1), sentence, true, p.b(self.q_sentence));
         enhanced_decoding::forward(p.device, &self.attention(p, decoder));
         let names = tokens.names_of(&decoder.rows);
-        enhanced_decoding::add_rows(p.device, p.w(self.position), sentence, names, rows, c, p.b(self.query));
+        let (positions, sentences) = ((p.w(self.position), names.position), (sentence, names.sequence));
+        gather::add_rows(p.device, positions, sentences, rows, c, p.b(self.query));
         self.block.forward(p, rows, names, p.b(self.ctx), p.b(self.query));
     }
 
-    /// From the gradient of the output to [`Self::sentence_gradient`]; adds those of all parameters. `hidden [T, C]` and
+    /// From the gradient of the output to that of the sentence embeddings; adds those of all parameters. `hidden [T, C]` and
     /// `wide [T, 2C]` are scratch.
     pub fn backward(
         &self,
@@ -138,13 +159,12 @@ impl EnhancedDecoder {
         s: Scratch,
     ) {
         let (c, tokens) = (self.dims.hidden, &decoder.tokens);
-        let (sequences, rows, longest) = (tokens.sequences, decoder.rows.count, tokens.longest);
+        let (sequences, rows, longest) = (tokens.sequences.get(), decoder.rows.count.get(), tokens.longest);
         let (by_position, by_sequence) = (decoder.by_position.groups(), decoder.by_sequence.groups());
-        let (d, dc, dq) = (p.buffers.tensor(self.d), p.b(self.dc), p.b(self.dq));
-        let (dq_position, dq_sentence) = (p.b(self.dq_position), p.b(self.dq_sentence));
+        let (d, dc, dq) = (p.buffers.tensor(self.d), p.b(self.dc.wide), p.b(self.dq));
         self.block.backward(p, rows, tokens.names_of(&decoder.rows), p.b(self.ctx), d, s);
         // The residual stream is p_i + c.
-        gather::zero(p.device, dc, sequences * c);
+        gather::zero(p.device, dc, sequences.rows * c);
         gather::group_sums(p.device, d, by_position, c, p.g(self.position));
         gather::group_sums(p.device, d, by_sequence, c, dc);
         let forward = self.attention(p, decoder);
@@ -152,15 +172,18 @@ impl EnhancedDecoder {
             p.device,
             &enhanced_decoding::Backward { forward, dout: p.b(s.context), dq, dkv: wide },
         );
+        let (dq_position, dq_sentence) = (p.b(self.dq_position.wide), p.b(self.dq_sentence.wide));
         gather::zero(p.device, dq_position, longest * c);
-        gather::zero(p.device, dq_sentence, sequences * c);
+        gather::zero(p.device, dq_sentence, sequences.rows * c);
         gather::group_sums(p.device, dq, by_position, c, dq_position);
         gather::group_sums(p.device, dq, by_sequence, c, dq_sentence);
+        let dq_position = self.dq_position.rounded(p, tokens.longest_count(), c);
+        let dq_sentence = self.dq_sentence.rounded(p, sequences, c);
         let (positions, kv) = (p.w(self.position), p.b(self.embedding.y));
         let d_positions = (p.g(self.position), Output::Add);
-        self.qkv.backward_parts(p, (longest, c, 0..1), positions, dq_position, false, d_positions);
+        self.qkv.backward_parts(p, (longest.into(), c, 0..1), positions, dq_position, false, d_positions);
         self.qkv.backward_parts(p, (sequences, c, 0..1), p.b(self.c), dq_sentence, true, (dc, Output::Add));
-        self.qkv.backward_parts(p, (tokens.count, c, 1..3), kv, wide, true, (hidden, Output::Set));
+        self.qkv.backward_parts(p, (tokens.count.get(), c, 1..3), kv, wide, true, (hidden, Output::Set));
         zero_key_bias(p, self.qkv.bias, c);
         // The first row of each sequence's keys and values was c, not an embedding.
         gather::group_sums(p.device, hidden, inputs.by_first.groups(), c, dc);

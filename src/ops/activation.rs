@@ -2,6 +2,7 @@
 //!
 //! GELU: x·Φ(x) (Hendrycks & Gimpel, arXiv 1606.08415), its tanh form, and the other functions that `hidden_act` may name.
 
+use super::Count;
 use crate::device::{Device, Tensor};
 
 /// Which function.
@@ -19,17 +20,19 @@ pub enum Function {
     Silu,
 }
 
-/// `y[i] = act(u[i])` for the first `count` elements.
-pub fn forward(device: Device, function: Function, u: &Tensor, y: &Tensor, count: usize) {
+/// `y = act(u)` for rows of `width` elements.
+pub fn forward(device: Device, function: Function, u: &Tensor, y: &Tensor, (rows, width): (Count<'_>, usize)) {
     match device {
-        Device::Cpu => super::on_cpu!(u, cpu::forward, function, u, y, count),
+        Device::Cpu => super::on_cpu!(u, cpu::forward, function, u, y, rows.rows * width),
+        Device::Gpu(gpu) => gpu::forward(gpu, function, u, y, rows, width),
     }
 }
 
-/// `dy[i] ← dy[i] · act'(u[i])` for the first `count` elements, in place.
-pub fn backward(device: Device, function: Function, u: &Tensor, dy: &Tensor, count: usize) {
+/// `dy ← dy · act'(u)` for rows of `width` elements, in place.
+pub fn backward(device: Device, function: Function, u: &Tensor, dy: &Tensor, (rows, width): (Count<'_>, usize)) {
     match device {
-        Device::Cpu => super::on_cpu!(u, cpu::backward, function, u, dy, count),
+        Device::Cpu => super::on_cpu!(u, cpu::backward, function, u, dy, rows.rows * width),
+        Device::Gpu(gpu) => gpu::backward(gpu, function, u, dy, rows, width),
     }
 }
 
@@ -155,5 +158,52 @@ mod cpu {
                 |x, d| d * swish_derivative(x, F::ONE),
             ),
         }
+    }
+}
+
+/// The launches of `activation.cu`. Products add the bias.
+mod gpu {
+    use super::super::Count;
+    use super::super::gpu::{blocks, launch_as};
+    use super::Function;
+    use crate::device::Tensor;
+    use crate::device::gpu::Gpu;
+    use crate::device::launch::{ConstPtr, Shape};
+
+    fn grid(rows: Count<'_>, width: usize) -> Shape {
+        Shape::linear(blocks(rows.rows * width, 2048), 256)
+    }
+
+    /// The kernels' number of the function.
+    fn number(function: Function) -> i32 {
+        match function {
+            Function::Gelu => 0,
+            Function::GeluTanh => 1,
+            Function::QuickGelu => 2,
+            Function::Relu => 3,
+            Function::Silu => 4,
+        }
+    }
+
+    pub fn forward(gpu: &Gpu, function: Function, u: &Tensor, y: &Tensor, rows: Count<'_>, width: usize) {
+        launch_as!(gpu, u, grid(rows, width), ActivationForwardF32 | ActivationForwardBf16 {
+            y: y.get_mut(),
+            u: u.get(),
+            bias: ConstPtr::null(),
+            rows: rows.get(),
+            N: width as i32,
+            function: number(function),
+        });
+    }
+
+    pub fn backward(gpu: &Gpu, function: Function, u: &Tensor, dy: &Tensor, rows: Count<'_>, width: usize) {
+        launch_as!(gpu, u, grid(rows, width), ActivationBackwardF32 | ActivationBackwardBf16 {
+            dy: dy.get_mut(),
+            u: u.get(),
+            bias: ConstPtr::null(),
+            rows: rows.get(),
+            N: width as i32,
+            function: number(function),
+        });
     }
 }

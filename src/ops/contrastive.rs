@@ -5,15 +5,17 @@
 //!
 //! Passages can be hidden from single queries, as duplicates of their own passage must be; the target itself never is.
 
+use super::Count;
+use super::cross_entropy::Scale;
 use crate::device::{Device, Tensor};
 
 /// Sizes, and which passages each query is compared with.
 #[derive(Clone, Copy)]
 pub struct Shape<'a> {
     /// B.
-    pub queries: usize,
+    pub queries: Count<'a>,
     /// P.
-    pub passages: usize,
+    pub passages: Count<'a>,
     /// C.
     pub width: usize,
     /// τ.
@@ -32,9 +34,9 @@ pub struct Forward<'a> {
     pub q: &'a Tensor,
     /// `[P, C]`.
     pub p: &'a Tensor,
-    /// `[B]`, written: loss of each query.
+    /// `[B]`, on the GPU f32, written: loss of each query.
     pub loss: &'a Tensor,
-    /// `[B]`, written.
+    /// `[B]`, on the GPU f32, written.
     pub lse: &'a Tensor,
 }
 
@@ -42,6 +44,7 @@ pub struct Forward<'a> {
 pub fn forward(device: Device, a: &Forward<'_>) {
     match device {
         Device::Cpu => super::on_cpu!(a.q, cpu::forward, a),
+        Device::Gpu(gpu) => gpu::forward(gpu, a),
     }
 }
 
@@ -50,7 +53,7 @@ pub struct Backward<'a> {
     /// As in the forward.
     pub shape: Shape<'a>,
     /// What every query's loss is weighted with: 1 / queries of the whole optimizer step.
-    pub scale: f64,
+    pub scale: Scale<'a>,
     /// As in the forward.
     pub q: &'a Tensor,
     /// As in the forward.
@@ -67,6 +70,7 @@ pub struct Backward<'a> {
 pub fn backward(device: Device, a: &Backward<'_>) {
     match device {
         Device::Cpu => super::on_cpu!(a.q, cpu::backward, a),
+        Device::Gpu(gpu) => gpu::backward(gpu, a),
     }
 }
 
@@ -83,7 +87,7 @@ mod cpu {
     impl Shape<'_> {
         /// Scores of the queries from `first` on, hidden ones −∞.
         fn scores<F: Real>(&self, first: usize, q: &[F], p: &[F], s: &mut [F]) {
-            let (c, passages) = (self.width, self.passages);
+            let (c, passages) = (self.width, self.passages.rows);
             let (rows, inverse) = (s.len() / passages, F::of(1.0 / f64::from(self.temperature)));
             let (q, p) = (View::rows(&q[first * c..], c), View::rows(p, c).t());
             gemm((rows, passages, c), inverse, q, p, s, passages, Output::Set, Threads::All);
@@ -102,10 +106,11 @@ mod cpu {
 
         /// Calls `f(first query, scores)` for every block of queries.
         fn blocks<F: Real>(&self, q: &[F], p: &[F], mut f: impl FnMut(usize, &mut [F])) {
-            let block = BLOCK.min(self.queries);
-            scratch(block * self.passages, |s: &mut [F]| {
-                for first in (0..self.queries).step_by(BLOCK) {
-                    let s = &mut s[..block.min(self.queries - first) * self.passages];
+            let (queries, passages) = (self.queries.rows, self.passages.rows);
+            let block = BLOCK.min(queries);
+            scratch(block * passages, |s: &mut [F]| {
+                for first in (0..queries).step_by(BLOCK) {
+                    let s = &mut s[..block.min(queries - first) * passages];
                     self.scores(first, q, p, s);
                     f(first, s);
                 }
@@ -117,7 +122,7 @@ mod cpu {
         let (q, p, targets) = (a.q.read::<F>(), a.p.read::<F>(), a.shape.targets.read::<u32>());
         let (mut loss, mut lse) = (a.loss.write::<F>(), a.lse.write::<F>());
         a.shape.blocks(&q, &p, |first, s| {
-            let rows = s.par_chunks_exact(a.shape.passages).zip(&targets[first..]);
+            let rows = s.par_chunks_exact(a.shape.passages.rows).zip(&targets[first..]);
             rows.zip(loss[first..].par_iter_mut().zip(&mut lse[first..])).for_each(|((s, &own), (loss, lse))| {
                 vectorized(|| {
                     let top = max(s);
@@ -134,10 +139,10 @@ mod cpu {
     }
 
     pub fn backward<F: Real>(a: &Backward<'_>) {
-        let Shape { passages, width: c, targets, .. } = a.shape;
+        let (passages, Shape { width: c, targets, .. }) = (a.shape.passages.rows, a.shape);
         let (q, p, lse, targets) = (a.q.read::<F>(), a.p.read::<F>(), a.lse.read::<F>(), targets.read::<u32>());
         let (mut dq, mut dp) = (a.dq.write::<F>(), a.dp.write::<F>());
-        let weight = F::of(a.scale / f64::from(a.shape.temperature));
+        let weight = F::of(a.scale.value / f64::from(a.shape.temperature));
         a.shape.blocks(&q, &p, |first, g| {
             let rows = g.par_chunks_exact_mut(passages).zip(lse[first..].par_iter().zip(&targets[first..]));
             rows.for_each(|(g, (&lse, &own))| {
@@ -154,5 +159,124 @@ mod cpu {
             let output = if first == 0 { Output::Set } else { Output::Add };
             gemm((passages, c, rows), weight, g.t(), x, &mut dp, c, output, Threads::All);
         });
+    }
+}
+
+/// The launches of `contrastive.cu`.
+mod gpu {
+    use super::super::Count;
+    use super::super::gpu::{blocks, launch, launch_as};
+    use super::{Backward, Forward, Shape};
+    use crate::device::gpu::Gpu;
+    use crate::device::kernels::Contrastive;
+    use crate::device::launch::{ConstPtr, MutPtr, Shape as Launch};
+    use crate::device::{DType, Tensor};
+
+    /// How a kernel cuts its work.
+    struct Cut {
+        /// Rows of a block, and bytes of its tiles of them.
+        rows: usize,
+        tile_bytes: usize,
+        /// Columns of the gradient that a block holds.
+        window: usize,
+    }
+
+    impl Cut {
+        fn new(storage: &Tensor, width: usize) -> Cut {
+            let (rows, chunk) = if storage.dtype() == DType::BF16 { (64, 64) } else { (32, 32) };
+            Cut { rows, tile_bytes: rows * 128 * width.div_ceil(chunk), window: 768 }
+        }
+
+        /// Blocks of rows of one side, and splits of the other side where these are too few to fill the GPU.
+        fn grid(&self, gpu: &Gpu, own: Count<'_>, other: Count<'_>, windows: usize) -> [u32; 3] {
+            let own = blocks(own.rows, self.rows);
+            let fill = gpu.facts().multiprocessors / (own * windows as u32).max(1);
+            [own, fill.clamp(1, blocks(other.rows, 8 * self.rows).max(1)), windows as u32]
+        }
+    }
+
+    fn shared(shape: &Shape<'_>) -> Contrastive {
+        Contrastive {
+            targets: shape.targets.get(),
+            hidden: shape.hidden.map_or(ConstPtr::null(), |h| h.get()),
+            queries: shape.queries.get(),
+            passages: shape.passages.get(),
+            words: shape.passages.rows.div_ceil(32) as i32,
+            C: shape.width as i32,
+            inverse_temperature: 1.0 / shape.temperature,
+        }
+    }
+
+    pub fn forward(gpu: &Gpu, a: &Forward<'_>) {
+        let (shape, cut) = (&a.shape, Cut::new(a.q, a.shape.width));
+        let grid = cut.grid(gpu, shape.queries, shape.passages, 1);
+        let (capacity, splits) = (shape.queries.rows, grid[1] as usize);
+        let part_max: MutPtr<f32> = gpu.scratch((2 * splits + 1) * capacity);
+        let part_sum = part_max.offset(splits * capacity);
+        let target_score = part_sum.offset(splits * capacity);
+        let launch = Launch { grid, ..Launch::linear(1, 256).shared((cut.tile_bytes + 65536) as u32) };
+        launch_as!(gpu, a.q, launch, ContrastiveForwardF32 | ContrastiveForwardBf16 {
+            part_max,
+            part_sum,
+            target_score,
+            q: a.q.get(),
+            p: a.p.get(),
+            a: shared(shape),
+            capacity: capacity as i32,
+        });
+        launch!(gpu, Launch::linear(blocks(capacity, 256), 256), ContrastiveLoss {
+            loss: a.loss.get_mut(),
+            lse: a.lse.get_mut(),
+            part_max: part_max.into(),
+            part_sum: part_sum.into(),
+            target_score: target_score.into(),
+            queries: shape.queries.get(),
+            capacity: capacity as i32,
+            splits: splits as i32,
+        });
+    }
+
+    pub fn backward(gpu: &Gpu, a: &Backward<'_>) {
+        let (shape, cut) = (&a.shape, Cut::new(a.q, a.shape.width));
+        let scale: Option<ConstPtr<f32>> = a.scale.on_device.map(|s| s.get());
+        let scale = scale.unwrap_or_else(|| panic!("the contrastive loss needs its scale in device memory"));
+        let windows = shape.width.div_ceil(cut.window);
+        for (own, other, dx) in [(shape.queries, shape.passages, a.dq), (shape.passages, shape.queries, a.dp)] {
+            let grid = cut.grid(gpu, own, other, windows);
+            let (capacity, splits) = (own.rows, grid[1] as usize);
+            let partial: MutPtr<f32> =
+                if splits > 1 { gpu.scratch(splits * capacity * shape.width) } else { MutPtr::null() };
+            let launch = Launch { grid, ..Launch::linear(1, 256).shared((cut.tile_bytes + 40960) as u32) };
+            macro_rules! queue {
+                ($f32:ident | $bf16:ident) => {
+                    launch_as!(gpu, dx, launch, $f32 | $bf16 {
+                        dx: dx.get_mut(),
+                        partial,
+                        q: a.q.get(),
+                        p: a.p.get(),
+                        lse: a.lse.get(),
+                        scale,
+                        a: shared(shape),
+                        capacity: capacity as i32,
+                    })
+                };
+            }
+            if std::ptr::eq(dx, a.dq) {
+                queue!(ContrastiveBackwardQueriesF32 | ContrastiveBackwardQueriesBf16);
+            } else {
+                queue!(ContrastiveBackwardPassagesF32 | ContrastiveBackwardPassagesBf16);
+            }
+            if splits > 1 {
+                let grid = Launch::linear(blocks(capacity * shape.width, 2048), 256);
+                launch_as!(gpu, dx, grid, ContrastiveGradientF32 | ContrastiveGradientBf16 {
+                    dx: dx.get_mut(),
+                    partial: partial.into(),
+                    rows: own.get(),
+                    C: shape.width as i32,
+                    capacity: capacity as i32,
+                    splits: splits as i32,
+                });
+            }
+        }
     }
 }

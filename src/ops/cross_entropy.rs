@@ -3,26 +3,42 @@
 //! Rows go through in chunks, so the logits of a batch never exist: a chunk's logits are turned into their gradient
 //! `(softmax − onehot) · scale` in place and used at once for `dh = g W`, `dW += gᵀ h`, `db += Σ g`.
 
-use super::linear;
+use super::gpu::Rows;
+use super::{Count, linear};
 use crate::device::{DType, Device, Matmul, Matrix, Output, Product, Tensor};
 
 /// Sizes.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
+#[derive(Clone, Copy)]
+pub struct Shape<'a> {
     /// Rows with a label.
-    pub rows: usize,
+    pub rows: Count<'a>,
     /// C.
     pub width: usize,
-    /// V, padding included (padded rows have bias −∞ in effect: they are never read).
+    /// V, padding included; its bias is −∞.
     pub vocabulary: usize,
     /// Rows of the logits buffer.
     pub chunk: usize,
 }
 
+/// What every row's loss is weighted with: 1 / labels of the whole optimizer step.
+#[derive(Clone, Copy)]
+pub struct Scale<'a> {
+    /// On the CPU.
+    pub value: f64,
+    /// `[1]` f32 on the GPU, where recorded work serves steps with other numbers of labels.
+    pub on_device: Option<&'a Tensor>,
+}
+
+impl From<f64> for Scale<'_> {
+    fn from(value: f64) -> Self {
+        Scale { value, on_device: None }
+    }
+}
+
 /// Gradients that the op also computes.
 pub struct Gradients<'a> {
-    /// What every row's loss is weighted with: 1 / labels of the whole optimizer step.
-    pub scale: f64,
+    /// Weight of a row's loss.
+    pub scale: Scale<'a>,
     /// `[rows, C]`, written.
     pub dh: &'a Tensor,
     /// `[V, C]`, added to.
@@ -34,23 +50,23 @@ pub struct Gradients<'a> {
 /// Arguments of [`run`].
 pub struct CrossEntropy<'a> {
     /// Sizes.
-    pub shape: Shape,
-    /// `[rows, C]`.
+    pub shape: Shape<'a>,
+    /// `[rows, C]`. On the GPU rows past the true number become zero where gradients are asked for.
     pub h: &'a Tensor,
     /// `[V, C]`.
     pub w: &'a Tensor,
-    /// `[V]`.
+    /// `[V]`, on the GPU f32.
     pub b: &'a Tensor,
     /// `[rows]` u32.
     pub labels: &'a Tensor,
     /// `[chunk, V]` scratch.
     pub logits: &'a Tensor,
-    /// `[rows]` scratch: loss of each row.
+    /// `[rows]` scratch, on the GPU f32: loss of each row.
     pub row_loss: &'a Tensor,
     /// `[rows]` u32 scratch: 1 where the label has the largest logit.
     pub row_correct: &'a Tensor,
-    /// `[2]` f64, written: sum of the losses, number of correct rows.
-    pub sums: &'a Tensor,
+    /// `[2]` f64, added to: sum of the losses, number of correct rows.
+    pub sums_acc: &'a Tensor,
     /// Nothing: loss only.
     pub gradients: Option<Gradients<'a>>,
 }
@@ -58,17 +74,30 @@ pub struct CrossEntropy<'a> {
 /// Loss, accuracy and, if asked for, all gradients.
 pub fn run(device: Device, a: &CrossEntropy<'_>) {
     let Shape { rows, width, vocabulary, chunk } = a.shape;
-    debug_assert_eq!(a.sums.dtype(), DType::F64);
-    for first in (0..rows).step_by(chunk) {
-        let count = chunk.min(rows - first);
+    debug_assert_eq!(a.sums_acc.dtype(), DType::F64);
+    if let (Device::Gpu(gpu), Some(_)) = (device, &a.gradients) {
+        rows.zero_tails(gpu, &Rows::dense(a.h, width), None);
+    }
+    for first in (0..rows.rows).step_by(chunk) {
+        let count = chunk.min(rows.rows - first);
         let x = Matrix::columns(a.h, first * width, width);
         let logits = Matrix::new(a.logits, vocabulary);
         linear::forward(
             device,
-            &linear::Forward { rows: count, inputs: width, outputs: vocabulary, x, w: a.w, b: Some(a.b), y: logits },
+            // On the GPU the bias is added where the logits are read.
+            &linear::Forward {
+                rows: count.into(),
+                inputs: width,
+                outputs: vocabulary,
+                x,
+                w: a.w,
+                b: (!device.is_gpu()).then_some(a.b),
+                y: logits,
+            },
         );
         match device {
             Device::Cpu => super::on_cpu!(a.h, cpu::softmax, a, first, count),
+            Device::Gpu(gpu) => gpu::softmax(gpu, a, first, count),
         }
         let Some(g) = &a.gradients else { continue };
         let dh = Matrix::columns(g.dh, first * width, width);
@@ -82,6 +111,7 @@ pub fn run(device: Device, a: &CrossEntropy<'_>) {
             b: Matrix::new(a.w, width),
             c: dh,
             output: Output::Set,
+            bias: None,
         });
         let dw = Matrix::new(g.dw_acc, width);
         device.matmul(&Matmul {
@@ -93,10 +123,12 @@ pub fn run(device: Device, a: &CrossEntropy<'_>) {
             b: x,
             c: dw,
             output: Output::Add,
+            bias: None,
         });
     }
     match device {
         Device::Cpu => super::on_cpu!(a.h, cpu::sums, a),
+        Device::Gpu(gpu) => gpu::sums(gpu, a),
     }
 }
 
@@ -111,7 +143,7 @@ mod cpu {
         let mut logits = a.logits.write::<F>();
         let labels = a.labels.read::<u32>();
         let (mut loss, mut correct) = (a.row_loss.write::<F>(), a.row_correct.write::<u32>());
-        let scale = a.gradients.as_ref().map(|g| F::of(g.scale));
+        let scale = a.gradients.as_ref().map(|g| F::of(g.scale.value));
         logits[..count * v]
             .par_chunks_exact_mut(v)
             .zip(&labels[first..first + count])
@@ -163,8 +195,79 @@ mod cpu {
 
     pub fn sums<F: Real>(a: &CrossEntropy<'_>) {
         let (loss, correct) = (a.row_loss.read::<F>(), a.row_correct.read::<u32>());
-        let mut sums = a.sums.write::<f64>();
-        sums[0] = loss[..a.shape.rows].iter().map(|x| x.f64()).sum();
-        sums[1] = correct[..a.shape.rows].iter().map(|&c| f64::from(c)).sum();
+        let (mut sums, rows) = (a.sums_acc.write::<f64>(), a.shape.rows.rows);
+        sums[0] += loss[..rows].iter().map(|x| x.f64()).sum::<f64>();
+        sums[1] += correct[..rows].iter().map(|&c| f64::from(c)).sum::<f64>();
+    }
+}
+
+/// The launches of `cross_entropy.cu`.
+mod gpu {
+    use super::super::gpu::{blocks, launch, launch_as};
+    use super::CrossEntropy;
+    use crate::device::gpu::Gpu;
+    use crate::device::launch::{MutPtr, Shape};
+
+    /// Rows of a block, and rows whose gradients are summed together for that of the bias.
+    const ROWS: usize = 4;
+    const SLAB: usize = 64;
+
+    /// Losses of a chunk, and gradients in place of its logits where they are asked for.
+    pub fn softmax(gpu: &Gpu, a: &CrossEntropy<'_>, first: usize, count: usize) {
+        let (v, rows) = (a.shape.vocabulary, a.shape.rows.get());
+        let (first, chunk) = (first as i32, count as i32);
+        let grid = Shape::linear(blocks(count, ROWS), 512);
+        let Some(g) = &a.gradients else {
+            launch_as!(gpu, a.logits, grid, CrossEntropyLossF32 | CrossEntropyLossBf16 {
+                row_loss: a.row_loss.get_mut(),
+                row_correct: a.row_correct.get_mut(),
+                logits: a.logits.get(),
+                bias: a.b.get(),
+                labels: a.labels.get(),
+                rows,
+                first,
+                chunk,
+                V: v as i32,
+            });
+            return;
+        };
+        let scale = g.scale.on_device.map(|scale| scale.get());
+        launch_as!(gpu, a.logits, grid, CrossEntropyGradientF32 | CrossEntropyGradientBf16 {
+            row_loss: a.row_loss.get_mut(),
+            row_correct: a.row_correct.get_mut(),
+            logits: a.logits.get_mut(),
+            bias: a.b.get(),
+            labels: a.labels.get(),
+            rows,
+            scale: scale.unwrap_or_else(|| panic!("cross entropy needs its scale in device memory")),
+            first,
+            chunk,
+            V: v as i32,
+        });
+        let partial: MutPtr<f32> = gpu.scratch(count.div_ceil(SLAB) * v);
+        let grid = Shape { grid: [blocks(v, 1024), blocks(count, SLAB), 1], ..Shape::linear(1, 128) };
+        launch_as!(gpu, a.logits, grid, CrossEntropyBiasSumsF32 | CrossEntropyBiasSumsBf16 {
+            partial,
+            g: a.logits.get(),
+            rows,
+            first,
+            chunk,
+            V: v as i32,
+        });
+        let (db_acc, partial) = (g.db_acc.get_mut(), partial.into());
+        launch!(gpu, Shape::linear(blocks(v, 256), 256), CrossEntropyBiasAdd {
+            db_acc,
+            partial,
+            rows,
+            first,
+            chunk,
+            V: v as i32,
+        });
+    }
+
+    pub fn sums(gpu: &Gpu, a: &CrossEntropy<'_>) {
+        let (sums_acc, row_loss, row_correct) = (a.sums_acc.get_mut(), a.row_loss.get(), a.row_correct.get());
+        let rows = a.shape.rows.get();
+        launch!(gpu, Shape::linear(1, 512), CrossEntropySums { sums_acc, row_loss, row_correct, rows });
     }
 }

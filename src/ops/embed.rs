@@ -36,7 +36,7 @@ pub struct Tokens<'a> {
 /// Arguments of [`forward`].
 pub struct Forward<'a> {
     /// Sizes.
-    pub shape: Shape,
+    pub shape: Shape<'a>,
     /// What is embedded.
     pub tokens: Tokens<'a>,
     /// With what.
@@ -55,13 +55,14 @@ pub struct Forward<'a> {
 pub fn forward(device: Device, a: &Forward<'_>) {
     match device {
         Device::Cpu => super::on_cpu!(a.y, cpu::forward, a),
+        Device::Gpu(gpu) => gpu::forward(gpu, a),
     }
 }
 
 /// Arguments of [`backward`].
 pub struct Backward<'a> {
     /// Sizes.
-    pub shape: Shape,
+    pub shape: Shape<'a>,
     /// As in the forward.
     pub tokens: Tokens<'a>,
     /// As in the forward.
@@ -84,6 +85,7 @@ pub struct Backward<'a> {
 pub fn backward(device: Device, a: &Backward<'_>) {
     match device {
         Device::Cpu => super::on_cpu!(a.dy, cpu::backward, a),
+        Device::Gpu(gpu) => gpu::backward(gpu, a),
     }
     for (groups, table) in a.groups.iter().zip([a.grad_acc.word, a.grad_acc.position, a.grad_acc.token_type]) {
         gather::group_sums(device, a.dy, *groups, a.shape.width, table);
@@ -133,7 +135,7 @@ mod cpu {
     }
 
     pub fn forward<F: Real>(a: &Forward<'_>) {
-        let (rows, c) = (a.shape.rows, a.shape.width);
+        let (rows, c) = (a.shape.rows.rows, a.shape.width);
         let source = Rows::<F>::new(&a.tables, &a.tokens);
         let (gamma, beta) = (a.tables.gamma.read::<F>(), a.tables.beta.read::<F>());
         let (mut y, mut mean, mut rstd) = (a.y.write::<F>(), a.mean.write::<F>(), a.rstd.write::<F>());
@@ -160,7 +162,7 @@ mod cpu {
     }
 
     pub fn backward<F: Real>(a: &Backward<'_>) {
-        let (rows, c) = (a.shape.rows, a.shape.width);
+        let (rows, c) = (a.shape.rows.rows, a.shape.width);
         let source = Rows::<F>::new(&a.tables, &a.tokens);
         let (gamma, mean, rstd) = (a.tables.gamma.read::<F>(), a.mean.read::<F>(), a.rstd.read::<F>());
         let mut dy = a.dy.write::<F>();
@@ -184,5 +186,66 @@ mod cpu {
             },
         );
         add_partials(&partials, &mut a.grad_acc.gamma.write::<F>()[..c], &mut a.grad_acc.beta.write::<F>()[..c]);
+    }
+}
+
+/// The launches of `embed.cu`.
+mod gpu {
+    use super::super::gpu::{blocks, dropout, launch_as, resident_blocks, rows_of_block};
+    use super::super::layernorm::gpu::add_partials;
+    use super::{Backward, Forward};
+    use crate::device::gpu::Gpu;
+    use crate::device::launch::Shape as Launch;
+
+    /// Blocks of the backward that are resident on a multiprocessor (`EMBED` in the kernel's file).
+    const RESIDENT: u32 = 2;
+
+    pub fn forward(gpu: &Gpu, a: &Forward<'_>) {
+        let (rows, width) = (a.shape.rows, a.shape.width);
+        let (dropout, site, names) = dropout(gpu, Some((a.dropout, a.tokens.names)));
+        let grid = Launch::linear(blocks(rows.rows, rows_of_block(width)), 128);
+        launch_as!(gpu, a.y, grid, EmbedForwardF32 | EmbedForwardBf16 {
+            y: a.y.get_mut(),
+            mean: a.mean.get_mut(),
+            rstd: a.rstd.get_mut(),
+            word: a.tables.word.get(),
+            position: a.tables.position.get(),
+            token_type: a.tables.token_type.get(),
+            gamma: a.tables.gamma.get(),
+            beta: a.tables.beta.get(),
+            ids: a.tokens.ids.get(),
+            types: a.tokens.types.get(),
+            names,
+            dropout,
+            site,
+            rows: rows.get(),
+            C: width as i32,
+            eps: a.shape.eps,
+        });
+    }
+
+    pub fn backward(gpu: &Gpu, a: &Backward<'_>) {
+        let (rows, width) = (a.shape.rows, a.shape.width);
+        let (dropout, site, names) = dropout(gpu, Some((a.dropout, a.tokens.names)));
+        let blocks = resident_blocks(gpu, rows.rows, width, RESIDENT);
+        let partials = gpu.scratch(blocks as usize * 2 * width);
+        launch_as!(gpu, a.dy, Launch::linear(blocks, 128), EmbedBackwardF32 | EmbedBackwardBf16 {
+            dy: a.dy.get_mut(),
+            partials,
+            word: a.tables.word.get(),
+            position: a.tables.position.get(),
+            token_type: a.tables.token_type.get(),
+            mean: a.mean.get(),
+            rstd: a.rstd.get(),
+            gamma: a.tables.gamma.get(),
+            ids: a.tokens.ids.get(),
+            types: a.tokens.types.get(),
+            names,
+            dropout,
+            site,
+            rows: rows.get(),
+            C: width as i32,
+        });
+        add_partials(gpu, a.shape, blocks, partials, a.grad_acc.gamma, a.grad_acc.beta);
     }
 }

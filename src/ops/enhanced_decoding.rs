@@ -47,7 +47,7 @@ pub struct Forward<'a> {
     pub dropout: SiteDropout,
     /// `[R, C]`, written.
     pub out: &'a Tensor,
-    /// `[R, H]`, written.
+    /// `[R, H]`, on the GPU f32, written.
     pub lse: &'a Tensor,
 }
 
@@ -55,6 +55,7 @@ pub struct Forward<'a> {
 pub fn forward(device: Device, a: &Forward<'_>) {
     match device {
         Device::Cpu => super::on_cpu!(a.out, cpu::forward, a),
+        Device::Gpu(gpu) => gpu::forward(gpu, a),
     }
 }
 
@@ -74,31 +75,16 @@ pub struct Backward<'a> {
 pub fn backward(device: Device, a: &Backward<'_>) {
     match device {
         Device::Cpu => super::on_cpu!(a.dq, cpu::backward, a),
-    }
-}
-
-/// `query[r] = position[position of r] + sentence[sequence of r]` for each row: the residual stream of the decoder.
-pub fn add_rows(
-    device: Device,
-    position: &Tensor,
-    sentence: &Tensor,
-    names: RowNames<'_>,
-    rows: usize,
-    width: usize,
-    query: &Tensor,
-) {
-    match device {
-        Device::Cpu => super::on_cpu!(query, cpu::add_rows, position, sentence, names, rows, width, query),
+        Device::Gpu(gpu) => gpu::backward(gpu, a),
     }
 }
 
 /// The reference: builds the queries of a sequence, then the attention of `attention::cpu` with a mask.
 mod cpu {
-    use super::super::RowNames;
     use super::super::attention::cpu::{Drop, Sequence, SequenceGrad, Visible, split};
     use super::{Backward, Forward};
-    use crate::device::cpu::{Real, View, scratch, vectorized};
-    use crate::device::{Read, Tensor};
+    use crate::device::cpu::{Real, View, scratch};
+    use crate::device::Read;
     use rayon::prelude::*;
 
     /// Everything the sequences read.
@@ -198,25 +184,91 @@ mod cpu {
             });
         });
     }
+}
 
-    pub fn add_rows<F: Real>(
-        position: &Tensor,
-        sentence: &Tensor,
-        names: RowNames<'_>,
-        rows: usize,
-        width: usize,
-        query: &Tensor,
-    ) {
-        let (position, sentence, mut query) = (position.read::<F>(), sentence.read::<F>(), query.write::<F>());
-        let (sequences, positions) = (names.sequence.read::<u32>(), names.position.read::<u32>());
-        query[..rows * width].par_chunks_exact_mut(width).enumerate().for_each(|(r, query)| {
-            let p = &position[positions[r] as usize * width..][..width];
-            let s = &sentence[sequences[r] as usize * width..][..width];
-            vectorized(|| {
-                for i in 0..width {
-                    query[i] = p[i] + s[i];
-                }
-            });
+/// The launches of `enhanced_decoding.cu`.
+mod gpu {
+    use super::super::attention::Pass;
+    use super::super::attention::gpu::{batch, by_head, elements};
+    use super::{Backward, Forward, Visible};
+    use crate::device::gpu::Gpu;
+    use crate::device::kernels::VisibleKeys;
+    use crate::device::launch::MutPtr;
+
+    fn visible(v: &Visible<'_>) -> VisibleKeys {
+        VisibleKeys { offsets: v.offsets.get(), words: v.words.get(), row: v.row.get() }
+    }
+
+    pub fn forward(gpu: &Gpu, a: &Forward<'_>) {
+        let (heads, site, visible) = (a.shape.heads as i32, a.dropout.site, visible(&a.visible));
+        let (dropout, batch) = (gpu.dropout(&a.dropout.mask), batch(&a.shape, &a.names, Pass::Forward));
+        by_head!(gpu, a.out, a.shape, Pass::Forward, [
+            EnhancedDecodingForwardD32F32 EnhancedDecodingForwardD64F32 EnhancedDecodingForwardD128F32
+            | EnhancedDecodingForwardD32Bf16 EnhancedDecodingForwardD64Bf16 EnhancedDecodingForwardD128Bf16
+        ] {
+            out: a.out.get_mut(),
+            lse: a.lse.get_mut(),
+            q_position: a.queries.position.get(),
+            q_sentence: a.queries.sentence.get(),
+            k: elements(&a.k),
+            k_stride: a.k.stride as i32,
+            v: elements(&a.v),
+            v_stride: a.v.stride as i32,
+            visible,
+            batch,
+            dropout,
+            site,
+            heads,
+        });
+    }
+
+    pub fn backward(gpu: &Gpu, a: &Backward<'_>) {
+        let f = &a.forward;
+        let (heads, site, visible) = (f.shape.heads as i32, f.dropout.site, visible(&f.visible));
+        let dropout = gpu.dropout(&f.dropout.mask);
+        let delta: MutPtr<f32> = gpu.scratch(f.lse.len());
+        let queries = batch(&f.shape, &f.names, Pass::Queries);
+        by_head!(gpu, a.dq, f.shape, Pass::Queries, [
+            EnhancedDecodingBackwardDqD32F32 EnhancedDecodingBackwardDqD64F32 EnhancedDecodingBackwardDqD128F32
+            | EnhancedDecodingBackwardDqD32Bf16 EnhancedDecodingBackwardDqD64Bf16 EnhancedDecodingBackwardDqD128Bf16
+        ] {
+            dq: a.dq.get_mut(),
+            delta,
+            q_position: f.queries.position.get(),
+            q_sentence: f.queries.sentence.get(),
+            k: elements(&f.k),
+            k_stride: f.k.stride as i32,
+            v: elements(&f.v),
+            v_stride: f.v.stride as i32,
+            out: f.out.get(),
+            lse: f.lse.get(),
+            dout: a.dout.get(),
+            visible,
+            batch: queries,
+            dropout,
+            site,
+            heads,
+        });
+        let keys = batch(&f.shape, &f.names, Pass::Keys);
+        by_head!(gpu, a.dq, f.shape, Pass::Keys, [
+            EnhancedDecodingBackwardDkvD32F32 EnhancedDecodingBackwardDkvD64F32 EnhancedDecodingBackwardDkvD128F32
+            | EnhancedDecodingBackwardDkvD32Bf16 EnhancedDecodingBackwardDkvD64Bf16 EnhancedDecodingBackwardDkvD128Bf16
+        ] {
+            dkv: a.dkv.get_mut(),
+            q_position: f.queries.position.get(),
+            q_sentence: f.queries.sentence.get(),
+            k: elements(&f.k),
+            k_stride: f.k.stride as i32,
+            v: elements(&f.v),
+            v_stride: f.v.stride as i32,
+            lse: f.lse.get(),
+            delta: delta.into(),
+            dout: a.dout.get(),
+            visible,
+            batch: keys,
+            dropout,
+            site,
+            heads,
         });
     }
 }

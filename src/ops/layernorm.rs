@@ -6,14 +6,14 @@
 //! Backward: with `g = dy ∘ γ`, `x̂ = (z − μ)ρ`: `dz = ρ (g − mean(g) − x̂ mean(g ∘ x̂))`, `dr = dz`, `dx = dropout(dz)`,
 //! `dγ += Σ dy ∘ x̂`, `dβ += Σ dy`.
 
-use super::{RowNames, SiteDropout};
+use super::{Count, RowNames, SiteDropout};
 use crate::device::{Device, Tensor};
 
 /// Sizes and ε.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
+#[derive(Clone, Copy)]
+pub struct Shape<'a> {
     /// Rows.
-    pub rows: usize,
+    pub rows: Count<'a>,
     /// C.
     pub width: usize,
     /// ε.
@@ -23,7 +23,7 @@ pub struct Shape {
 /// Arguments of [`forward`].
 pub struct Forward<'a> {
     /// Sizes.
-    pub shape: Shape,
+    pub shape: Shape<'a>,
     /// `[rows, C]`: x in, z out.
     pub x: &'a Tensor,
     /// `[rows, C]`, or nothing (the MLM head has no residual).
@@ -46,13 +46,14 @@ pub struct Forward<'a> {
 pub fn forward(device: Device, a: &Forward<'_>) {
     match device {
         Device::Cpu => super::on_cpu!(a.x, cpu::forward, a),
+        Device::Gpu(gpu) => gpu::forward(gpu, a),
     }
 }
 
 /// Arguments of [`backward`].
 pub struct Backward<'a> {
     /// Sizes.
-    pub shape: Shape,
+    pub shape: Shape<'a>,
     /// `[rows, C]` saved sum.
     pub z: &'a Tensor,
     /// `[rows]` saved μ.
@@ -75,6 +76,7 @@ pub struct Backward<'a> {
 pub fn backward(device: Device, a: &Backward<'_>) {
     match device {
         Device::Cpu => super::on_cpu!(a.z, cpu::backward, a),
+        Device::Gpu(gpu) => gpu::backward(gpu, a),
     }
 }
 
@@ -143,7 +145,7 @@ pub(super) mod cpu {
     }
 
     pub fn forward<F: Real>(a: &Forward<'_>) {
-        let (rows, c) = (a.shape.rows, a.shape.width);
+        let (rows, c) = (a.shape.rows.rows, a.shape.width);
         let (mut x, mut y) = (a.x.write::<F>(), a.y.write::<F>());
         let (mut mean, mut rstd) = (a.mean.write::<F>(), a.rstd.write::<F>());
         let (gamma, beta) = (a.gamma.read::<F>(), a.beta.read::<F>());
@@ -214,7 +216,7 @@ pub(super) mod cpu {
     }
 
     pub fn backward<F: Real>(a: &Backward<'_>) {
-        let (rows, c) = (a.shape.rows, a.shape.width);
+        let (rows, c) = (a.shape.rows.rows, a.shape.width);
         let (z, mean, rstd, gamma) = (a.z.read::<F>(), a.mean.read::<F>(), a.rstd.read::<F>(), a.gamma.read::<F>());
         let mut dy = a.dy.write::<F>();
         let mut dx = a.dropout.as_ref().map(|(_, _, dx)| dx.write::<F>());
@@ -244,5 +246,85 @@ pub(super) mod cpu {
             None => parts.for_each(|(b, (dy, partial))| block(b, dy, None, partial)),
         }
         add_partials(&partials, &mut a.dgamma_acc.write::<F>()[..c], &mut a.dbeta_acc.write::<F>()[..c]);
+    }
+}
+
+/// The launches of `layernorm.cu`.
+pub(super) mod gpu {
+    use super::super::gpu::{blocks, dropout, launch, launch_as, resident_blocks, rows_of_block};
+    use super::{Backward, Forward, Shape};
+    use crate::device::gpu::Gpu;
+    use crate::device::launch::{ConstPtr, MutPtr, Shape as Launch};
+    use crate::device::{DType, Tensor};
+
+    pub fn forward(gpu: &Gpu, a: &Forward<'_>) {
+        let Shape { rows, width, eps } = a.shape;
+        let (dropout, site, names) = dropout(gpu, a.dropout);
+        let grid = Launch::linear(blocks(rows.rows, rows_of_block(width)), 128);
+        launch_as!(gpu, a.x, grid, LayernormForwardF32 | LayernormForwardBf16 {
+            y: a.y.get_mut(),
+            x: a.x.get_mut(),
+            mean: a.mean.get_mut(),
+            rstd: a.rstd.get_mut(),
+            residual: a.residual.map_or(ConstPtr::null(), |r| r.get()),
+            gamma: a.gamma.get(),
+            beta: a.beta.get(),
+            names,
+            dropout,
+            site,
+            rows: rows.get(),
+            C: width as i32,
+            eps,
+        });
+    }
+
+    /// Blocks of the backward that are resident on a multiprocessor (`LAYERNORM` in the kernel's file).
+    fn resident(storage: &Tensor) -> u32 {
+        if storage.dtype() == DType::BF16 { 3 } else { 2 }
+    }
+
+    pub fn backward(gpu: &Gpu, a: &Backward<'_>) {
+        let Shape { rows, width, .. } = a.shape;
+        let (dropout, site, names) = dropout(gpu, a.dropout.map(|(site, names, _)| (site, names)));
+        let blocks = resident_blocks(gpu, rows.rows, width, resident(a.dy));
+        let partials = gpu.scratch(blocks as usize * 2 * width);
+        launch_as!(gpu, a.dy, Launch::linear(blocks, 128), LayernormBackwardF32 | LayernormBackwardBf16 {
+            dy: a.dy.get_mut(),
+            dx: a.dropout.map_or(MutPtr::null(), |(_, _, dx)| dx.get_mut()),
+            partials,
+            z: a.z.get(),
+            mean: a.mean.get(),
+            rstd: a.rstd.get(),
+            gamma: a.gamma.get(),
+            names,
+            dropout,
+            site,
+            rows: rows.get(),
+            C: width as i32,
+        });
+        add_partials(gpu, a.shape, blocks, partials, a.dgamma_acc, a.dbeta_acc);
+    }
+
+    /// Adds what `blocks` blocks have summed to dγ and dβ.
+    pub fn add_partials(
+        gpu: &Gpu,
+        shape: Shape<'_>,
+        blocks: u32,
+        partials: MutPtr<f32>,
+        dgamma_acc: &Tensor,
+        dbeta_acc: &Tensor,
+    ) {
+        if blocks == 0 {
+            return;
+        }
+        let width = shape.width;
+        launch!(gpu, Launch::linear((2 * width).div_ceil(32) as u32, 1024), LayernormBackwardSums {
+            dgamma_acc: dgamma_acc.get_mut(),
+            dbeta_acc: dbeta_acc.get_mut(),
+            partials: partials.into(),
+            rows: shape.rows.get(),
+            blocks: blocks as i32,
+            C: width as i32,
+        });
     }
 }

@@ -1,7 +1,9 @@
-//! The ops: one file each, with the formulas, the forward, the backward above `mod cpu`, the reference implementation.
+//! The ops: one file each, with the formulas, the forward, the backward above `mod cpu`, the reference implementation, and `mod gpu`,
+//! the launches of its kernels.
 //!
 //! Layouts: matrices are row-major; a row is one token's hidden state. Gradients named `…_acc` are added to, all other outputs are
-//! overwritten. Every op of the CPU runs in `f32`, or in `f64` for gradient checks, as its tensors say.
+//! overwritten. Every op of the CPU runs in `f32`, or in `f64` for gradient checks, as its tensors say. On the GPU matrices of hidden
+//! states and the weights of products are f32 or bf16; statistics, losses, γ, β and gradients of parameters are f32.
 
 pub mod activation;
 pub mod attention;
@@ -10,6 +12,7 @@ pub mod cross_entropy;
 pub mod embed;
 pub mod enhanced_decoding;
 pub mod gather;
+mod gpu;
 pub mod layernorm;
 pub mod linear;
 pub mod optimizer;
@@ -28,6 +31,30 @@ macro_rules! on_cpu {
     };
 }
 pub(crate) use on_cpu;
+
+/// How many rows of a matrix are in use.
+///
+/// On a GPU, work is laid out for `rows` rows, so that the same recorded work serves batches of other sizes, and kernels read the true
+/// number, at most that, from device memory. Rows past it hold anything, but no op reads them except to multiply them by zero.
+#[derive(Clone, Copy)]
+pub struct Count<'a> {
+    /// The number; with a true one on the device, an upper bound of it.
+    pub rows: usize,
+    exact: Option<&'a Tensor>,
+}
+
+impl<'a> Count<'a> {
+    /// At most `rows`, exactly what `[1]` u32 `exact` holds on the device.
+    pub fn on_device(rows: usize, exact: &'a Tensor) -> Self {
+        Count { rows, exact: Some(exact) }
+    }
+}
+
+impl From<usize> for Count<'_> {
+    fn from(rows: usize) -> Self {
+        Count { rows, exact: None }
+    }
+}
 
 /// Which text and position each row of a matrix belongs to: the names under which its dropout is drawn.
 #[derive(Clone, Copy)]
@@ -53,7 +80,9 @@ pub struct SiteDropout {
 #[derive(Clone, Copy)]
 pub struct Groups<'a> {
     /// Number of groups.
-    pub count: usize,
+    pub count: Count<'a>,
+    /// Number of rows in all groups.
+    pub entries: usize,
     /// `[count]` u32: row of the output, distinct.
     pub keys: &'a Tensor,
     /// `[count + 1]` u32.

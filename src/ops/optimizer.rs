@@ -9,6 +9,7 @@ use crate::device::{Device, Tensor};
 pub fn squared_norm(device: Device, gradients: &Tensor, norm: &Tensor) {
     match device {
         Device::Cpu => super::on_cpu!(gradients, cpu::squared_norm, gradients, norm),
+        Device::Gpu(gpu) => gpu::squared_norm(gpu, gradients, norm),
     }
 }
 
@@ -33,7 +34,16 @@ impl Default for AdamW {
     }
 }
 
-/// Arguments of [`update`]. The four arenas have equal length.
+impl AdamW {
+    /// What changes from update to update, for [`Update::schedule`]: η / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ), η λ.
+    pub fn schedule(&self, lr: f64, t: u64) -> [f32; 3] {
+        let t = i32::try_from(t).unwrap_or(i32::MAX);
+        let (rate, root) = (lr / (1.0 - self.beta1.powi(t)), 1.0 / (1.0 - self.beta2.powi(t)).sqrt());
+        [rate, root, lr * self.weight_decay].map(|x| x as f32)
+    }
+}
+
+/// Arguments of [`update`]. The arenas have equal length.
 pub struct Update<'a> {
     /// Constants.
     pub adamw: AdamW,
@@ -41,8 +51,12 @@ pub struct Update<'a> {
     pub lr: f64,
     /// Number of this update, from 1: for the bias corrections.
     pub t: u64,
+    /// `[3]` f32, [`AdamW::schedule`] of this step: what the GPU reads in place of `lr` and `t`.
+    pub schedule: Option<&'a Tensor>,
     /// Weights.
     pub w: &'a Tensor,
+    /// Their copy in the storage type of the GPU, written; nothing where that is f32.
+    pub copy: Option<&'a Tensor>,
     /// Gradients.
     pub g: &'a Tensor,
     /// First moments.
@@ -59,6 +73,7 @@ pub struct Update<'a> {
 pub fn update(device: Device, a: &Update<'_>) {
     match device {
         Device::Cpu => super::on_cpu!(a.w, cpu::update, a),
+        Device::Gpu(gpu) => gpu::update(gpu, a),
     }
 }
 
@@ -126,5 +141,51 @@ mod cpu {
         let ((w0, w1), (m0, m1), (v0, v1)) = (w.split_at_mut(d), m.split_at_mut(d), v.split_at_mut(d));
         part(keep, w0, &g[..d], m0, v0);
         part(F::ONE, w1, &g[d..], m1, v1);
+    }
+}
+
+/// The launches of `optimizer.cu`.
+mod gpu {
+    use super::super::gpu::{blocks, launch};
+    use super::Update;
+    use crate::device::Tensor;
+    use crate::device::gpu::Gpu;
+    use crate::device::kernels::AdamWConstants;
+    use crate::device::launch::{ConstPtr, MutPtr, Shape};
+
+    pub fn squared_norm(gpu: &Gpu, gradients: &Tensor, norm: &Tensor) {
+        let parts = blocks(gradients.len(), 16384);
+        let partials: MutPtr<f64> = gpu.scratch(parts as usize);
+        let (g, n) = (gradients.get(), gradients.len() as i64);
+        launch!(gpu, Shape::linear(parts, 256), SquaredNormPartials { partials, g, n });
+        let (norm, partials) = (norm.get_mut(), partials.into());
+        launch!(gpu, Shape::linear(1, 1024), SquaredNorm { norm, partials, blocks: parts as i32 });
+    }
+
+    pub fn update(gpu: &Gpu, a: &Update<'_>) {
+        let c = &a.adamw;
+        let constants = AdamWConstants {
+            beta1: c.beta1 as f32,
+            one_minus_beta1: (1.0 - c.beta1) as f32,
+            beta2: c.beta2 as f32,
+            one_minus_beta2: (1.0 - c.beta2) as f32,
+            eps: c.eps as f32,
+            max_norm: c.max_norm,
+        };
+        let (master, m, v) = (a.w.get_mut(), a.m.get_mut(), a.v.get_mut());
+        let (g, norm, n) = (a.g.get(), a.squared_norm.get(), a.w.len() as i64);
+        let schedule: Option<ConstPtr<f32>> = a.schedule.map(|s| s.get());
+        let schedule = schedule.unwrap_or_else(|| panic!("AdamW needs its schedule in device memory"));
+        let (decayed, grid) = (a.decayed as i64, Shape::linear(blocks(a.w.len(), 2048), 256));
+        match a.copy {
+            Some(copy) => {
+                let copy = copy.get_mut();
+                launch!(gpu, grid, AdamwBf16 { master, copy, m, v, g, norm, schedule, constants, decayed, n });
+            }
+            None => {
+                let copy = MutPtr::null();
+                launch!(gpu, grid, AdamwF32 { master, copy, m, v, g, norm, schedule, constants, decayed, n });
+            }
+        }
     }
 }

@@ -6,6 +6,7 @@
 //! Normalisation of a row: `y = x / max(‖x‖, ε)` with ε = 10⁻¹². Saved: `y` and `‖x‖`. Backward: `dx = (dy − y (y · dy)) / ‖x‖`, and
 //! `dx = dy / ε` where `‖x‖ < ε`, since the divisor is then constant.
 
+use super::Count;
 use crate::device::{Device, Tensor};
 
 /// ε of the normalisation, that of `torch.nn.functional.normalize`.
@@ -24,7 +25,7 @@ pub enum Pooling {
 #[derive(Clone, Copy)]
 pub struct Shape<'a> {
     /// S.
-    pub sequences: usize,
+    pub sequences: Count<'a>,
     /// C.
     pub width: usize,
     /// `[S + 1]` u32: first row of each sequence; none is empty.
@@ -37,6 +38,7 @@ pub struct Shape<'a> {
 pub fn forward(device: Device, shape: Shape<'_>, x: &Tensor, y: &Tensor) {
     match device {
         Device::Cpu => super::on_cpu!(x, cpu::forward, shape, x, y),
+        Device::Gpu(gpu) => gpu::forward(gpu, shape, x, y),
     }
 }
 
@@ -44,27 +46,30 @@ pub fn forward(device: Device, shape: Shape<'_>, x: &Tensor, y: &Tensor) {
 pub fn backward(device: Device, shape: Shape<'_>, dy: &Tensor, dx: &Tensor) {
     match device {
         Device::Cpu => super::on_cpu!(dy, cpu::backward, shape, dy, dx),
+        Device::Gpu(gpu) => gpu::backward(gpu, shape, dy, dx),
     }
 }
 
 /// Normalises `rows` rows of `width`: `y` and `norm [rows]` (both written) from `x`.
-pub fn normalize(device: Device, (rows, width): (usize, usize), x: &Tensor, y: &Tensor, norm: &Tensor) {
+pub fn normalize(device: Device, (rows, width): (Count<'_>, usize), x: &Tensor, y: &Tensor, norm: &Tensor) {
     match device {
-        Device::Cpu => super::on_cpu!(x, cpu::normalize, rows, width, x, y, norm),
+        Device::Cpu => super::on_cpu!(x, cpu::normalize, rows.rows, width, x, y, norm),
+        Device::Gpu(gpu) => gpu::normalize(gpu, (rows, width), x, y, norm),
     }
 }
 
 /// `dx` (written) from `dy` and the saved `y` and `norm`.
 pub fn normalize_backward(
     device: Device,
-    (rows, width): (usize, usize),
+    (rows, width): (Count<'_>, usize),
     y: &Tensor,
     norm: &Tensor,
     dy: &Tensor,
     dx: &Tensor,
 ) {
     match device {
-        Device::Cpu => super::on_cpu!(dy, cpu::normalize_backward, rows, width, y, norm, dy, dx),
+        Device::Cpu => super::on_cpu!(dy, cpu::normalize_backward, rows.rows, width, y, norm, dy, dx),
+        Device::Gpu(gpu) => gpu::normalize_backward(gpu, (rows, width), (y, norm), dy, dx),
     }
 }
 
@@ -77,7 +82,7 @@ mod cpu {
     use rayon::prelude::*;
 
     pub fn forward<F: Real>(shape: Shape<'_>, x: &Tensor, y: &Tensor) {
-        let Shape { sequences, width, pooling, .. } = shape;
+        let (sequences, Shape { width, pooling, .. }) = (shape.sequences.rows, shape);
         let (x, mut y, cu) = (x.read::<F>(), y.write::<F>(), shape.cu_seqlens.read::<u32>());
         y[..sequences * width].par_chunks_exact_mut(width).zip(cu[..sequences + 1].par_windows(2)).for_each(
             |(y, w)| {
@@ -102,7 +107,7 @@ mod cpu {
     }
 
     pub fn backward<F: Real>(shape: Shape<'_>, dy: &Tensor, dx: &Tensor) {
-        let Shape { sequences, width, pooling, .. } = shape;
+        let (sequences, Shape { width, pooling, .. }) = (shape.sequences.rows, shape);
         let (dy, mut dx, cu) = (dy.read::<F>(), dx.write::<F>(), shape.cu_seqlens.read::<u32>());
         let parts = split(&mut dx, &cu[..sequences + 1], width);
         parts.into_par_iter().zip(dy[..sequences * width].par_chunks_exact(width)).for_each(|(dx, dy)| {
@@ -152,5 +157,68 @@ mod cpu {
                     }
                 });
             });
+    }
+}
+
+/// The launches of `pool.cu`.
+mod gpu {
+    use super::super::Count;
+    use super::super::gpu::{blocks, launch_as};
+    use super::{Pooling, Shape};
+    use crate::device::Tensor;
+    use crate::device::gpu::Gpu;
+    use crate::device::launch::Shape as Launch;
+
+    fn grid(shape: &Shape<'_>) -> Launch {
+        Launch { grid: [shape.sequences.rows as u32, blocks(shape.width, 256), 1], ..Launch::linear(1, 256) }
+    }
+
+    pub fn forward(gpu: &Gpu, shape: Shape<'_>, x: &Tensor, y: &Tensor) {
+        launch_as!(gpu, x, grid(&shape), PoolForwardF32 | PoolForwardBf16 {
+            y: y.get_mut(),
+            x: x.get(),
+            cu_seqlens: shape.cu_seqlens.get(),
+            sequences: shape.sequences.get(),
+            C: shape.width as i32,
+            mean: i32::from(shape.pooling == Pooling::Mean),
+        });
+    }
+
+    pub fn backward(gpu: &Gpu, shape: Shape<'_>, dy: &Tensor, dx: &Tensor) {
+        launch_as!(gpu, dy, grid(&shape), PoolBackwardF32 | PoolBackwardBf16 {
+            dx: dx.get_mut(),
+            dy: dy.get(),
+            cu_seqlens: shape.cu_seqlens.get(),
+            sequences: shape.sequences.get(),
+            C: shape.width as i32,
+            mean: i32::from(shape.pooling == Pooling::Mean),
+        });
+    }
+
+    pub fn normalize(gpu: &Gpu, (rows, width): (Count<'_>, usize), x: &Tensor, y: &Tensor, norm: &Tensor) {
+        launch_as!(gpu, x, Launch::linear(blocks(rows.rows, 8), 256), NormalizeForwardF32 | NormalizeForwardBf16 {
+            y: y.get_mut(),
+            norm: norm.get_mut(),
+            x: x.get(),
+            sequences: rows.get(),
+            C: width as i32,
+        });
+    }
+
+    pub fn normalize_backward(
+        gpu: &Gpu,
+        (rows, width): (Count<'_>, usize),
+        (y, norm): (&Tensor, &Tensor),
+        dy: &Tensor,
+        dx: &Tensor,
+    ) {
+        launch_as!(gpu, dy, Launch::linear(blocks(rows.rows, 8), 256), NormalizeBackwardF32 | NormalizeBackwardBf16 {
+            dx: dx.get_mut(),
+            dy: dy.get(),
+            y: y.get(),
+            norm: norm.get(),
+            sequences: rows.get(),
+            C: width as i32,
+        });
     }
 }

@@ -9,9 +9,8 @@ use crate::data::corpus::Corpus;
 use crate::data::masking::{LONGEST_TEXT, MaskRules};
 use crate::data::shard::{META, ShardSet};
 use crate::data::tokenizer::Tokenizer;
-use crate::device::{DType, Device};
 use crate::error::{Error, IoContext, Result};
-use crate::graph::Capacity;
+use crate::graph::{Capacity, check_gpu};
 use crate::model::config::BertConfig;
 use crate::model::weights::Checkpoint;
 use crate::model::{hub, names, presets};
@@ -19,8 +18,9 @@ use crate::train::batches::CorpusBatches;
 use crate::train::origin::{self, Origin};
 use crate::train::plan::Plan;
 use crate::train::pretrain::PretrainEngine;
-use crate::train::settings::{Objective, Precision, Settings};
+use crate::train::settings::{Objective, Settings};
 use crate::train::step::Pretrainer;
+use crate::train::target::Target;
 use crate::train::workspace::Workspace;
 use crate::train::{About, Batches};
 
@@ -32,6 +32,7 @@ pub struct Parts {
     pub batches: CorpusBatches,
     /// Lines worth telling a person.
     pub notes: Vec<String>,
+    target: Target,
     config: BertConfig,
     weights: Option<Checkpoint>,
     capacity: Capacity,
@@ -41,14 +42,14 @@ pub struct Parts {
 impl Parts {
     /// Opens what `settings` name and checks that it fits together.
     pub fn open(settings: &Settings) -> Result<Parts> {
-        let device = device(settings)?;
+        let target = Target::open(&settings.device, settings.precision)?;
         let data = settings
             .data
             .clone()
             .ok_or_else(|| Error::usage("--data is missing").remedy("give the folder of shards"))?;
         let shards = Arc::new(ShardSet::open(&data)?);
         let facts = shards.facts().clone();
-        let mut notes = Vec::new();
+        let mut notes: Vec<String> = target.note.clone().into_iter().collect();
         let (mut config, start) = configuration(settings, facts.vocab_size as usize)?;
         fit(&mut config, facts.vocab_size as usize, &data, &mut notes)?;
         if let Some(folder) = start.folder.as_deref().filter(|folder| Tokenizer::is_at(folder)) {
@@ -67,7 +68,11 @@ impl Parts {
         let batches = CorpusBatches::new(shards.clone(), settings, rules, max_length, 1, names)?;
 
         let capacity = capacity(settings, max_length);
-        let footprint = Pretrainer::footprint(&config, settings.objective.into(), capacity);
+        let (device, objective) = (target.device, settings.objective.into());
+        if device.is_gpu() {
+            check_gpu(&config)?;
+        }
+        let footprint = Pretrainer::footprint(device, &config, objective, capacity, target.storage);
         let texts = batches.texts();
         let about = About {
             model: format!(
@@ -85,16 +90,17 @@ impl Parts {
             texts,
             tokens: (facts.tokens as f64 * texts as f64 / shards.texts().max(1) as f64) as u64,
             held_out: batches.held_out_count(),
-            device,
-            precision: "fp32".into(),
+            device: target.words.clone(),
+            precision: target.precision().into(),
             memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
         };
-        Ok(Parts { about, batches, notes, config, weights, capacity, shards })
+        Ok(Parts { about, batches, notes, target, config, weights, capacity, shards })
     }
 
     /// Allocates the model and loads or initialises its weights. Says in one line which parameters start fresh beside loaded ones.
     pub fn engine(&self, settings: &Settings, say: &mut dyn FnMut(String)) -> Result<PretrainEngine> {
-        let model = Pretrainer::new(Device::Cpu, &self.config, settings.objective.into(), self.capacity, DType::F32);
+        let (device, storage, objective) = (self.target.device, self.target.storage, settings.objective.into());
+        let model = Pretrainer::new(device, &self.config, objective, self.capacity, storage)?;
         let fresh =
             model.params().load(settings.seed, self.config.initializer_range, |name, shape, out| {
                 match &self.weights {
@@ -125,19 +131,6 @@ impl Parts {
         let tokenizer = self.shards.read_files()?;
         let origin = Origin { about, config: &self.config, tokenizer, weights: self.weights.as_ref() };
         origin::keep(&workspace.disk, &workspace.out, &origin)
-    }
-}
-
-/// The device in words; refuses those this build cannot use.
-fn device(settings: &Settings) -> Result<String> {
-    match (settings.device.as_str(), settings.precision) {
-        ("auto" | "cpu", Precision::Bf16) => {
-            Err(Error::usage("--precision bf16: the CPU computes in fp32").remedy("leave --precision out or use fp32"))
-        }
-        ("auto" | "cpu", _) => Ok(format!("CPU with {} threads", rayon::current_num_threads())),
-        (other, _) => {
-            Err(Error::device(format!("--device {other}: this build has no GPU kernels")).remedy("use --device cpu"))
-        }
     }
 }
 

@@ -52,7 +52,7 @@ impl PretrainEngine {
 
 impl Engine for PretrainEngine {
     fn step(&mut self, micro: &[PretrainBatch], step: u64, lr: f32) -> Result<StepReport> {
-        let done = self.model.step(micro, &self.adamw, f64::from(lr), step + 1, self.seed);
+        let done = self.model.step(micro, &self.adamw, f64::from(lr), step + 1, self.seed)?;
         let losses: Losses = done.losses;
         let accuracy = |correct: u64, labels: usize| correct as f64 / labels.max(1) as f64;
         let mut parts = vec![("encoder", losses.encoder_loss())];
@@ -74,7 +74,7 @@ impl Engine for PretrainEngine {
     }
 
     fn evaluate(&mut self, batch: &PretrainBatch) -> Result<EvalReport> {
-        let l = self.model.evaluate(batch);
+        let l = self.model.evaluate(batch)?;
         let part = |name, loss_sum, correct, labels: usize| EvalPart { name, loss_sum, correct, labels: labels as u64 };
         let mut parts = vec![part("encoder", l.encoder.loss, l.encoder.correct as u64, l.encoder_labels)];
         if self.with_decoder() {
@@ -91,9 +91,8 @@ impl Engine for PretrainEngine {
     }
 
     fn read_arena(&self, which: Arena, out: &mut Vec<f32>) -> Result<()> {
-        out.clear();
-        out.extend_from_slice(&self.arena(which).read::<f32>());
-        Ok(())
+        *out = self.arena(which).to_vec();
+        self.model.device().check()
     }
 
     fn write_arena(&mut self, which: Arena, data: &[f32]) -> Result<()> {
@@ -103,6 +102,9 @@ impl Engine for PretrainEngine {
             return Err(Error::refused(cause).remedy("report this as a defect"));
         }
         arena.upload(data);
-        Ok(())
+        if which == Arena::Weights {
+            self.model.params().refresh();
+        }
+        self.model.device().check()
     }
 }

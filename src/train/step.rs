@@ -3,17 +3,26 @@
 //! [`Pretrainer::step`]: every micro-batch goes through `forward_backward` (upload → encoder → losses and head → decoder → backward),
 //! gradients add up in the flat arena; then the gradient norm, AdamW, the report. Losses are means over the labels of the whole
 //! step, so that a step of several micro-batches equals one of a single large batch.
+//!
+//! On a GPU nothing in this is waited for but the reading of the losses at the end. The work of a micro-batch, and that of the
+//! optimizer behind the last one, is queued as it comes the first time, recorded the second time, and replayed from then on.
+
+use std::collections::HashMap;
 
 use crate::data::batch::PretrainBatch;
+use crate::device::gpu::{Captured, Gpu};
 use crate::device::{Arena, DType, Device, Tensor};
+use crate::error::Result;
 use crate::graph::activations::{Activations, Plan};
 use crate::graph::encoder::Encoder;
+use crate::graph::extent::Bounds;
 use crate::graph::inputs::Inputs;
 use crate::graph::mlm::{LossSums, MlmHead};
 use crate::graph::params::{Params, Table};
 use crate::graph::retromae::EnhancedDecoder;
-use crate::graph::{Capacity, Dims, Pass, StepDropout};
+use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
+use crate::ops::cross_entropy::Scale;
 use crate::ops::gather;
 use crate::ops::optimizer::{self, AdamW};
 use crate::rng::Dropout;
@@ -56,13 +65,14 @@ impl Losses {
         self.encoder_loss() + self.decoder_loss()
     }
 
-    fn add(&mut self, other: &Losses) {
-        self.encoder.loss += other.encoder.loss;
-        self.encoder.correct += other.encoder.correct;
-        self.encoder_labels += other.encoder_labels;
-        self.decoder.loss += other.decoder.loss;
-        self.decoder.correct += other.decoder.correct;
-        self.decoder_labels += other.decoder_labels;
+    /// The labels of `micro`, no losses yet.
+    fn labels(micro: &[PretrainBatch]) -> Self {
+        let decoder = |b: &PretrainBatch| b.decoder.as_ref().map_or(0, |d| d.label_ids.len());
+        Losses {
+            encoder_labels: micro.iter().map(|b| b.encoder_label_ids.len()).sum(),
+            decoder_labels: micro.iter().map(decoder).sum(),
+            ..Losses::default()
+        }
     }
 }
 
@@ -77,21 +87,26 @@ pub struct StepOutcome {
     pub skipped: bool,
 }
 
-/// What the loss of a label is weighted with: 1 / labels of the optimizer step.
-#[derive(Clone, Copy, Debug)]
+/// What the loss of a label is weighted with, 1 / labels of the optimizer step, here and on the device.
 struct Scales {
-    encoder: f64,
-    decoder: f64,
+    values: [f64; 2],
+    both: Tensor,
+    parts: [Tensor; 2],
 }
 
 impl Scales {
-    fn of(micro: &[PretrainBatch]) -> Self {
-        let decoder = |b: &PretrainBatch| b.decoder.as_ref().map_or(0, |d| d.label_ids.len());
-        let inverse = |n: usize| 1.0 / n.max(1) as f64;
-        Scales {
-            encoder: inverse(micro.iter().map(|b| b.encoder_label_ids.len()).sum()),
-            decoder: inverse(micro.iter().map(decoder).sum()),
-        }
+    fn new(device: Device) -> Self {
+        let both = device.zeros(DType::F32, 2);
+        Scales { values: [0.0; 2], parts: [both.slice(0..1), both.slice(1..2)], both }
+    }
+
+    fn set(&mut self, labels: &Losses) {
+        self.values = [labels.encoder_labels, labels.decoder_labels].map(|n| 1.0 / n.max(1) as f64);
+        self.both.upload(&self.values.map(|x| x as f32));
+    }
+
+    fn get(&self, part: usize) -> Scale<'_> {
+        Scale { value: self.values[part], on_device: Some(&self.parts[part]) }
     }
 }
 
@@ -99,8 +114,51 @@ impl Scales {
 struct Moments {
     first: Arena,
     second: Arena,
+    /// `[3]`, see [`AdamW::schedule`].
+    schedule: Tensor,
+}
+
+/// What a step finds out, in f64.
+struct Results {
+    all: Tensor,
+    /// `[2]` each: losses and correct rows of the encoder's and of the decoder's labels.
+    encoder: Tensor,
+    decoder: Tensor,
+    /// `[1]` ‖g‖².
     norm: Tensor,
 }
+
+impl Results {
+    fn new(device: Device) -> Self {
+        let all = device.zeros(DType::F64, 5);
+        Results { encoder: all.slice(0..2), decoder: all.slice(2..4), norm: all.slice(4..5), all }
+    }
+
+    /// Waits for them: losses, ‖g‖².
+    fn read(&self, device: Device, labels: Losses) -> Result<(Losses, f64)> {
+        let x: Vec<f64> = self.all.to_vec();
+        let sums = |at: usize| LossSums { loss: x[at], correct: x[at + 1] };
+        device.check()?;
+        Ok((Losses { encoder: sums(0), decoder: sums(2), ..labels }, x[4]))
+    }
+}
+
+/// What makes the work of a micro-batch equal to that of another.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Segment {
+    bounds: Bounds,
+    /// The first of its step: gradients and losses start from zero.
+    first: bool,
+    /// Gradients are asked for.
+    gradients: bool,
+    /// The last of its step: the optimizer follows.
+    update: bool,
+    /// Thresholds of both dropouts.
+    dropout: [u32; 2],
+}
+
+/// Recorded work; nothing yet for work that has run once.
+type Records = HashMap<Segment, Option<Box<dyn Captured>>>;
 
 /// A model in pre-training: parameters, buffers, optimizer.
 pub struct Pretrainer {
@@ -114,6 +172,11 @@ pub struct Pretrainer {
     decoder: Option<EnhancedDecoder>,
     inputs: Inputs,
     moments: Moments,
+    scales: Scales,
+    results: Results,
+    records: Records,
+    /// The constants that the records hold.
+    adamw: AdamW,
 }
 
 /// The sizes of a run before anything is allocated.
@@ -137,13 +200,19 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(config: &BertConfig, objective: Objective, capacity: Capacity) -> Self {
+    fn new(
+        (device, storage): (Device, DType),
+        config: &BertConfig,
+        objective: Objective,
+        capacity: Capacity,
+    ) -> Self {
         let (mut table, mut plan) = (Table::default(), Plan::default());
         let with_decoder = objective == Objective::RetroMae;
         let needed = capacity.encoder_labels + capacity.sequences;
         let encoder = Encoder::new(&mut table, &mut plan, config, capacity, needed);
         let rows = if with_decoder { capacity.tokens } else { capacity.encoder_labels };
-        let head = MlmHead::new(&mut table, &mut plan, config, encoder.embeddings.word, rows);
+        let word = encoder.embeddings.word;
+        let head = MlmHead::new((device, storage), &mut table, &mut plan, config, word, rows);
         let decoder =
             with_decoder.then(|| EnhancedDecoder::new(&mut table, &mut plan, &encoder, Dims::new(config), capacity));
         Parts { table, plan, encoder, head, decoder }
@@ -151,35 +220,68 @@ impl Parts {
 }
 
 impl Pretrainer {
-    /// Memory that [`Self::new`] would take, for f32.
-    pub fn footprint(config: &BertConfig, objective: Objective, capacity: Capacity) -> Footprint {
-        let parts = Parts::new(config, objective, capacity);
+    /// Memory that [`Self::new`] would take on `device` with `storage`.
+    pub fn footprint(
+        device: Device,
+        config: &BertConfig,
+        objective: Objective,
+        capacity: Capacity,
+        storage: DType,
+    ) -> Footprint {
+        let parts = Parts::new((device, storage), config, objective, capacity);
         let parameters = parts.table.parameters();
-        Footprint { parameters, parameter_bytes: parameters * 16, activation_bytes: parts.plan.elements() * 4 }
+        // Weights, gradients and two moments, and the rounded copy of the weights.
+        let copy = if storage == storage.wide() { 0 } else { storage.size() };
+        let each = 4 * storage.wide().size() + copy;
+        Footprint { parameters, parameter_bytes: parameters * each, activation_bytes: parts.plan.bytes(storage) }
     }
 
-    /// Allocates everything for batches up to `capacity`; weights are zero until [`Params::load`].
-    pub fn new(device: Device, config: &BertConfig, objective: Objective, capacity: Capacity, dtype: DType) -> Self {
-        let parts = Parts::new(config, objective, capacity);
-        let params = parts.table.allocate(dtype);
-        let arena = || Arena::zeros(dtype, [params.weights().len()]);
-        Pretrainer {
+    /// Allocates everything for batches up to `capacity`; weights are zero until [`Params::load`]. `storage` is F32 or F64 on the CPU,
+    /// F32 or BF16 on a GPU.
+    ///
+    /// # Errors
+    /// Not enough memory, or a model whose sizes the kernels do not have.
+    pub fn new(
+        device: Device,
+        config: &BertConfig,
+        objective: Objective,
+        capacity: Capacity,
+        storage: DType,
+    ) -> Result<Self> {
+        if device.is_gpu() {
+            check_gpu(config)?;
+        }
+        let parts = Parts::new((device, storage), config, objective, capacity);
+        let params = parts.table.allocate(device, storage);
+        let arena = || Arena::zeros(device, storage.wide(), [params.weights().len()]);
+        let (types, decoder) = (config.type_vocab_size, objective == Objective::RetroMae);
+        let model = Pretrainer {
             device,
             config: config.clone(),
             objective,
-            buffers: parts.plan.allocate(dtype),
+            buffers: parts.plan.allocate(device, storage),
             encoder: parts.encoder,
             head: parts.head,
             decoder: parts.decoder,
-            inputs: Inputs::new(capacity, config.vocab_size, config.type_vocab_size, objective == Objective::RetroMae),
-            moments: Moments { first: arena(), second: arena(), norm: Tensor::zeros(DType::F64, 1) },
+            inputs: Inputs::new(device, capacity, config.vocab_size, types, decoder),
+            moments: Moments { first: arena(), second: arena(), schedule: device.zeros(DType::F32, 3) },
+            scales: Scales::new(device),
+            results: Results::new(device),
+            records: Records::new(),
+            adamw: AdamW::default(),
             params,
-        }
+        };
+        device.check().map(|()| model)
     }
 
     /// Weights and gradients.
     pub fn params(&self) -> &Params {
         &self.params
+    }
+
+    /// Where it is trained.
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// The model's configuration.
@@ -194,79 +296,162 @@ impl Pretrainer {
 
     /// One optimizer step: gradients of all micro-batches, clipping, AdamW number `t` (from 1) at learning rate `lr`. Dropout is that
     /// of (`seed`, `t`).
-    pub fn step(&mut self, micro: &[PretrainBatch], adamw: &AdamW, lr: f64, t: u64, seed: u64) -> StepOutcome {
+    ///
+    /// # Errors
+    /// A failure of the GPU. The step is then lost.
+    pub fn step(&mut self, micro: &[PretrainBatch], adamw: &AdamW, lr: f64, t: u64, seed: u64) -> Result<StepOutcome> {
         let dropout = StepDropout {
             hidden: Dropout::new(seed, t, self.config.hidden_dropout_prob),
             attention: Dropout::new(seed, t, self.config.attention_probs_dropout_prob),
         };
-        let losses = self.gradients(micro, dropout);
-        let (w, g, norm) = (self.params.weights(), self.params.gradients(), &self.moments.norm);
-        optimizer::squared_norm(self.device, g, norm);
-        let (m, v) = (self.moments.first.whole(), self.moments.second.whole());
-        let decayed = self.params.decayed;
-        let update = optimizer::Update { adamw: *adamw, lr, t, w, g, m, v, decayed, squared_norm: norm };
-        optimizer::update(self.device, &update);
-        let grad_norm = norm.read::<f64>()[0].sqrt();
-        StepOutcome { losses, grad_norm, skipped: !grad_norm.is_finite() }
+        if self.adamw != *adamw {
+            self.records.clear();
+            self.adamw = *adamw;
+        }
+        self.moments.schedule.upload(&adamw.schedule(lr, t));
+        let (losses, squared_norm) = self.run(micro, dropout, true, Some((lr, t)))?;
+        let grad_norm = squared_norm.sqrt();
+        Ok(StepOutcome { losses, grad_norm, skipped: !grad_norm.is_finite() })
     }
 
     /// Gradients of the mean loss over all labels of `micro`, in the gradient arena.
-    pub fn gradients(&mut self, micro: &[PretrainBatch], dropout: StepDropout) -> Losses {
-        gather::zero(self.device, self.params.gradients(), self.params.gradients().len());
-        let scales = Scales::of(micro);
-        let mut losses = Losses::default();
-        for batch in micro {
-            losses.add(&self.forward_backward(batch, dropout, Some(scales)));
-        }
-        losses
+    ///
+    /// # Errors
+    /// A failure of the GPU.
+    pub fn gradients(&mut self, micro: &[PretrainBatch], dropout: StepDropout) -> Result<Losses> {
+        Ok(self.run(micro, dropout, true, None)?.0)
     }
 
     /// Losses without dropout and without gradients.
-    pub fn evaluate(&mut self, batch: &PretrainBatch) -> Losses {
-        self.forward_backward(batch, StepDropout::OFF, None)
+    ///
+    /// # Errors
+    /// A failure of the GPU.
+    pub fn evaluate(&mut self, batch: &PretrainBatch) -> Result<Losses> {
+        Ok(self.run(std::slice::from_ref(batch), StepDropout::OFF, false, None)?.0)
     }
 
-    fn forward_backward(&mut self, batch: &PretrainBatch, dropout: StepDropout, scales: Option<Scales>) -> Losses {
-        self.inputs.set(batch);
+    /// Losses, and gradients and an update at (`lr`, `t`) if asked for. Then the second is ‖g‖².
+    fn run(
+        &mut self,
+        micro: &[PretrainBatch],
+        dropout: StepDropout,
+        gradients: bool,
+        update: Option<(f64, u64)>,
+    ) -> Result<(Losses, f64)> {
+        let labels = Losses::labels(micro);
+        self.scales.set(&labels);
+        if let Device::Gpu(gpu) = self.device {
+            gpu.set_dropout_key(dropout.hidden.key);
+        }
+        for (i, batch) in micro.iter().enumerate() {
+            let segment = Segment {
+                bounds: self.inputs.set(batch),
+                first: i == 0,
+                gradients,
+                update: update.is_some() && i + 1 == micro.len(),
+                dropout: [dropout.hidden.threshold, dropout.attention.threshold],
+            };
+            let work = |model: &Self| model.segment(segment, dropout, update.unwrap_or_default());
+            match self.device {
+                Device::Cpu => work(self),
+                Device::Gpu(gpu) => self.replay(gpu, segment, work),
+            }
+        }
+        self.results.read(self.device, labels)
+    }
+
+    /// Queues the work of a segment: as it comes the first time, when kernels are loaded and temporary memory finds its size, then as a
+    /// record.
+    fn replay(&mut self, gpu: &Gpu, segment: Segment, work: impl Fn(&Self)) {
+        let mut records = std::mem::take(&mut self.records);
+        match records.get_mut(&segment) {
+            None => {
+                work(self);
+                records.insert(segment, None);
+            }
+            Some(record) => {
+                if record.is_none() {
+                    *record = gpu.capture(|| work(self));
+                }
+                if let Some(record) = record {
+                    gpu.replay(&**record);
+                }
+            }
+        }
+        self.records = records;
+    }
+
+    /// All work between the upload of a micro-batch and that of the next.
+    fn segment(&self, segment: Segment, dropout: StepDropout, (lr, t): (f64, u64)) {
+        let (device, g) = (self.device, self.params.gradients());
+        if segment.first {
+            gather::zero(device, &self.results.all, self.results.all.len());
+            if segment.gradients {
+                gather::zero(device, g, g.len());
+            }
+        }
+        self.forward_backward(dropout, segment.gradients);
+        if segment.update {
+            let norm = &self.results.norm;
+            optimizer::squared_norm(device, g, norm);
+            let update = optimizer::Update {
+                adamw: self.adamw,
+                lr,
+                t,
+                schedule: Some(&self.moments.schedule),
+                w: self.params.weights(),
+                copy: self.params.copies(),
+                g,
+                m: self.moments.first.whole(),
+                v: self.moments.second.whole(),
+                decayed: self.params.decayed,
+                squared_norm: norm,
+            };
+            optimizer::update(device, &update);
+        }
+    }
+
+    /// Losses of the batch in `inputs` and, if asked for, its gradients.
+    fn forward_backward(&self, dropout: StepDropout, with_gradients: bool) {
         let inputs = &self.inputs;
         let p = Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout };
         let c = self.config.hidden_size;
         let gradients = self.encoder.gradients;
         let (d_rows, d_hidden, d_wide) = (p.b(gradients.rows), p.b(gradients.hidden), p.b(gradients.wide));
+        let (labels, needed) = (inputs.label_count.get(), inputs.needed.count.get());
 
         self.encoder.forward(&p, &inputs.tokens, &inputs.needed);
         let rows = p.b(self.encoder.output());
 
         // Encoder loss. The labelled rows are gathered into a gradient buffer that is free until the backward.
         let labelled = p.b(gradients.block.dropped);
-        gather::gather(p.device, rows, &inputs.label_rows, inputs.labels_count, c, labelled);
+        gather::gather(p.device, rows, &inputs.label_rows, labels, c, labelled);
         let d_labelled = p.b(gradients.block.context);
-        let gradient = scales.map(|s| (s.encoder, d_labelled));
-        let encoder = self.head.loss(&p, inputs.labels_count, labelled, &inputs.labels, gradient);
-        if scales.is_some() {
-            gather::zero(p.device, d_rows, inputs.needed.count * c);
-            gather::scatter_add(p.device, d_labelled, &inputs.label_rows, inputs.labels_count, c, d_rows);
+        let gradient = with_gradients.then(|| (self.scales.get(0), d_labelled));
+        self.head.loss(&p, labels, labelled, &inputs.labels, &self.results.encoder, gradient);
+        if with_gradients {
+            gather::zero(p.device, d_rows, needed.rows * c);
+            gather::scatter_add(p.device, d_labelled, &inputs.label_rows, labels, c, d_rows);
         }
 
         // Decoder loss and backward, which gives the gradient of the [CLS] rows.
-        let mut decoder = LossSums::default();
-        let mut decoder_labels = 0;
         if let (Some(graph), Some(decoder_inputs)) = (&self.decoder, &inputs.decoder) {
-            decoder_labels = decoder_inputs.rows.count;
+            let rows_decoded = decoder_inputs.rows.count.get();
             graph.forward(&p, inputs, decoder_inputs, rows);
-            let gradient = scales.map(|s| (s.decoder, p.b(graph.output_gradient())));
-            decoder = self.head.loss(&p, decoder_labels, p.b(graph.output()), &decoder_inputs.labels, gradient);
-            if scales.is_some() && decoder_labels > 0 {
+            let gradient = with_gradients.then(|| (self.scales.get(1), p.b(graph.output_gradient())));
+            let (h, labels, sums) = (p.b(graph.output()), &decoder_inputs.labels, &self.results.decoder);
+            self.head.loss(&p, rows_decoded, h, labels, sums, gradient);
+            if with_gradients && rows_decoded.rows > 0 {
                 graph.backward(&p, inputs, decoder_inputs, (d_hidden, d_wide), gradients.block);
-                let (dc, sequences) = (p.b(graph.sentence_gradient()), inputs.tokens.sequences);
+                let sequences = inputs.tokens.sequences.get();
+                let dc = graph.sentence_gradient(&p, sequences);
                 gather::scatter_add(p.device, dc, &inputs.cls_rows, sequences, c, d_rows);
             }
         }
 
-        if scales.is_some() {
+        if with_gradients {
             self.encoder.backward(&p, &inputs.tokens, &inputs.needed);
         }
-        Losses { encoder, encoder_labels: inputs.labels_count, decoder, decoder_labels }
     }
 
     /// What is trained.
