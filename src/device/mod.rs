@@ -143,8 +143,10 @@ impl Device {
         match name {
             "auto" | "cpu" => Ok((Device::Cpu, None)),
             "emulator" => Ok((Device::emulator(emulator::Options::default())?, None)),
-            other => Err(Error::device(format!("--device {other}: this build has no GPU kernels"))
-                .remedy("use --device cpu")),
+            other => {
+                Err(Error::device(format!("--device {other}: this build has no GPU kernels"))
+                    .remedy("use --device cpu"))
+            }
         }
     }
 
