@@ -4,6 +4,7 @@
 //! They know the model only through [`Engine`] and the data only through [`Batches`], so the reliability tests run the same loop
 //! around a toy of a few numbers, thousands of times.
 //!
+//! - [`records`], [`updates`]: what steps share: recorded work, the optimizer's state
 //! - [`plan`]: what a run will do; [`run`]: the loop; [`workspace`]: the output folder, the lock, and what to resume from
 //! - [`target`]: where, and in which arithmetic; [`settings`]: every knob with its default; [`schedule`]: the learning rate
 //! - [`batches`]: [`Batches`] over a corpus
@@ -29,6 +30,7 @@ pub mod parts;
 pub mod plan;
 pub mod pretrain;
 pub mod progress;
+pub mod records;
 pub mod run;
 pub mod schedule;
 pub mod settings;
@@ -37,6 +39,7 @@ pub mod step;
 pub mod store;
 pub mod target;
 pub mod tfevents;
+pub mod updates;
 pub mod workspace;
 
 /// A model with its optimizer, as the run sees it.

@@ -7,11 +7,8 @@
 //! On a GPU nothing in this is waited for but the reading of the losses at the end. The work of a micro-batch, and that of the
 //! optimizer behind the last one, is queued as it comes the first time, recorded the second time, and replayed from then on.
 
-use std::collections::HashMap;
-
 use crate::data::batch::PretrainBatch;
-use crate::device::gpu::{Captured, Gpu};
-use crate::device::{Arena, DType, Device, Tensor};
+use crate::device::{DType, Device, Tensor};
 use crate::error::Result;
 use crate::graph::activations::{Activations, Plan};
 use crate::graph::encoder::Encoder;
@@ -24,8 +21,10 @@ use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
 use crate::ops::cross_entropy::Scale;
 use crate::ops::gather;
-use crate::ops::optimizer::{self, AdamW};
+use crate::ops::optimizer::AdamW;
 use crate::rng::Dropout;
+use crate::train::records::Records;
+use crate::train::updates::Optimizer;
 
 /// What is pre-trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,14 +110,6 @@ impl Scales {
     }
 }
 
-/// Optimizer state.
-struct Moments {
-    first: Arena,
-    second: Arena,
-    /// `[3]`, see [`AdamW::schedule`].
-    schedule: Tensor,
-}
-
 /// What a step finds out, in f64.
 struct Results {
     all: Tensor,
@@ -158,9 +149,6 @@ struct Segment {
     dropout: [u32; 2],
 }
 
-/// Recorded work; nothing yet for work that has run once.
-type Records = HashMap<Segment, Option<Box<dyn Captured>>>;
-
 /// A model in pre-training: parameters, buffers, optimizer.
 pub struct Pretrainer {
     device: Device,
@@ -172,12 +160,10 @@ pub struct Pretrainer {
     head: MlmHead,
     decoder: Option<EnhancedDecoder>,
     inputs: Inputs,
-    moments: Moments,
+    optimizer: Optimizer,
     scales: Scales,
     results: Results,
-    records: Records,
-    /// The constants that the records hold.
-    adamw: AdamW,
+    records: Records<Segment>,
 }
 
 /// The sizes of a run before anything is allocated.
@@ -250,7 +236,6 @@ impl Pretrainer {
         let capacity = Capacity { length: capacity.length.min(config.max_position_embeddings), ..capacity };
         let parts = Parts::new((device, storage), config, objective, capacity);
         let params = parts.table.allocate(device, storage);
-        let arena = || Arena::zeros(device, storage.wide(), [params.weights().len()]);
         let (types, decoder) = (config.type_vocab_size, objective == Objective::RetroMae);
         let model = Pretrainer {
             device,
@@ -261,11 +246,10 @@ impl Pretrainer {
             head: parts.head,
             decoder: parts.decoder,
             inputs: Inputs::new(device, capacity, config.vocab_size, types, decoder),
-            moments: Moments { first: arena(), second: arena(), schedule: device.zeros(DType::F32, 3) },
+            optimizer: Optimizer::new(device, &params),
             scales: Scales::new(device),
             results: Results::new(device),
-            records: Records::new(),
-            adamw: AdamW::default(),
+            records: Records::default(),
             params,
         };
         device.check().map(|()| model)
@@ -288,7 +272,7 @@ impl Pretrainer {
 
     /// The flat first and second moments.
     pub fn moments(&self) -> (&Tensor, &Tensor) {
-        (self.moments.first.whole(), self.moments.second.whole())
+        self.optimizer.moments()
     }
 
     /// One optimizer step: gradients of all micro-batches, clipping, AdamW number `t` (from 1) at learning rate `lr`. Dropout is that
@@ -301,12 +285,10 @@ impl Pretrainer {
             hidden: Dropout::new(seed, t, self.config.hidden_dropout_prob),
             attention: Dropout::new(seed, t, self.config.attention_probs_dropout_prob),
         };
-        if self.adamw != *adamw {
+        if self.optimizer.prepare(adamw, lr, t) {
             self.records.clear();
-            self.adamw = *adamw;
         }
-        self.moments.schedule.upload(&adamw.schedule(lr, t));
-        let (losses, squared_norm) = self.run(micro, dropout, true, Some((lr, t)))?;
+        let (losses, squared_norm) = self.run(micro, dropout, true, true)?;
         let grad_norm = squared_norm.sqrt();
         Ok(StepOutcome { losses, grad_norm, skipped: !grad_norm.is_finite() })
     }
@@ -316,7 +298,7 @@ impl Pretrainer {
     /// # Errors
     /// A failure of the GPU.
     pub fn gradients(&mut self, micro: &[PretrainBatch], dropout: StepDropout) -> Result<Losses> {
-        Ok(self.run(micro, dropout, true, None)?.0)
+        Ok(self.run(micro, dropout, true, false)?.0)
     }
 
     /// Losses without dropout and without gradients.
@@ -324,87 +306,48 @@ impl Pretrainer {
     /// # Errors
     /// A failure of the GPU.
     pub fn evaluate(&mut self, batch: &PretrainBatch) -> Result<Losses> {
-        Ok(self.run(std::slice::from_ref(batch), StepDropout::OFF, false, None)?.0)
+        Ok(self.run(std::slice::from_ref(batch), StepDropout::OFF, false, false)?.0)
     }
 
-    /// Losses, and gradients and an update at (`lr`, `t`) if asked for. Then the second is ‖g‖².
+    /// Losses, and gradients and an update if asked for. Then the second is ‖g‖².
     fn run(
         &mut self,
         micro: &[PretrainBatch],
         dropout: StepDropout,
         gradients: bool,
-        update: Option<(f64, u64)>,
+        update: bool,
     ) -> Result<(Losses, f64)> {
         let labels = Losses::labels(micro, self.objective);
         self.scales.set(&labels);
         if let Device::Gpu(gpu) = self.device {
             gpu.set_dropout_key(dropout.hidden.key);
         }
+        let mut records = std::mem::take(&mut self.records);
         for (i, batch) in micro.iter().enumerate() {
             let segment = Segment {
                 bounds: self.inputs.set(batch),
                 first: i == 0,
                 gradients,
-                update: update.is_some() && i + 1 == micro.len(),
+                update: update && i + 1 == micro.len(),
                 dropout: [dropout.hidden.threshold, dropout.attention.threshold],
             };
-            let work = |model: &Self| model.segment(segment, dropout, update.unwrap_or_default());
-            match self.device {
-                Device::Cpu => work(self),
-                Device::Gpu(gpu) => self.replay(gpu, segment, work),
-            }
+            records.run(self.device, segment, || self.segment(segment, dropout));
         }
+        self.records = records;
         self.results.read(self.device, labels)
     }
 
-    /// Queues the work of a segment: as it comes the first time, when kernels are loaded and temporary memory finds its size, then as a
-    /// record.
-    fn replay(&mut self, gpu: &Gpu, segment: Segment, work: impl Fn(&Self)) {
-        let mut records = std::mem::take(&mut self.records);
-        match records.get_mut(&segment) {
-            None => {
-                work(self);
-                records.insert(segment, None);
-            }
-            Some(record) => {
-                if record.is_none() {
-                    *record = gpu.capture(|| work(self));
-                }
-                if let Some(record) = record {
-                    gpu.replay(&**record);
-                }
-            }
-        }
-        self.records = records;
-    }
-
     /// All work between the upload of a micro-batch and that of the next.
-    fn segment(&self, segment: Segment, dropout: StepDropout, (lr, t): (f64, u64)) {
-        let (device, g) = (self.device, self.params.gradients());
+    fn segment(&self, segment: Segment, dropout: StepDropout) {
         if segment.first {
-            gather::zero(device, &self.results.all, self.results.all.len());
+            gather::zero(self.device, &self.results.all, self.results.all.len());
             if segment.gradients {
-                gather::zero(device, g, g.len());
+                gather::zero(self.device, self.params.gradients(), self.params.gradients().len());
             }
         }
         self.forward_backward(dropout, segment.gradients);
         if segment.update {
-            let norm = &self.results.norm;
-            optimizer::squared_norm(device, g, norm);
-            let update = optimizer::Update {
-                adamw: self.adamw,
-                lr,
-                t,
-                schedule: Some(&self.moments.schedule),
-                w: self.params.weights(),
-                copy: self.params.copies(),
-                g,
-                m: self.moments.first.whole(),
-                v: self.moments.second.whole(),
-                decayed: self.params.decayed,
-                squared_norm: norm,
-            };
-            optimizer::update(device, &update);
+            self.optimizer.update(&self.params, &self.results.norm);
         }
     }
 
