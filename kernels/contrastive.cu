@@ -8,7 +8,7 @@
 //
 // contrastive_forward_*            part_max, part_sum [splits, capacity], target_score [B] (=): online log-sum-exp in units of log 2.
 //                                  Grid (ceil(B / ROWS), splits).
-// contrastive_loss                 loss, lse [B] (=) from those. Grid ceil(B / 256), block 256.
+// contrastive_loss                 loss, lse [B] (=) from those, correct [B] (=): 1 where no candidate scores higher. Grid ceil(B / 256), block 256.
 // contrastive_backward_queries_*   dq [B, C] (=). Grid (ceil(B / ROWS), splits, ceil(C / window)).
 // contrastive_backward_passages_*  dp [P, C] (=). Grid (ceil(P / ROWS), splits, ceil(C / window)).
 //                                  With one split dq or dp are written and partial may be null; with more, partial
@@ -188,7 +188,7 @@ __device__ __forceinline__ void contrastive_gradient(T* dx, const float* partial
 #endif
 
 extern "C" __global__ void __launch_bounds__(256)
-    contrastive_loss(float* loss, float* lse, const float* part_max, const float* part_sum, const float* target_score, const int* queries,
+    contrastive_loss(float* loss, float* lse, uint32_t* correct, const float* part_max, const float* part_sum, const float* target_score, const int* queries,
                      int capacity, int splits) {
   constexpr float LN2 = 0.693147180559945309f;
   const int row = int(blockIdx.x) * 256 + int(threadIdx.x);
@@ -201,6 +201,7 @@ extern "C" __global__ void __launch_bounds__(256)
   }
   lse[row] = most * LN2 + logf(total);
   loss[row] = (most - target_score[row]) * LN2 + logf(total);
+  correct[row] = target_score[row] >= most ? 1u : 0u;
 }
 RM_EXPORT(contrastive_loss)
 

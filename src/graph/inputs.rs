@@ -217,7 +217,7 @@ impl TokenInputs {
     }
 
     /// Prepares the sums of the backward for the tokens that [`Self::set`] was given.
-    fn set_groups(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32], bounds: &Bounds) {
+    pub(super) fn set_groups(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32], bounds: &Bounds) {
         let position: Vec<u32> = cu_seqlens.windows(2).flat_map(|w| 0..w[1] - w[0]).collect();
         self.by_word.set(ids, bounds.tokens);
         self.by_position.set(&position, bounds.tokens);

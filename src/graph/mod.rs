@@ -7,6 +7,7 @@
 //! D head size, I feed-forward width, V vocabulary.
 
 pub mod activations;
+pub mod biencoder;
 pub mod block;
 pub mod encoder;
 pub mod extent;

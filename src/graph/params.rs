@@ -63,9 +63,18 @@ struct Entry {
 pub struct Table {
     entries: Vec<Entry>,
     parts: Vec<Part>,
+    prefix: String,
 }
 
 impl Table {
+    /// What `add` adds has `prefix` before its names, so that a model can have a part of the graph twice.
+    pub fn within<R>(&mut self, prefix: &str, add: impl FnOnce(&mut Table) -> R) -> R {
+        let outer = std::mem::replace(&mut self.prefix, prefix.to_string());
+        let added = add(self);
+        self.prefix = outer;
+        added
+    }
+
     /// One entry of several `[rows, columns]` matrices, one below the other.
     pub fn matrices(&mut self, names: &[String], rows: usize, columns: usize, init: Init) -> Id {
         self.entry(names, vec![rows, columns], true, init)
@@ -88,9 +97,8 @@ impl Table {
         let size: usize = shape.iter().product();
         let entry = self.entries.len();
         for (i, name) in names.iter().enumerate() {
-            let part =
-                Part { name: name.clone(), shape: shape.clone(), decay, offset: 0, entry, start: i * size, init };
-            self.parts.push(part);
+            let (name, shape) = (format!("{}{name}", self.prefix), shape.clone());
+            self.parts.push(Part { name, shape, decay, offset: 0, entry, start: i * size, init });
         }
         self.entries.push(Entry { len: size * names.len(), decay, padding: 0.0 });
         Id(entry)

@@ -38,9 +38,11 @@ pub struct Forward<'a> {
     pub loss: &'a Tensor,
     /// `[B]`, on the GPU f32, written.
     pub lse: &'a Tensor,
+    /// `[B]` u32, written: 1 where no candidate scores higher than the query's own passage.
+    pub correct: &'a Tensor,
 }
 
-/// Loss and log-sum-exp of each query.
+/// Loss, log-sum-exp and correctness of each query.
 pub fn forward(device: Device, a: &Forward<'_>) {
     match device {
         Device::Cpu => super::on_cpu!(a.q, cpu::forward, a),
@@ -120,10 +122,11 @@ mod cpu {
 
     pub fn forward<F: Real>(a: &Forward<'_>) {
         let (q, p, targets) = (a.q.read::<F>(), a.p.read::<F>(), a.shape.targets.read::<u32>());
-        let (mut loss, mut lse) = (a.loss.write::<F>(), a.lse.write::<F>());
+        let (mut loss, mut lse, mut correct) = (a.loss.write::<F>(), a.lse.write::<F>(), a.correct.write::<u32>());
         a.shape.blocks(&q, &p, |first, s| {
             let rows = s.par_chunks_exact(a.shape.passages.rows).zip(&targets[first..]);
-            rows.zip(loss[first..].par_iter_mut().zip(&mut lse[first..])).for_each(|((s, &own), (loss, lse))| {
+            let out = loss[first..].par_iter_mut().zip(&mut lse[first..]).zip(&mut correct[first..]);
+            rows.zip(out).for_each(|((s, &own), ((loss, lse), correct))| {
                 vectorized(|| {
                     let top = max(s);
                     let sum = sum1(
@@ -133,6 +136,7 @@ mod cpu {
                     );
                     *lse = top + sum.ln();
                     *loss = (top - s[own as usize]) + sum.ln();
+                    *correct = u32::from(s[own as usize] >= top);
                 });
             });
         });
@@ -236,6 +240,7 @@ mod gpu {
             ContrastiveLoss {
                 loss: a.loss.get_mut(),
                 lse: a.lse.get_mut(),
+                correct: a.correct.get_mut(),
                 part_max: part_max.into(),
                 part_sum: part_sum.into(),
                 target_score: target_score.into(),

@@ -126,15 +126,21 @@ pub fn run(device: Device, a: &CrossEntropy<'_>) {
             bias: None,
         });
     }
+    sums(device, rows, a.row_loss, a.row_correct, a.sums_acc);
+}
+
+/// Adds the sum of the rows' losses and the number of correct rows (u32, 1 or 0) to `sums_acc` `[2]` f64.
+pub fn sums(device: Device, rows: Count<'_>, row_loss: &Tensor, row_correct: &Tensor, sums_acc: &Tensor) {
     match device {
-        Device::Cpu => super::on_cpu!(a.h, cpu::sums, a),
-        Device::Gpu(gpu) => gpu::sums(gpu, a),
+        Device::Cpu => super::on_cpu!(row_loss, cpu::sums, rows.rows, row_loss, row_correct, sums_acc),
+        Device::Gpu(gpu) => gpu::sums(gpu, rows, row_loss, row_correct, sums_acc),
     }
 }
 
 /// The reference: rows in parallel, losses summed in row order in f64; bias gradient by blocks of columns.
 mod cpu {
     use super::CrossEntropy;
+    use crate::device::Tensor;
     use crate::device::cpu::{Real, max, sum1, vectorized};
     use rayon::prelude::*;
 
@@ -193,9 +199,9 @@ mod cpu {
         }
     }
 
-    pub fn sums<F: Real>(a: &CrossEntropy<'_>) {
-        let (loss, correct) = (a.row_loss.read::<F>(), a.row_correct.read::<u32>());
-        let (mut sums, rows) = (a.sums_acc.write::<f64>(), a.shape.rows.rows);
+    pub fn sums<F: Real>(rows: usize, row_loss: &Tensor, row_correct: &Tensor, sums_acc: &Tensor) {
+        let (loss, correct) = (row_loss.read::<F>(), row_correct.read::<u32>());
+        let mut sums = sums_acc.write::<f64>();
         sums[0] += loss[..rows].iter().map(|x| x.f64()).sum::<f64>();
         sums[1] += correct[..rows].iter().map(|&c| f64::from(c)).sum::<f64>();
     }
@@ -204,7 +210,8 @@ mod cpu {
 /// The launches of `cross_entropy.cu`.
 mod gpu {
     use super::super::gpu::{blocks, launch, launch_as};
-    use super::CrossEntropy;
+    use super::{Count, CrossEntropy};
+    use crate::device::Tensor;
     use crate::device::gpu::Gpu;
     use crate::device::launch::{MutPtr, Shape};
 
@@ -273,9 +280,9 @@ mod gpu {
         );
     }
 
-    pub fn sums(gpu: &Gpu, a: &CrossEntropy<'_>) {
-        let (sums_acc, row_loss, row_correct) = (a.sums_acc.get_mut(), a.row_loss.get(), a.row_correct.get());
-        let rows = a.shape.rows.get();
+    pub fn sums(gpu: &Gpu, rows: Count<'_>, row_loss: &Tensor, row_correct: &Tensor, sums_acc: &Tensor) {
+        let (sums_acc, row_loss, row_correct) = (sums_acc.get_mut(), row_loss.get(), row_correct.get());
+        let rows = rows.get();
         launch!(gpu, Shape::linear(1, 512), CrossEntropySums { sums_acc, row_loss, row_correct, rows });
     }
 }

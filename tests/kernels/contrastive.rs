@@ -203,9 +203,11 @@ impl Case {
         };
         T::forward(device, shape, on, parts.each_ref().map(Buffer::get_mut), capacity as i32)
             .expect("a correct kernel raises nothing");
+        let correct = Buffer::<u32>::poisoned(device, capacity);
         ContrastiveLoss {
             loss: loss.get_mut(),
             lse: on.lse.get_mut(),
+            correct: correct.get_mut(),
             part_max: part_max.get(),
             part_sum: part_sum.get(),
             target_score: target_score.get(),
@@ -215,6 +217,9 @@ impl Case {
         }
         .launch(device, Shape::linear(capacity.div_ceil(256) as u32, 256))
         .expect("a correct kernel raises nothing");
+        // A loss below ln 2 leaves no other candidate as much probability as the query's own passage.
+        let (correct, loss) = (correct.take(self.queries), loss.take(self.queries));
+        assert!(correct.iter().zip(&loss).all(|(&c, &loss)| c <= 1 && (c == 1 || loss >= 0.6931)));
     }
 
     fn backward<T: Kernels>(
@@ -259,9 +264,12 @@ impl Case {
         let shape = contrastive::Shape { queries: q_rows, passages: p_rows, width, temperature, targets, hidden };
         let [loss, lse, dq, dp] =
             [queries, queries, queries * width, passages * width].map(|n| Tensor::zeros(dtype, n));
-        contrastive::forward(Device::Cpu, &contrastive::Forward { shape, q: &q, p: &p, loss: &loss, lse: &lse });
+        let correct = Tensor::from_slice(&vec![0u32; queries]);
+        let (q, p) = (&q, &p);
+        let forward = contrastive::Forward { shape, q, p, loss: &loss, lse: &lse, correct: &correct };
+        contrastive::forward(Device::Cpu, &forward);
         let scale = f64::from(SCALE).into();
-        let backward = contrastive::Backward { shape, scale, q: &q, p: &p, lse: &lse, dq: &dq, dp: &dp };
+        let backward = contrastive::Backward { shape, scale, q, p, lse: &lse, dq: &dq, dp: &dp };
         contrastive::backward(Device::Cpu, &backward);
         [loss, lse, dq, dp].map(|t| match dtype {
             DType::F64 => t.to_vec::<f64>(),

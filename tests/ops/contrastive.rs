@@ -46,8 +46,17 @@ impl Case {
     fn losses(&self, lab: &Lab, x: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
         let (loss, lse) = (lab.set(self.queries), lab.set(self.queries));
         let (q, p) = (lab.tensor(&x[0]), lab.tensor(&x[1]));
-        self.with(|shape| forward(CPU, &Forward { shape, q: &q, p: &p, loss: &loss.tensor, lse: &lse.tensor }));
-        (loss.take(), lse.take())
+        let correct = Tensor::from_slice(&vec![7u32; self.queries]);
+        let (loss_to, lse_to) = (&loss.tensor, &lse.tensor);
+        self.with(|shape| {
+            forward(CPU, &Forward { shape, q: &q, p: &p, loss: loss_to, lse: lse_to, correct: &correct });
+        });
+        let (loss, lse) = (loss.take(), lse.take());
+        // A loss below ln 2 leaves no other candidate as much probability as the query's own passage.
+        let sure = |loss: f64| loss < std::f64::consts::LN_2;
+        let correct = correct.to_vec::<u32>();
+        assert!(correct.iter().zip(&loss).all(|(&c, &loss)| c <= 1 && (c == 1 || !sure(loss))));
+        (loss, lse)
     }
 
     /// Losses as the definition says.

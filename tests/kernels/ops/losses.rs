@@ -98,11 +98,14 @@ fn contrastive_of(place: Place, queries: usize, passages: usize, width: usize, h
     let [loss, lse] = [(); 2].map(|()| place.unset_wide(queries, SPARE));
     let [dq, dp] = [queries, passages].map(|rows| place.unset(rows * width, SPARE * width));
     let (q, p, loss, lse, weight) = (&q, &p, &loss, &lse, place.wide(&[SCALE], 0));
-    contrastive::forward(place.device(), &contrastive::Forward { shape, q, p, loss, lse });
+    let correct = place.tensor(&vec![7u32; queries], SPARE);
+    contrastive::forward(place.device(), &contrastive::Forward { shape, q, p, loss, lse, correct: &correct });
     let backward = contrastive::Backward { shape, scale: scale(&weight), q, p, lse, dq: &dq, dp: &dp };
     contrastive::backward(place.device(), &backward);
     let take = |tensor, used| place.take(tensor, used, Rest::Untouched);
     let mut results = vec![("loss", take(loss, queries)), ("lse", take(lse, queries))];
+    let correct = correct.to_vec::<u32>();
+    results.push(("correct", correct[..queries].iter().map(|&c| f64::from(c)).collect()));
     results.extend([("dq", take(&dq, queries * width)), ("dp", take(&dp, passages * width))]);
     results
 }

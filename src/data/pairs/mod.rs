@@ -1,0 +1,3 @@
+//! Fine-tuning's data.
+
+pub mod batch;

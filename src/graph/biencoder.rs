@@ -1,0 +1,197 @@
+//! A tower of a bi-encoder: from packed texts to one embedding each. Queries and passages share a tower, or have one each.
+//!
+//! `e = normalize(W pool(hidden) + b)`, projection and normalisation where asked for. With CLS pooling only the first row of each text is
+//! computed in the encoder's last layer; mean pooling needs all of them.
+
+use super::activations::{Plan, Slot};
+use super::block::Linear;
+use super::encoder::Encoder;
+use super::extent::{Bounds, Extent};
+use super::inputs::{Rows, TokenInputs};
+use super::params::Table;
+use super::{Capacity, Pass};
+use crate::data::pairs::batch::TextBatch;
+use crate::device::{DType, Device, Output, Tensor};
+use crate::model::config::BertConfig;
+use crate::ops::pool::{self, Pooling};
+use crate::ops::gather;
+
+/// How hidden states become an embedding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Which token states count.
+    pub pooling: Pooling,
+    /// Width of the projection, where there is one.
+    pub projection: Option<usize>,
+    /// Whether embeddings are scaled to length 1.
+    pub normalize: bool,
+}
+
+impl Shape {
+    /// Width of the embeddings.
+    pub fn width(&self, config: &BertConfig) -> usize {
+        self.projection.unwrap_or(config.hidden_size)
+    }
+}
+
+/// Texts of a chunk on the device.
+pub struct TowerInputs {
+    tokens: TokenInputs,
+    rows: Rows,
+    /// `[S]` row of each text among all embeddings of the step.
+    places: Tensor,
+    /// Texts.
+    pub count: Extent,
+    device: Device,
+    capacity: Capacity,
+    pooling: Pooling,
+}
+
+impl TowerInputs {
+    /// Room for chunks up to `capacity`.
+    pub fn new(device: Device, config: &BertConfig, capacity: Capacity, pooling: Pooling) -> Self {
+        TowerInputs {
+            tokens: TokenInputs::new(device, capacity, config.vocab_size, config.type_vocab_size),
+            rows: Rows::new(device, rows(capacity, pooling), capacity),
+            places: device.zeros(DType::U32, capacity.sequences),
+            count: Extent::new(device),
+            device,
+            capacity,
+            pooling,
+        }
+    }
+
+    /// Uploads texts whose embeddings go to `places`, with what a backward needs if it follows. Says for what the work is laid out.
+    pub fn set(&mut self, texts: &TextBatch, places: &[u32], gradients: bool) -> Bounds {
+        let (cu, count) = (&texts.cu_seqlens, texts.samples.len());
+        let length = cu.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0);
+        let exact = Bounds { tokens: texts.ids.len(), sequences: count, labels: 0, decoder_rows: 0, length };
+        let bounds = if self.device.is_gpu() { exact.rounded(self.capacity) } else { exact };
+        self.tokens.set(&texts.ids, &texts.types, cu, &texts.samples, &bounds);
+        if gradients {
+            self.tokens.set_groups(&texts.ids, &texts.types, cu, &bounds);
+        }
+        match self.pooling {
+            Pooling::Cls => self.rows.set(&cu[..count], cu, bounds.sequences, &bounds),
+            Pooling::Mean => {
+                self.rows.set(&(0..texts.ids.len() as u32).collect::<Vec<_>>(), cu, bounds.tokens, &bounds)
+            }
+        };
+        self.places.upload(places);
+        self.count.set(count, bounds.sequences);
+        bounds
+    }
+}
+
+/// Rows needed of the encoder's last layer.
+fn rows(capacity: Capacity, pooling: Pooling) -> usize {
+    match pooling {
+        Pooling::Cls => capacity.sequences,
+        Pooling::Mean => capacity.tokens,
+    }
+}
+
+/// An encoder and what makes an embedding of its states.
+pub struct Tower {
+    encoder: Encoder,
+    shape: Shape,
+    hidden: usize,
+    projection: Option<Linear>,
+    /// `[S, C]`: pooled states, and their gradient.
+    pooled: Slot,
+    d_pooled: Slot,
+    /// `[S, W]`: after the projection, and its gradient.
+    projected: Slot,
+    d_projected: Slot,
+    /// `[S, W]`: the embeddings, and their gradient; `[S]` lengths before normalisation.
+    embedding: Slot,
+    d_embedding: Slot,
+    length: Slot,
+}
+
+impl Tower {
+    /// Adds parameters and buffers to the tables, for chunks up to `capacity`. The projection's parameters are called `projection`.
+    pub fn new(
+        t: &mut Table,
+        plan: &mut Plan,
+        config: &BertConfig,
+        capacity: Capacity,
+        shape: Shape,
+        projection: &str,
+    ) -> Self {
+        let (sequences, c, w) = (capacity.sequences, config.hidden_size, shape.width(config));
+        let encoder = Encoder::new(t, plan, config, capacity, rows(capacity, shape.pooling));
+        let (pooled, d_pooled) = match shape.pooling {
+            Pooling::Cls => (encoder.output(), encoder.gradients.rows),
+            Pooling::Mean => (plan.add("tower.pooled", sequences, c), plan.add("tower.d_pooled", sequences, c)),
+        };
+        let linear = shape.projection.map(|_| Linear::new(t, projection.into(), w, c));
+        let (projected, d_projected) = match linear {
+            Some(_) => (plan.add("tower.projected", sequences, w), plan.add("tower.d_projected", sequences, w)),
+            None => (pooled, d_pooled),
+        };
+        let (embedding, d_embedding) = match shape.normalize {
+            true => (plan.add("tower.embedding", sequences, w), plan.add("tower.d_embedding", sequences, w)),
+            false => (projected, d_projected),
+        };
+        let length = plan.add_wide("tower.length", sequences, 1);
+        Tower {
+            encoder,
+            shape,
+            hidden: c,
+            projection: linear,
+            pooled,
+            d_pooled,
+            projected,
+            d_projected,
+            embedding,
+            d_embedding,
+            length,
+        }
+    }
+
+    fn width(&self) -> usize {
+        self.shape.projection.unwrap_or(self.hidden)
+    }
+
+    fn pool<'a>(&self, inputs: &'a TowerInputs) -> pool::Shape<'a> {
+        let (sequences, pooling) = (inputs.count.get(), self.shape.pooling);
+        pool::Shape { sequences, width: self.hidden, cu_seqlens: &inputs.rows.cu_rows, pooling }
+    }
+
+    /// Embeds the texts, and puts the embeddings where they belong in `all [N, W]`.
+    pub fn forward(&self, p: &Pass<'_>, inputs: &TowerInputs, all: &Tensor) {
+        let (count, c, w) = (inputs.count.get(), self.hidden, self.width());
+        self.encoder.forward(p, &inputs.tokens, &inputs.rows);
+        if self.shape.pooling == Pooling::Mean {
+            pool::forward(p.device, self.pool(inputs), p.b(self.encoder.output()), p.b(self.pooled));
+        }
+        if let Some(projection) = &self.projection {
+            projection.forward(p, (count, c, w), p.b(self.pooled), p.b(self.projected));
+        }
+        if self.shape.normalize {
+            pool::normalize(p.device, (count, w), p.b(self.projected), p.b(self.embedding), p.b(self.length));
+        }
+        gather::scatter(p.device, p.b(self.embedding), &inputs.places, count, w, all);
+    }
+
+    /// Adds the gradients of all parameters, from those of the embeddings in `d_all [N, W]`. The forward of the same texts comes before.
+    pub fn backward(&self, p: &Pass<'_>, inputs: &TowerInputs, d_all: &Tensor) {
+        let (count, c, w) = (inputs.count.get(), self.hidden, self.width());
+        gather::gather(p.device, d_all, &inputs.places, count, w, p.b(self.d_embedding));
+        if self.shape.normalize {
+            let (y, length) = (p.b(self.embedding), p.b(self.length));
+            let (dy, dx) = (p.b(self.d_embedding), p.b(self.d_projected));
+            pool::normalize_backward(p.device, (count, w), y, length, dy, dx);
+        }
+        if let Some(projection) = &self.projection {
+            let dx = (p.b(self.d_pooled), Output::Set);
+            projection.backward(p, (count, c, w), p.b(self.pooled), p.b(self.d_projected), dx);
+        }
+        if self.shape.pooling == Pooling::Mean {
+            pool::backward(p.device, self.pool(inputs), p.b(self.d_pooled), p.b(self.encoder.gradients.rows));
+        }
+        self.encoder.backward(p, &inputs.tokens, &inputs.rows);
+    }
+}
+
