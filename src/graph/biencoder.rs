@@ -110,17 +110,19 @@ pub struct Tower {
 }
 
 impl Tower {
-    /// Adds parameters and buffers to the tables, for chunks up to `capacity`. The projection's parameters are called `projection`.
+    /// Adds parameters and buffers to the tables, for chunks up to `capacity`. `(prefix, projection)`: what stands before the names of the encoder's
+    /// parameters, and what the projection is called.
     pub fn new(
         t: &mut Table,
         plan: &mut Plan,
         config: &BertConfig,
         capacity: Capacity,
         shape: Shape,
-        projection: &str,
+        (prefix, projection): (&str, &str),
     ) -> Self {
         let (sequences, c, w) = (capacity.sequences, config.hidden_size, shape.width(config));
-        let encoder = Encoder::new(t, plan, config, capacity, rows(capacity, shape.pooling));
+        let needed = rows(capacity, shape.pooling);
+        let encoder = t.within(prefix, |t| Encoder::new(t, plan, config, capacity, needed));
         let (pooled, d_pooled) = match shape.pooling {
             Pooling::Cls => (encoder.output(), encoder.gradients.rows),
             Pooling::Mean => (plan.add("tower.pooled", sequences, c), plan.add("tower.d_pooled", sequences, c)),

@@ -20,6 +20,7 @@ use crate::data::batch::PretrainBatch;
 use crate::error::Result;
 
 pub mod batches;
+pub mod biencoder;
 pub mod checkpoint;
 pub mod contract;
 pub mod export;

@@ -177,6 +177,17 @@ pub struct Footprint {
     pub activation_bytes: usize,
 }
 
+impl Footprint {
+    /// Of a graph with these tables.
+    pub fn of(table: &Table, plan: &Plan, storage: DType) -> Self {
+        let parameters = table.parameters();
+        // Weights, gradients and two moments, and the rounded copy of the weights.
+        let copy = if storage == storage.wide() { 0 } else { storage.size() };
+        let each = 4 * storage.wide().size() + copy;
+        Footprint { parameters, parameter_bytes: parameters * each, activation_bytes: plan.bytes(storage) }
+    }
+}
+
 /// The parts of the graph, before allocation.
 struct Parts {
     table: Table,
@@ -211,11 +222,7 @@ impl Pretrainer {
         storage: DType,
     ) -> Footprint {
         let parts = Parts::new((device, storage), config, objective, capacity);
-        let parameters = parts.table.parameters();
-        // Weights, gradients and two moments, and the rounded copy of the weights.
-        let copy = if storage == storage.wide() { 0 } else { storage.size() };
-        let each = 4 * storage.wide().size() + copy;
-        Footprint { parameters, parameter_bytes: parameters * each, activation_bytes: parts.plan.bytes(storage) }
+        Footprint::of(&parts.table, &parts.plan, storage)
     }
 
     /// Allocates everything for batches up to `capacity`; weights are zero until [`Params::load`]. `storage` is F32 or F64 on the CPU,
