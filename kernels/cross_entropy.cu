@@ -109,10 +109,11 @@ __device__ __forceinline__ void cross_entropy_gradient(float* row_loss, uint32_t
                                                        const uint32_t* labels, const int* rows, const float* scale, int first, int chunk,
                                                        int V) {
   const int begin = int(blockIdx.x) * CE_ROWS, live = min(min(*rows - first, chunk) - begin, CE_ROWS);
-  for (int r = max(live, 0); r < min(chunk - begin, CE_ROWS); r++) {
-    const float zero[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
-    for (int c = int(threadIdx.x) * 8; c < V; c += CE_THREADS * 8) store8(logits + size_t(begin + r) * size_t(V) + c, zero);
-  }
+  const float zero[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
+  T* const end = logits + size_t(min(chunk, begin + CE_ROWS)) * size_t(V);
+  // Unrolled, it would make the loop below spill.
+#pragma unroll 1
+  for (T* x = logits + size_t(begin + max(live, 0)) * size_t(V) + threadIdx.x * 8; x < end; x += CE_THREADS * 8) store8(x, zero);
   if (live <= 0) return;
   const T* x[CE_ROWS];
 #pragma unroll
