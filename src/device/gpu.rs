@@ -252,7 +252,10 @@ impl Gpu {
 
     /// What kernels need of a dropout. Its key must be the one that was set.
     pub fn dropout(&self, mask: &Dropout) -> super::kernels::Dropout {
-        assert!(!mask.is_on() || *locked(&self.key_here) == mask.key, "dropout of another step than the one that was set");
+        assert!(
+            !mask.is_on() || *locked(&self.key_here) == mask.key,
+            "dropout of another step than the one that was set"
+        );
         super::kernels::Dropout {
             key: ConstPtr::new(self.key.get().map_or(0, Memory::address)),
             threshold: mask.threshold,

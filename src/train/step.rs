@@ -200,12 +200,7 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(
-        (device, storage): (Device, DType),
-        config: &BertConfig,
-        objective: Objective,
-        capacity: Capacity,
-    ) -> Self {
+    fn new((device, storage): (Device, DType), config: &BertConfig, objective: Objective, capacity: Capacity) -> Self {
         let (mut table, mut plan) = (Table::default(), Plan::default());
         let with_decoder = objective == Objective::RetroMae;
         let needed = capacity.encoder_labels + capacity.sequences;
