@@ -61,7 +61,13 @@ struct Arguments {
 }
 
 /// One workload, timed.
-fn time(args: &Arguments, target: &Target, model: Model, workload: Workload, ceiling: Option<Ceiling>) -> Result<Value> {
+fn time(
+    args: &Arguments,
+    target: &Target,
+    model: Model,
+    workload: Workload,
+    ceiling: Option<Ceiling>,
+) -> Result<Value> {
     let began = Instant::now();
     let (config, objective, lengths) = (model.config()?, Objective::RetroMae, workload.lengths(model)?);
     let (batches, capacity) = workload::batches(workload, model, args.batches.max(1))?;
@@ -90,7 +96,8 @@ fn time(args: &Arguments, target: &Target, model: Model, workload: Workload, cei
     let mut times = steps.map(|t| step(&mut trainer, t)).collect::<Result<Vec<f64>>>()?;
     let ms = median(&mut times);
     let decile = |part: f64| times[((times.len() as f64 * part) as usize).min(times.len() - 1)];
-    let (masked, labelled) = (batches[0].encoder_label_ids.len(), batches[0].decoder.as_ref().map_or(0, |d| d.label_ids.len()));
+    let (masked, labelled) =
+        (batches[0].encoder_label_ids.len(), batches[0].decoder.as_ref().map_or(0, |d| d.label_ids.len()));
     let work = flops::pretraining(&config, objective, lengths.iter().copied(), masked, labelled) as f64;
     let footprint = Pretrainer::footprint(target.device, &config, objective, capacity, target.storage);
     let tflops = work / ms / 1e9;
@@ -138,7 +145,9 @@ fn run(args: &Arguments) -> Result<()> {
         lines.push(line);
     }
     println!("\n{} on {}, {}", model.name(), target.words, target.precision());
-    println!("| workload | median ms | p10 | p90 | tokens/s | TFLOP/s | MFU |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
+    println!(
+        "| workload | median ms | p10 | p90 | tokens/s | TFLOP/s | MFU |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    );
     for line in lines {
         let number = |name: &str| line[name].as_f64().unwrap_or(f64::NAN);
         println!(

@@ -6,7 +6,7 @@ use retromae_engine::device::{DType, Matrix, Output, Tensor};
 use retromae_engine::ops::cross_entropy::{self, CrossEntropy, Gradients, Scale};
 use retromae_engine::ops::{Count, contrastive, linear};
 
-/// Bytes of logits that exist at a time in the engine's graph.
+/// Bytes of logits that exist at a time on a GPU, as in `graph::mlm`.
 const LOGITS_BYTES: usize = 32 << 20;
 
 pub fn cases(bench: &Bench<'_>) -> Result<()> {
@@ -25,7 +25,8 @@ fn layer(bench: &Bench<'_>, name: &str, inputs: usize, outputs: usize) -> Result
     let elements = t * inputs + outputs * inputs + t * outputs;
     let flops = 2 * t * inputs * outputs;
     bench.case(&format!("linear {name} forward"), Work { flops, bytes: bench.bytes(elements) }, || {
-        let (x, w, b) = (bench.stored(t * inputs, 1.0), bench.stored(outputs * inputs, 0.02), bench.stored(outputs, 0.02));
+        let (x, w, b) =
+            (bench.stored(t * inputs, 1.0), bench.stored(outputs * inputs, 0.02), bench.stored(outputs, 0.02));
         let y = bench.room(t * outputs);
         Box::new(move || {
             let (x, y) = (Matrix::new(&x, inputs), Matrix::new(&y, outputs));
@@ -35,7 +36,8 @@ fn layer(bench: &Bench<'_>, name: &str, inputs: usize, outputs: usize) -> Result
     // Besides the operands of the forward: the gradient of the input, and that of the weight, read and written in f32.
     let bytes = bench.bytes(elements + t * inputs) + 8 * outputs * inputs;
     bench.case(&format!("linear {name} backward"), Work { flops: 2 * flops, bytes }, || {
-        let (x, w, dy) = (bench.stored(t * inputs, 1.0), bench.stored(outputs * inputs, 0.02), bench.stored(t * outputs, 1.0));
+        let (x, w, dy) =
+            (bench.stored(t * inputs, 1.0), bench.stored(outputs * inputs, 0.02), bench.stored(t * outputs, 1.0));
         let (dx, dw, db) = (bench.room(t * inputs), bench.wide_room(outputs * inputs), bench.wide_room(outputs));
         Box::new(move || {
             let dx = Some((Matrix::new(&dx, inputs), Output::Set));
@@ -51,7 +53,8 @@ fn head(bench: &Bench<'_>) -> Result<()> {
     let (device, dims, batch) = (bench.setup.device, bench.setup.dims, bench.full);
     let (t, c, v) = (batch.tokens, dims.hidden, dims.vocabulary);
     let rows = batch.inputs.tokens.count.get();
-    let chunk = (LOGITS_BYTES / bench.bytes(v)).clamp(16, t) / 16 * 16;
+    let chunk = (LOGITS_BYTES / bench.bytes(v)).clamp(16, t);
+    let chunk = if chunk > 128 { chunk / 128 * 128 } else { chunk };
     let shape = cross_entropy::Shape { rows, width: c, vocabulary: v, chunk };
     let labels = &batch.inputs.tokens.ids;
     let bytes = bench.bytes(2 * t * c + v * c) + 8 * v * c;

@@ -147,7 +147,8 @@ fn moves(bench: &Bench<'_>) -> Result<()> {
     })?;
     let Some(decoder) = &batch.inputs.decoder else { return Ok(()) };
     let labelled = decoder.rows.count.count;
-    let groups = [("positions", &decoder.by_position, batch.length), ("sequences", &decoder.by_sequence, batch.sequences)];
+    let groups =
+        [("positions", &decoder.by_position, batch.length), ("sequences", &decoder.by_sequence, batch.sequences)];
     for (name, groups, sums) in groups {
         let work = bytes(bench.bytes(labelled * c) + 8 * sums * c);
         bench.case(&format!("sums by {name}"), work, || {

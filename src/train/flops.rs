@@ -58,9 +58,7 @@ mod tests {
         // Ragged: the baselines' smallest set of passages.
         let mut mini = preset("bert-mini").unwrap();
         (mini.hidden_size, mini.intermediate_size, mini.num_hidden_layers, mini.vocab_size) = (128, 256, 2, 1000);
-        let lengths = [
-            10, 11, 13, 15, 15, 18, 18, 18, 18, 19, 19, 20, 20, 21, 22, 22, 24, 25, 26, 27, 30, 30, 31, 40,
-        ];
+        let lengths = [10, 11, 13, 15, 15, 18, 18, 18, 18, 19, 19, 20, 20, 21, 22, 22, 24, 25, 26, 27, 30, 30, 31, 40];
         assert_eq!(pretraining(&mini, Objective::RetroMae, lengths, 152, 464), 1_797_055_488);
     }
 }
