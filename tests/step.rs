@@ -13,7 +13,9 @@ fn golden(case: &str) -> PathBuf {
 fn step(objective: &str, model: &Path, batch: &Path, output: &Path) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_retromae-engine"));
     command.args(["step", "--objective", objective, "--model"]).arg(model).arg("--batch").arg(batch);
-    command.arg("--output").arg(output).output().unwrap()
+    // Not `auto`: on a machine with a GPU that would be bf16 there.
+    let device = std::env::var("RETROMAE_DEVICE").unwrap_or_else(|_| "cpu".into());
+    command.args(["--device", &device, "--precision", "fp32", "--output"]).arg(output).output().unwrap()
 }
 
 fn stderr(output: &Output) -> String {

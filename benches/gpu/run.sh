@@ -3,7 +3,7 @@
 #
 #   [DEVICE=cuda|emulator] [OUT=folder] [PYTHON=python3] benches/gpu/run.sh check|sanitize|bench|kernels|pretrain|profile [workload]
 #
-# A part prints a short table last and leaves its raw output in OUT, a few files. DEVICE=emulator rehearses the script at tiny sizes on
+# A part prints a short table last and leaves three files in OUT: PART.txt, PART.log, PART.tar.gz. DEVICE=emulator rehearses the script at tiny sizes on
 # a machine without a GPU; what cannot be rehearsed says so in one line.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -22,8 +22,11 @@ case $device in cuda | emulator) ;; *) echo "error: DEVICE=$device; choose cuda 
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 work=$(mktemp -d)
+raw=$work/raw
 rows=$work/rows
-log=$out/$part.log
+name=$part${2:+-$2}
+log=$out/$name.log
+mkdir "$raw"
 : >"$rows"
 : >"$log"
 

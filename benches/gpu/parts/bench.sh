@@ -1,8 +1,8 @@
 # Steps of the engine and of PyTorch in turn, at equal work. Sourced by run.sh.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # variables of run.sh
 
 bench() {
-    local workload=${1:-full512} json=$out/steps-${1:-full512}.jsonl size=(--model base) steps=30 peer=(--device cuda)
+    local workload=${1:-full512} json=$raw/steps.jsonl size=(--model base) steps=30 peer=(--device cuda)
     facts
     rm -f "$json"
     # What torch.compile has made is found again by the next process.
@@ -12,7 +12,7 @@ bench() {
         peer=(--device cpu --no-compile)
     fi
     ours() {
-        try "engine $workload $1" 60 engine_env "$pack/bin/bench-step" --device "$device" --precision bf16 "${size[@]}" --workload "$workload" \
+        try "engine $workload $1" 60 "${libraries[@]}" "$pack/bin/bench-step" --device "$device" --precision bf16 "${size[@]}" --workload "$workload" \
             --steps "$steps" --json "$json" || true
     }
     theirs() {

@@ -1,9 +1,9 @@
 # Does it compute what it must? Sourced by run.sh.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # variables of run.sh
 
 check() {
     facts
-    try doctor 60 engine_env "$engine" doctor --json "$out/doctor.json" || true
+    try doctor 60 "${libraries[@]}" "$engine" doctor --json "$raw/doctor.json" || true
     tests
     golden
     training
@@ -14,13 +14,13 @@ tests() {
     local everything=() records=$work/conformance
     # The emulator's runs are part of every test run on any machine; here they only show that the script works.
     [ "$device" = cuda ] || everything=(layernorm)
-    try "kernels against the CPU's ops" 240 engine_env "$pack/tests/kernels" "${everything[@]}" || true
-    try "primitives, recorded" 60 engine_env RETROMAE_RECORD="$records" "$pack/tests/emulator" primitives || true
-    [ ! -d "$records" ] || tar -C "$records" -czf "$out/conformance.tar.gz" .
+    try "kernels against the CPU's ops" 240 "${libraries[@]}" "$pack/tests/kernels" "${everything[@]}" || true
+    try "primitives, recorded" 60 "${libraries[@]}" RETROMAE_RECORD="$records" "$pack/tests/emulator" primitives || true
+    [ ! -d "$records" ] || tar -C "$records" -czf "$raw/conformance.tar.gz" .
     everything=()
     [ "$device" = cuda ] || everything=(golden)
-    try "graph against golden cases" 90 engine_env "$pack/tests/graph" "${everything[@]}" || true
-    try "step contract" 30 engine_env "$pack/tests/step" || true
+    try "graph against golden cases" 90 "${libraries[@]}" "$pack/tests/graph" "${everything[@]}" || true
+    try "step contract" 30 "${libraries[@]}" "$pack/tests/step" || true
 }
 
 # Golden cases through the program; judged in Python against PyTorch's own error in bf16.
@@ -30,7 +30,7 @@ golden() {
     for case in head32/mlm head32/retromae head64/retromae; do
         objective=${case#*/}
         for precision in fp32 bf16; do
-            try "step $case $precision" 30 engine_env "$engine" step --objective "$objective" --model "tests/golden/$case/model" \
+            try "step $case $precision" 30 "${libraries[@]}" "$engine" step --objective "$objective" --model "tests/golden/$case/model" \
                 --batch "tests/golden/$case/batch.safetensors" --output "$made/${case/\//-}-$precision.safetensors" \
                 --device "$device" --precision "$precision" || true
         done
@@ -40,7 +40,7 @@ golden() {
         return
     fi
     try "golden cases against PyTorch" 120 "$python" "$here/golden.py" --cases tests/golden --made "$made" \
-        --reference "$pack/reference" --json "$out/golden.json" || true
+        --reference "$pack/reference" --json "$raw/golden.json" || true
     grep -aE '^\|' "$said" >>"$work/tables" || true
 }
 
@@ -51,21 +51,20 @@ training() {
     mkdir -p "$runs"
     try "tokenize debian" 60 "$engine" tokenize --input "$pack/data/debian/corpus.jsonl.gz" --tokenizer assets/demo --output "$shards" \
         --max-length 128 --keep-duplicates || return 0
-    train_demo() {
-        engine_env "$engine" train --objective retromae --config-file assets/demo/config.json --data "$shards" --output "$runs/$1" \
-            --batch-size 32 --steps "$steps" --warmup-steps 10 --learning-rate 1e-3 --eval-every 0 --eval-size 64 --log-every 1 \
-            --save-every 0 --tensorboard false --seed 1 --device "$2" --precision "$3"
+    # run NAME DEVICE PRECISION
+    run() {
+        try "train $steps steps: $1, $2 $3" 90 "${libraries[@]}" "$engine" train --objective retromae --config-file assets/demo/config.json \
+            --data "$shards" --output "$runs/$1" --batch-size 32 --steps "$steps" --warmup-steps 10 --learning-rate 1e-3 --eval-every 0 \
+            --eval-size 64 --log-every 1 --save-every 0 --tensorboard false --seed 1 --device "$2" --precision "$3" || true
     }
-    export -f train_demo engine_env
-    export engine engine_libraries shards runs steps
-    try "train $steps steps on the CPU" 90 bash -c 'train_demo cpu cpu fp32' || true
-    try "train $steps steps, bf16" 60 bash -c "train_demo first $device bf16" || true
-    try "the same again" 60 bash -c "train_demo second $device bf16" || true
-    try "train $steps steps, fp32" 60 bash -c "train_demo fp32 $device fp32" || true
+    run cpu cpu fp32
+    run fp32 "$device" fp32
+    run first "$device" bf16
+    run second "$device" bf16
     try "losses, and bits of both runs" 30 "$python" "$here/tables.py" runs --like "$runs/cpu" --within 0.02 --same "$runs/first" "$runs/second" \
         "$runs/cpu" "$runs/fp32" "$runs/first" "$runs/second" || true
     grep -aE '^\|' "$said" >>"$work/tables" || true
     for run in cpu fp32 first second; do
         [ ! -f "$runs/$run/metrics.jsonl" ] || sed "s/^{/{\"run\":\"$run\",/" "$runs/$run/metrics.jsonl"
-    done >"$out/training.jsonl"
+    done >"$raw/training.jsonl"
 }

@@ -1,5 +1,5 @@
 # What the parts share. Sourced by run.sh.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # variables of run.sh
 
 # Unpacks .gpu/pack.tar.gz into target/gpu, unless that is there already, and puts the programs where tests expect them.
 unpack() {
@@ -23,15 +23,15 @@ unpack() {
         ln -s "$root" "$built"
     fi
     [ "$(cd "$built" && pwd -P)" = "$(pwd -P)" ] || echo "note: $built is another checkout; tests read its files" | tee -a "$log"
-    # cuBLASLt lies inside Python packages.
-    local libraries
-    libraries=$("$python" - <<'PYTHON' 2>/dev/null || true
+    # cuBLASLt lies inside Python packages. What uses it is started through this.
+    local found
+    found=$("$python" - <<'PYTHON' 2>/dev/null || true
 import glob, importlib.util
 spec = importlib.util.find_spec("nvidia")
 print(":".join(p for root in (spec.submodule_search_locations if spec else []) for p in sorted(glob.glob(root + "/*/lib"))))
 PYTHON
 )
-    engine_libraries=${libraries:+$libraries:}${LD_LIBRARY_PATH:-}
+    libraries=(env "LD_LIBRARY_PATH=${found:+$found:}${LD_LIBRARY_PATH:-}")
 }
 
 build_fact() { sed -n "s/^$1=//p" "$pack/BUILD.txt"; }
@@ -53,20 +53,20 @@ row() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${4:-}" >>"$rows"; }
 # Ends with the command's own status.
 said=$work/said
 try() {
-    local name=$1 limit=$2 began=$SECONDS rc=0
+    local what=$1 limit=$2 began=$SECONDS rc=0
     shift 2
     if [ "$(left)" -lt "$limit" ]; then limit=$(left); fi
     if [ "$limit" -lt 3 ]; then
-        row "$name" "no time" 0
+        row "$what" "no time" 0
         return 1
     fi
-    printf '\n== %s (at %s s, for at most %s s): %s\n' "$name" "$SECONDS" "$limit" "$*" >>"$log"
+    printf '\n== %s (at %s s, for at most %s s): %s\n' "$what" "$SECONDS" "$limit" "$*" >>"$log"
     timeout -k 5 "$limit" "$@" >"$said" 2>&1 </dev/null || rc=$?
     cat "$said" >>"$log"
     case $rc in
-        0) row "$name" ok $((SECONDS - began)) "$(detail)" ;;
-        124 | 137) row "$name" "TIME UP" $((SECONDS - began)) "after $limit s; $(detail)" ;;
-        *) row "$name" "FAILED ($rc)" $((SECONDS - began)) "$(detail)" ;;
+        0) row "$what" ok $((SECONDS - began)) "$(detail)" ;;
+        124 | 137) row "$what" "TIME UP" $((SECONDS - began)) "after $limit s; $(detail)" ;;
+        *) row "$what" "FAILED ($rc)" $((SECONDS - began)) "$(detail)" ;;
     esac
     return "$rc"
 }
@@ -79,8 +79,6 @@ detail() {
     [ -n "$line" ] || line=$(grep -av '^ *$' "$said" | tail -n 1 || true)
     printf '%s' "$line" | tr '\t' ' ' | cut -c1-150
 }
-
-engine_env() { env LD_LIBRARY_PATH="$engine_libraries" "$@"; }
 
 # The machine, its software and the build: in the log and as a row.
 facts() {
@@ -98,7 +96,7 @@ facts() {
         "$python" -c 'import sys; print("python", sys.version)'
         "$python" -c 'import torch, transformers; print("torch", torch.__version__, torch.version.cuda, "transformers", transformers.__version__)' ||
             true
-    } >"$out/facts.txt" 2>&1 || true
+    } >"$raw/facts.txt" 2>&1 || true
     local gpu=emulator
     [ "$device" != cuda ] || gpu=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader | head -n 1 || echo "no GPU")
     row machine "$device" 0 "$gpu, commit ${RETROMAE_COMMIT:0:12}"
@@ -109,11 +107,12 @@ finish() {
     local rc=$?
     {
         [ ! -s "$work/tables" ] || { echo; cat "$work/tables"; }
-        printf '\n%-42s %-12s %5s  %s\n' "$part on $device" result s detail
+        printf '\n%-42s %-12s %5s  %s\n' "$name on $device" result s detail
         awk -F '\t' '{ printf "%-42s %-12s %5s  %s\n", $1, $2, $3, $4 }' "$rows"
         grep -qE $'\t(FAILED|TIME UP|no time)' "$rows" && rc=1
-        echo "$SECONDS s in all; raw output in $out; exit $rc"
-    } | tee "$out/$part.txt"
+        echo "$SECONDS s in all; more in $out/$name.log and .tar.gz; exit $rc"
+    } | tee "$out/$name.txt"
+    tar -C "$raw" -czf "$out/$name.tar.gz" .
     grep -qE $'\t(FAILED|TIME UP|no time)' "$rows" && rc=1
     rm -rf "$work"
     exit "$rc"

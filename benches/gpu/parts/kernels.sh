@@ -1,15 +1,15 @@
 # Single kernels of the engine and of PyTorch. Sourced by run.sh.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # variables of run.sh
 
 kernels() {
-    local json=$out/kernels.jsonl size=base peer=(--device cuda --budget 240)
+    local json=$raw/kernels.jsonl size=base peer=(--device cuda --budget 240)
     facts
     rm -f "$json"
     if [ "$device" != cuda ]; then
         size=mini
         peer=(--device cpu --only "device copy")
     fi
-    try "kernels, bf16" 180 engine_env "$pack/bin/bench-kernels" --device "$device" --precision bf16 --model "$size" --json "$json" || true
+    try "kernels, bf16" 180 "${libraries[@]}" "$pack/bin/bench-kernels" --device "$device" --precision bf16 --model "$size" --json "$json" || true
     grep -aE '^(\||product)' "$said" >"$work/kernels" || true
     if has_torch; then
         try "PyTorch's kernels" 270 "$python" "$pack/peers/torch_peer.py" --micro --json "$json" "${peer[@]}" || true

@@ -1,5 +1,5 @@
 # Hardware counters of the kernels that a step spends its time in. Sourced by run.sh.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # variables of run.sh
 
 profile() {
     local counters=gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed
@@ -9,7 +9,7 @@ profile() {
     facts
     if [ "$device" != cuda ]; then
         left_out "ncu" "it needs a GPU"
-        try "the program that it would watch" 120 engine_env "$pack/bin/bench-kernels" --device emulator --repeats 1 --only layernorm || true
+        try "the program that it would watch" 120 "${libraries[@]}" "$pack/bin/bench-kernels" --device emulator --repeats 1 --only layernorm || true
         return
     fi
     if ! command -v ncu >/dev/null; then
@@ -19,11 +19,11 @@ profile() {
     # The first launches of each case, before its work is recorded; the clocks stay as they are.
     local family
     for family in attention "enhanced decoding" layernorm gelu "LM head" embed AdamW; do
-        try "ncu: $family" 75 engine_env ncu --clock-control none --csv --metrics "$counters" --launch-count 6 \
+        try "ncu: $family" 75 "${libraries[@]}" ncu --clock-control none --csv --metrics "$counters" --launch-count 6 \
             --kernel-name "regex:$(kernels_of "$family")" "$pack/bin/bench-kernels" --device cuda --repeats 1 --only "$family" || true
-        grep -a '^"' "$said" >>"$out/ncu.csv" || true
+        grep -a '^"' "$said" >>"$raw/ncu.csv" || true
     done
-    try "counters" 20 "$python" "$here/counters.py" "$out/ncu.csv" || true
+    try "counters" 20 "$python" "$here/counters.py" "$raw/ncu.csv" || true
     cat "$said" >>"$work/tables"
 }
 

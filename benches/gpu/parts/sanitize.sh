@@ -1,5 +1,5 @@
 # Bad memory accesses, races, reads of nothing, wrong barriers. Sourced by run.sh.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # variables of run.sh
 
 sanitize() {
     facts
@@ -40,7 +40,7 @@ sanitized() {
     # An early report of reads of nothing would hide the later ones.
     [ "$tool" != initcheck ] || under+=(--track-unused-memory no)
     printf '\n== %s: %s, for at most %s s\n' "$tool" "$name" "$limit" >>"$log"
-    engine_env timeout -k 5 "$limit" "${under[@]}" "$@" >"$said" 2>&1 </dev/null || rc=$?
+    timeout -k 5 "$limit" "${libraries[@]}" "${under[@]}" "$@" >"$said" 2>&1 </dev/null || rc=$?
     cat "$said" >>"$log"
     found=$(grep -aE '(ERROR|RACECHECK) SUMMARY' "$said" | tail -n 1 | sed 's/^=* *//' || true)
     ran=$(grep -acE '^test .*\.\.\. ok' "$said" || true)
