@@ -82,7 +82,9 @@ const REFUSALS: [(&str, Libraries, &[(&str, &str)], &str, &str); 11] = [
 
 /// Whether the test can take this machine's own cuBLASLt out of sight.
 fn can_hide(libraries: Libraries) -> bool {
-    let there = libraries == Libraries::Driver && std::path::Path::new("/usr/local/cuda/lib64/libcublasLt.so").exists();
+    let toolkit = std::fs::read_dir("/usr/local/cuda/lib64").into_iter().flatten().flatten();
+    let mut names = toolkit.map(|entry| entry.file_name());
+    let there = libraries == Libraries::Driver && names.any(|name| name.to_string_lossy().starts_with("libcublasLt"));
     if there {
         println!("left out: the machine's own cuBLASLt in /usr/local/cuda cannot be hidden");
     }
@@ -254,6 +256,28 @@ fn uploads_keep_their_content_until_they_are_done() {
     assert!(!uploads.iter().any(|line| *line == "cuStreamSynchronize"), "{uploads:?}");
 }
 
+#[test]
+fn a_step_fails_with_one_line_and_exit_code_1() {
+    for (what, libraries, variables, cause, _) in REFUSALS.into_iter().filter(|r| can_hide(r.1)).take(2) {
+        let (code, err) = fakes::step(libraries, variables).0;
+        let expected = fakes::NO_KERNELS.unwrap_or(cause);
+        assert_eq!((code, err.lines().count()), (Some(1), 1), "{what}: {err}");
+        assert!(err.starts_with(&format!("error: {expected}")), "{what}: {err}");
+    }
+}
+
+#[test]
+fn a_whole_step_makes_calls_that_the_driver_accepts() {
+    if fakes::NO_KERNELS.is_some() {
+        return;
+    }
+    let ((code, err), log) = fakes::step(Libraries::Both, &[("FAKE_MEMORY", "4000000000")]);
+    assert_eq!((code, err.as_str()), (Some(0), ""));
+    let count = |name: &str| log.lines().filter(|line| line.starts_with(name)).count();
+    assert!(count("cuLaunchKernel ") > 50 && count("cublasLtMatmul ") > 30, "{log}");
+    assert_eq!(count("cuMemFree_v2 early"), 0, "memory is given back when nothing uses it any more");
+}
+
 /// Scenarios in which a call fails, and what is then said.
 const FAILURES: [(&str, &[(&str, &str)], &str); 13] = [
     (
@@ -295,20 +319,20 @@ const FAILURES: [(&str, &[(&str, &str)], &str); 13] = [
     (
         "launch",
         &[("FAKE_LATE", "conformance_reductions:700")],
-        "error: CUDA_ERROR_ILLEGAL_ADDRESS (what the fake was told to say), noticed at waiting for the GPU; run again with \
-         RETROMAE_SYNC=1, which names the kernel at fault, and report it",
+        "error: waiting for the GPU: CUDA_ERROR_ILLEGAL_ADDRESS (what the fake was told to say); this may be of work queued before: run \
+         again with RETROMAE_SYNC=1, which names the kernel at fault, and report it",
     ),
     (
         "launch",
         &[("FAKE_LATE", "conformance_reductions:700"), ("RETROMAE_SYNC", "1")],
-        "error: CUDA_ERROR_ILLEGAL_ADDRESS (what the fake was told to say), noticed at kernel conformance_reductions (grid 1 x 1 x 1, \
-         block 32 x 1 x 1, 0 bytes of shared memory); this is a defect of the engine; report it with the command",
+        "error: kernel conformance_reductions (grid 1 x 1 x 1, block 32 x 1 x 1, 0 bytes of shared memory): \
+         CUDA_ERROR_ILLEGAL_ADDRESS (what the fake was told to say); this is a defect of the engine; report it with the command",
     ),
     (
         "replay",
         &[("FAKE_LATE", "conformance_reductions:719"), ("RETROMAE_SYNC", "1")],
-        "error: CUDA_ERROR_LAUNCH_FAILED (what the fake was told to say), noticed at kernel conformance_reductions (grid 1 x 1 x 1, \
-         block 32 x 1 x 1, 0 bytes of shared memory); this is a defect of the engine; report it with the command",
+        "error: kernel conformance_reductions (grid 1 x 1 x 1, block 32 x 1 x 1, 0 bytes of shared memory): \
+         CUDA_ERROR_LAUNCH_FAILED (what the fake was told to say); this is a defect of the engine; report it with the command",
     ),
     (
         "replay",
@@ -324,8 +348,8 @@ const FAILURES: [(&str, &[(&str, &str)], &str); 13] = [
     (
         "product",
         &[("FAKE_FAIL", "cublasLtMatmul:13")],
-        "error: product c [2, 3] F32 = a [2, 4] F32 · b [3, 4]ᵀ F32, strides 4, 4, 3: CUBLAS_STATUS_EXECUTION_FAILED; run again with \
-         RETROMAE_SYNC=1, which names the kernel at fault, and report it",
+        "error: product c [2, 3] F32 = a [2, 4] F32 · b [3, 4]ᵀ F32, strides 4, 4, 3: CUBLAS_STATUS_EXECUTION_FAILED; this may be of \
+         work queued before: run again with RETROMAE_SYNC=1, which names the kernel at fault, and report it",
     ),
 ];
 

@@ -180,6 +180,7 @@ impl Backend for CudaBackend {
         alloc(&self.inner.queue, bytes, &self.inner.facts)
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn free(&self, address: u64) {
         match &mut *locked(&self.recording) {
             // SAFETY: passed on.
@@ -188,22 +189,26 @@ impl Backend for CudaBackend {
         }
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<()> {
         self.not_recording("a copy")?;
         // SAFETY: passed on.
         unsafe { locked(&self.inner.staging).upload(to, from) }
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
         self.not_recording("a copy")?;
         // SAFETY: passed on.
         unsafe { locked(&self.inner.staging).download(from, to) }
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn fill(&self, at: u64, bytes: usize, byte: u8) -> Result<()> {
         self.queue(Work::Fill { at, bytes, byte })
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn launch(&self, kernel: &Kernel, shape: Shape, params: &[*const c_void]) -> Result<()> {
         if !matches!(*locked(&self.recording), Recording::List { .. }) {
             // SAFETY: passed on.
@@ -213,6 +218,7 @@ impl Backend for CudaBackend {
         self.queue(unsafe { Work::launch(kernel, shape, params) }?)
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn product(&self, p: &GpuProduct) -> Result<()> {
         self.queue(Work::Product(*p))
     }

@@ -109,12 +109,14 @@ impl Backend for EmulatorBackend {
         Ok(address)
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn free(&self, address: u64) {
         locked(&self.inner.used).retain(|(at, _)| *at != address);
         // SAFETY: passed on.
         unsafe { self.inner.emulator.free_at(address) };
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<()> {
         self.not_recording("a copy")?;
         // SAFETY: passed on.
@@ -122,6 +124,7 @@ impl Backend for EmulatorBackend {
         Ok(())
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
         self.not_recording("a copy")?;
         // SAFETY: passed on.
@@ -129,10 +132,12 @@ impl Backend for EmulatorBackend {
         Ok(())
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn fill(&self, at: u64, bytes: usize, byte: u8) -> Result<()> {
         self.queue(Work::Fill { at, bytes, byte })
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn launch(&self, kernel: &Kernel, shape: Shape, params: &[*const c_void]) -> Result<()> {
         if locked(&self.recording).is_none() {
             // SAFETY: passed on.
@@ -142,6 +147,7 @@ impl Backend for EmulatorBackend {
         self.queue(unsafe { Work::launch(kernel, shape, params) }?)
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn product(&self, p: &GpuProduct) -> Result<()> {
         self.queue(Work::Product(*p))
     }

@@ -138,3 +138,17 @@ pub fn doctor(libraries: Libraries, variables: &[(&str, &str)]) -> String {
     assert!(done.status.success() && err.is_empty(), "{variables:?}: {err}");
     String::from_utf8_lossy(&done.stdout).into_owned()
 }
+
+/// Exit code and standard error of `retromae-engine step` on a stored case, and the calls that the fakes saw.
+pub fn step(libraries: Libraries, variables: &[(&str, &str)]) -> ((Option<i32>, String), String) {
+    let folder = tempfile::tempdir().expect("a folder for the output");
+    let log = folder.path().join("log");
+    let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/head32/retromae");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_retromae-engine"));
+    command.args(["step", "--objective", "retromae", "--device", "cuda", "--model"]).arg(case.join("model"));
+    command.arg("--batch").arg(case.join("batch.safetensors"));
+    command.arg("--output").arg(folder.path().join("gradients.safetensors"));
+    let done = run(command, libraries, variables, &log);
+    let err = String::from_utf8_lossy(&done.stderr).into_owned();
+    ((done.status.code(), err), std::fs::read_to_string(log).unwrap_or_default())
+}

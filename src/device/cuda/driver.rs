@@ -175,11 +175,7 @@ fn failure(code: CUresult, what: &dyn Display) -> Error {
         if known { CStr::from_ptr(text).to_string_lossy() } else { "unknown".into() }
     };
     // The enumeration's names are the driver's own.
-    let cause = match is_late(code) {
-        true => format!("{code:?} ({text}), noticed at {what}"),
-        false => format!("{what}: {code:?} ({text})"),
-    };
-    Error::device(cause).remedy(remedy(code))
+    Error::device(format!("{what}: {code:?} ({text})")).remedy(remedy(code))
 }
 
 /// Whether the code tells of work queued earlier, of which any call may be the one that hears.
@@ -200,7 +196,8 @@ fn is_late(code: CUresult) -> bool {
 }
 
 /// What to do about work that failed after it was queued.
-pub const SYNCHRONISE: &str = "run again with RETROMAE_SYNC=1, which names the kernel at fault, and report it";
+pub const SYNCHRONISE: &str =
+    "this may be of work queued before: run again with RETROMAE_SYNC=1, which names the kernel at fault, and report it";
 
 fn remedy(code: CUresult) -> &'static str {
     use CUresult as C;

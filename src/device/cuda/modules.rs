@@ -1,6 +1,7 @@
 //! Kernels on the device: PTX handed to the driver's compiler when a kernel of its file is first launched, and the launch itself.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_int, c_void};
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
@@ -31,7 +32,6 @@ struct Loaded {
     functions: HashMap<&'static str, Function>,
 }
 
-#[derive(Clone, Copy)]
 struct Function {
     handle: Handle<CUfunction>,
     /// Shared memory that the kernel declares itself.
@@ -88,21 +88,21 @@ impl Modules {
         // SAFETY: one pointer for each parameter, as just checked, to values that the caller vouches for. The driver copies them before
         // it returns and writes none.
         let code = unsafe { sys::cuLaunchKernel(function, gx, gy, gz, bx, by, bz, shared_bytes, stream, values, none) };
-        check(code, &Told(kernel, shape))
+        check(code, &Told(kernel, shape))?;
+        queue.queued(&Told(kernel, shape))
     }
 
     /// The kernel, loaded and allowed `dynamic_bytes` of shared memory.
     fn prepare(&self, kernel: &Kernel, dynamic_bytes: u32) -> Result<CUfunction> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut function = match loaded.functions.get(kernel.name) {
-            Some(function) => *function,
-            None => {
-                let module = match loaded.modules.get(kernel.module.name) {
-                    Some(module) => *module,
-                    None => self.load(kernel.module)?,
+        let Loaded { modules, functions } = &mut *self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let function = match functions.entry(kernel.name) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(free) => {
+                let module = match modules.entry(kernel.module.name) {
+                    Entry::Occupied(known) => *known.get(),
+                    Entry::Vacant(free) => *free.insert(self.load(kernel.module)?),
                 };
-                loaded.modules.insert(kernel.module.name, module);
-                find(module, kernel)?
+                free.insert(find(module, kernel)?)
             }
         };
         let wanted = function.fixed_bytes.saturating_add(dynamic_bytes);
@@ -120,7 +120,6 @@ impl Modules {
             check(code, &format_args!("asking for {dynamic_bytes} bytes of shared memory for kernel {}", kernel.name))?;
             function.allowed_bytes = dynamic_bytes;
         }
-        loaded.functions.insert(kernel.name, function);
         Ok(function.handle.0)
     }
 

@@ -155,7 +155,8 @@ impl Products {
         let size = p.c.dtype.size();
         // SAFETY: passed on.
         let code = unsafe { sys::cuMemsetD2D8Async(p.c.address, p.c.stride * size, 0, p.n * size, p.m, stream) };
-        driver::check(code, &"filling a matrix")
+        driver::check(code, &"filling a matrix")?;
+        self.queue.queued(&"filling a matrix")
     }
 
     /// # Safety

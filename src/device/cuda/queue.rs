@@ -78,7 +78,8 @@ impl Queue {
     pub unsafe fn fill(&self, at: CUdeviceptr, bytes: usize, byte: u8) -> Result<()> {
         let stream = self.enter()?;
         // SAFETY: passed on.
-        check(unsafe { sys::cuMemsetD8Async(at, byte, bytes, stream) }, &"filling memory")
+        check(unsafe { sys::cuMemsetD8Async(at, byte, bytes, stream) }, &"filling memory")?;
+        self.queued(&"filling memory")
     }
 
     /// An event that has happened, until it is recorded.
