@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A line a launch out of what `ncu --csv --metrics` prints."""
+"""A line a kernel and grid, its last launch, out of what `ncu --csv --metrics` prints."""
 import csv
 import sys
 
@@ -17,12 +17,13 @@ SHORT = {
 launches, head = {}, None
 for row in csv.reader(open(sys.argv[1])):
     if "Metric Name" in row:   # every family begins with a head of its own
-        head, family = row, len(launches)
+        head = row
         continue
     if head is None or len(row) != len(head):
         continue
     r = dict(zip(head, row))
-    launch = launches.setdefault((family, r["ID"]), {"kernel": r["Kernel Name"].split("(")[0]})
+    name, grid = r["Kernel Name"].split("(")[0], r["Grid Size"]
+    launch = launches.setdefault((name, grid), {"kernel": f"{name} {grid.replace(', 1', '')}"})
     launch[SHORT.get(r["Metric Name"], r["Metric Name"])] = f"{r['Metric Value']} {r['Metric Unit'] if 'time' in r['Metric Name'] else ''}".strip()
 print("| kernel | " + " | ".join(SHORT.values()) + " |\n| --- |" + " ---: |" * len(SHORT))
 for launch in launches.values():

@@ -42,7 +42,7 @@ def pytorch_bf16(case, objective, losses):
     """The same case in PyTorch: fp32 weights, bf16 autocast, on the GPU if there is one."""
     from transformers import BertForMaskedLM
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = BertForMaskedLM.from_pretrained(case / "model", attn_implementation="eager").eval().to(device)
+    lm = BertForMaskedLM.from_pretrained(case / "model", attn_implementation="eager").float().eval().to(device)
     batch = {k: v.to(device) for k, v in load_file(case / "batch.safetensors").items()}
     decoder = None
     if objective == "retromae":

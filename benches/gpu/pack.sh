@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Packs what run.sh needs on a machine with a GPU and without cargo or network: .gpu/pack.tar.gz, and .gpu/BUILD.txt, which says what
+# Packs what run.sh needs on a machine with a GPU and without cargo or network: .gpu/pack.tar.xz, and .gpu/BUILD.txt, which says what
 # is in it. Programs and tests are built with nvcc; texts, baselines and reference come from the shared folder beside the repository.
 #
 #   benches/gpu/pack.sh          (NVCC, CUDA_HOME or VIRTUAL_ENV name an nvcc; SHARED another shared folder)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-tests=(kernels emulator graph step)
+tests=(kernels emulator graph graph_invariants step)
 benches=(step kernels)
 limit_mib=60
 shared=${SHARED:-$(git rev-parse --path-format=absolute --git-common-dir)/../../shared}
@@ -58,12 +58,14 @@ chmod -R u+w "$pack"
     (cd "$pack" && find bin tests -type f | sort | xargs sha256sum)
 } >"$pack/BUILD.txt"
 
-mkdir -p .gpu
-tar -C "$pack" -czf .gpu/pack.tar.gz .
+rm -rf .gpu
+mkdir .gpu
+# The programs share most of their content, and -9 looks back far enough to see it.
+tar -C "$pack" -c . | xz -9 >.gpu/pack.tar.xz
 cp "$pack/BUILD.txt" .gpu/BUILD.txt
 
 # What travels: this folder, and every file of the tree that git does not ignore.
-packed=$(stat -c %s .gpu/pack.tar.gz)
+packed=$(stat -c %s .gpu/pack.tar.xz)
 tree=$(git ls-files -z --cached --others --exclude-standard | xargs -0 stat -c %s 2>/dev/null | awk '{ n += $1 } END { print n }')
 mib() { awk -v n="$1" 'BEGIN { printf "%.1f", n / 1048576 }'; }
 cat .gpu/BUILD.txt

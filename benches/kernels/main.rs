@@ -51,6 +51,9 @@ struct Arguments {
     /// Times each case is measured
     #[arg(long, default_value_t = 15)]
     repeats: usize,
+    /// Sets of operands of each case, used in turn [default: 4, together larger than the cache; 1 in the emulator]
+    #[arg(long)]
+    copies: Option<usize>,
     /// Append the results to this file
     #[arg(long)]
     json: Option<PathBuf>,
@@ -204,7 +207,7 @@ fn run(args: &Arguments) -> Result<()> {
         ragged: &ragged,
         random: &random,
         gpu,
-        copies: if emulated { 1 } else { 4 },
+        copies: args.copies.unwrap_or(if emulated { 1 } else { 4 }).max(1),
         args,
         ceiling,
         facts: json!({

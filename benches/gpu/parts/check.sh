@@ -11,15 +11,17 @@ check() {
 
 # Kernels, primitives and graph against the CPU, on this device; what the primitives gave is kept for tests/golden/conformance.
 tests() {
-    local everything=() records=$work/conformance
+    # All tests share the one GPU, and ops their temporary memory on it.
+    local serial=(--test-threads=1) everything=() records=$work/conformance
     # The emulator's runs are part of every test run on any machine; here they only show that the script works.
     [ "$device" = cuda ] || everything=(layernorm)
-    try "kernels against the CPU's ops" 240 "${libraries[@]}" "$pack/tests/kernels" "${everything[@]}" || true
-    try "primitives, recorded" 60 "${libraries[@]}" RETROMAE_RECORD="$records" "$pack/tests/emulator" primitives || true
+    try "kernels against the CPU's ops" 240 "${libraries[@]}" "$pack/tests/kernels" "${serial[@]}" "${everything[@]}" || true
+    try "primitives, recorded" 60 "${libraries[@]}" RETROMAE_RECORD="$records" "$pack/tests/emulator" "${serial[@]}" primitives || true
     [ ! -d "$records" ] || tar -C "$records" -czf "$raw/conformance.tar.gz" .
-    everything=()
-    [ "$device" = cuda ] || everything=(golden)
-    try "graph against golden cases" 90 "${libraries[@]}" "$pack/tests/graph" "${everything[@]}" || true
+    try "graph against golden cases" 60 "${libraries[@]}" "$pack/tests/graph" "${serial[@]}" || true
+    everything=(gpu::)
+    [ "$device" = cuda ] || everything=(gpu::f32)
+    try "steps against the CPU's" 90 "${libraries[@]}" "$pack/tests/graph_invariants" "${serial[@]}" "${everything[@]}" || true
     try "step contract" 30 "${libraries[@]}" "$pack/tests/step" || true
 }
 

@@ -1,14 +1,15 @@
 # What the parts share. Sourced by run.sh.
 # shellcheck shell=bash disable=SC2034,SC2154 # variables of run.sh
 
-# Unpacks .gpu/pack.tar.gz into target/gpu, unless that is there already, and puts the programs where tests expect them.
+# Unpacks .gpu/pack.tar.xz into target/gpu, unless that is there already, and puts the programs where tests expect them.
 unpack() {
     pack=$root/target/gpu
     if ! cmp -s "$root/.gpu/BUILD.txt" "$pack/BUILD.txt"; then
-        [ -f "$root/.gpu/pack.tar.gz" ] || { echo "error: .gpu/pack.tar.gz is not here; make it with benches/gpu/pack.sh" >&2; exit 1; }
+        [ -f "$root/.gpu/pack.tar.xz" ] || { echo "error: .gpu/pack.tar.xz is not here; make it with benches/gpu/pack.sh" >&2; exit 1; }
         rm -rf "$pack"
         mkdir -p "$pack"
-        tar -C "$pack" -xzf "$root/.gpu/pack.tar.gz"
+        # Python unpacks it where there is no xz.
+        tar -C "$pack" -xJf "$root/.gpu/pack.tar.xz" 2>/dev/null || "$python" -m tarfile -e "$root/.gpu/pack.tar.xz" "$pack"
     fi
     engine=$pack/bin/retromae-engine
     RETROMAE_COMMIT=$(build_fact commit)
@@ -31,7 +32,8 @@ spec = importlib.util.find_spec("nvidia")
 print(":".join(p for root in (spec.submodule_search_locations if spec else []) for p in sorted(glob.glob(root + "/*/lib"))))
 PYTHON
 )
-    libraries=(env "LD_LIBRARY_PATH=${found:+$found:}${LD_LIBRARY_PATH:-}")
+    libraries=(env "LD_LIBRARY_PATH=$found${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
+    [ ! -d /usr/local/cuda/bin ] || PATH=$PATH:/usr/local/cuda/bin
 }
 
 build_fact() { sed -n "s/^$1=//p" "$pack/BUILD.txt"; }
@@ -77,7 +79,7 @@ detail() {
     line=$(grep -aE '^test result: ' "$said" | tail -n 1 | sed -E 's/^test result: //; s/; finished.*//; s/; 0 (ignored|measured)//g' || true)
     [ -n "$line" ] || line=$(grep -aE '^(error|ERROR|.*panicked at)' "$said" | head -n 1 || true)
     [ -n "$line" ] || line=$(grep -av '^ *$' "$said" | tail -n 1 || true)
-    printf '%s' "$line" | tr '\t' ' ' | cut -c1-150
+    printf '%s' "$line" | tr '\t' ' ' | sed -E 's/^\{"mode".*"ms": ?([0-9.]+),.*"tokens_per_s": ?([0-9]+).*/\1 ms, \2 tokens\/s/; s/^ +//' | cut -c1-150
 }
 
 # The machine, its software and the build: in the log and as a row.
@@ -99,7 +101,7 @@ facts() {
     } >"$raw/facts.txt" 2>&1 || true
     local gpu=emulator
     [ "$device" != cuda ] || gpu=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader | head -n 1 || echo "no GPU")
-    row machine "$device" 0 "$gpu, commit ${RETROMAE_COMMIT:0:12}"
+    row machine "$device" 0 "$gpu, commit ${RETROMAE_COMMIT:0:12}${RETROMAE_COMMIT:40}"
 }
 
 # Prints the tables last, whatever happened.

@@ -16,11 +16,11 @@ profile() {
         left_out "ncu" "it is not here"
         return
     fi
-    # The first launches of each case, before its work is recorded; the clocks stay as they are.
+    # Every launch is run several times over, so there are few of them; the clocks stay as they are.
     local family
     for family in attention "enhanced decoding" layernorm gelu "LM head" embed AdamW; do
-        try "ncu: $family" 75 "${libraries[@]}" ncu --clock-control none --csv --metrics "$counters" --launch-count 6 \
-            --kernel-name "regex:$(kernels_of "$family")" "$pack/bin/bench-kernels" --device cuda --repeats 1 --only "$family" || true
+        try "ncu: $family" 75 "${libraries[@]}" ncu --clock-control none --csv --metrics "$counters" --launch-count 60 \
+            --kernel-name "regex:$(kernels_of "$family")" "$pack/bin/bench-kernels" --device cuda --repeats 1 --copies 1 --only "$family" || true
         grep -a '^"' "$said" >>"$raw/ncu.csv" || true
     done
     try "counters" 20 "$python" "$here/counters.py" "$raw/ncu.csv" || true
