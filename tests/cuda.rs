@@ -11,8 +11,11 @@ mod scenarios;
 use fakes::{Libraries, child, doctor};
 use retromae_engine::device::Device;
 
+/// Settings of the fakes.
+type Variables = &'static [(&'static str, &'static str)];
+
 /// Libraries and settings under which the GPU cannot be used, what is then said, and what to do.
-const REFUSALS: [(&str, Libraries, &[(&str, &str)], &str, &str); 11] = [
+const REFUSALS: [(&str, Libraries, Variables, &str, &str); 11] = [
     ("no driver", Libraries::None, &[], "there is no NVIDIA driver (libcuda.so.1)", "--device cpu"),
     (
         "an old driver",
@@ -279,7 +282,7 @@ fn a_whole_step_makes_calls_that_the_driver_accepts() {
 }
 
 /// Scenarios in which a call fails, and what is then said.
-const FAILURES: [(&str, &[(&str, &str)], &str); 13] = [
+const FAILURES: [(&str, Variables, &str); 13] = [
     (
         "memory",
         &[],
