@@ -7,7 +7,7 @@
 use std::ffi::c_void;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::launch::{ConstPtr, Kernel, Launcher, MutPtr, Shape};
+use super::launch::{ConstPtr, Kernel, Launcher, MutPtr, Shape, TensorLayout, TensorMap};
 use super::{DType, Product};
 use crate::error::{Error, Result};
 use crate::rng::Dropout;
@@ -128,6 +128,12 @@ pub trait Backend: Send + Sync {
     /// Ends recording, also after a failure.
     fn end_capture(&self) -> Result<Box<dyn Captured>>;
 
+    /// Encodes a tensor map, refusing what the driver refuses.
+    fn tensor_map(&self, layout: &TensorLayout) -> Result<TensorMap> {
+        Err(Error::device(format!("no tensor map for {layout:?} on {}", self.facts().name))
+            .remedy("report this as a defect"))
+    }
+
     /// Marks this point of the queue.
     fn event(&self) -> Result<Box<dyn Event>>;
 
@@ -212,10 +218,20 @@ impl Gpu {
 
     /// `bytes` of memory, each `byte`. Of no size after a failure.
     pub fn memory(&'static self, bytes: usize, byte: u8) -> Memory {
-        let address = self.keep(|| self.backend.alloc(bytes.max(1)));
-        let memory = Memory { gpu: self, address: address.unwrap_or(0), bytes: address.map_or(0, |_| bytes) };
+        let memory = self.uninitialised(bytes);
         memory.fill(0, memory.bytes, byte);
         memory
+    }
+
+    /// `bytes` of memory with any content. The emulator sets all bits, and its checker reports kernels that read them.
+    pub fn uninitialised(&'static self, bytes: usize) -> Memory {
+        let address = self.keep(|| self.backend.alloc(bytes.max(1)));
+        Memory { gpu: self, address: address.unwrap_or(0), bytes: address.map_or(0, |_| bytes) }
+    }
+
+    /// Encodes a tensor map for this GPU.
+    pub fn tensor_map(&self, layout: &TensorLayout) -> Result<TensorMap> {
+        self.backend.tensor_map(layout)
     }
 
     /// # Safety

@@ -2,6 +2,8 @@
 
 #[path = "../../build/emulator.rs"]
 mod build_emulator;
+#[path = "../kernels/device.rs"]
+mod device;
 #[path = "../../build/jobs.rs"]
 mod jobs;
 

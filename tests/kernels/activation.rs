@@ -2,7 +2,7 @@
 
 use crate::harness::*;
 use half::bf16;
-use retromae_engine::device::emulator::Emulator;
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels::*;
 use retromae_engine::device::launch::{ConstPtr, Shape};
 use retromae_engine::device::{Device, Element, Tensor};
@@ -29,7 +29,7 @@ struct Inputs {
 macro_rules! runner {
     ($name:ident, $t:ty, $forward:ident, $backward:ident) => {
         /// y and dx.
-        fn $name(on: &Emulator, case: &Case, i: &Inputs) -> Vec<Vec<f32>> {
+        fn $name(on: &'static Gpu, case: &Case, i: &Inputs) -> Vec<Vec<f32>> {
             let n = case.rows * case.width;
             let spare = 2 * case.width;
             let shape = Shape::linear((n + spare).div_ceil(2048) as u32, 256);
@@ -53,17 +53,17 @@ runner!(run_bf16, bf16, ActivationForwardBf16, ActivationBackwardBf16);
 
 /// y and dx of the op, x = u + bias rounded by `sum`.
 fn on_cpu<F: Element>(case: &Case, i: &Inputs, of: impl Fn(f32) -> F, sum: impl Fn(f32, f32) -> F) -> Vec<Vec<F>> {
-    let n = i.u.len();
+    let (n, rows) = (i.u.len(), (case.rows.into(), case.width));
     let bias = |e: usize| i.bias.as_ref().map_or(0.0, |b| b[e % case.width]);
     let x: Vec<F> = i.u.iter().enumerate().map(|(e, &u)| sum(u, bias(e))).collect();
     let (x, y) = (Tensor::from_slice(&x), Tensor::zeros(F::DTYPE, n));
     let dy = Tensor::from_slice(&i.dy.iter().map(|&d| of(d)).collect::<Vec<_>>());
-    activation::forward(Device::Cpu, FUNCTIONS[case.function], &x, &y, n);
-    activation::backward(Device::Cpu, FUNCTIONS[case.function], &x, &dy, n);
+    activation::forward(Device::Cpu, FUNCTIONS[case.function], &x, &y, rows);
+    activation::backward(Device::Cpu, FUNCTIONS[case.function], &x, &dy, rows);
     vec![y.to_vec(), dy.to_vec()]
 }
 
-fn judged<T: Storage>(case: &Case, run: fn(&Emulator, &Case, &Inputs) -> Vec<Vec<f32>>) {
+fn judged<T: Storage>(case: &Case, run: fn(&'static Gpu, &Case, &Inputs) -> Vec<Vec<f32>>) {
     let n = case.rows * case.width;
     let i = Inputs {
         u: rounded::<T>(&normal(n, 1).iter().map(|x| 2.0 * x).collect::<Vec<_>>()),

@@ -3,7 +3,8 @@
 use crate::harness::*;
 use crate::reference::*;
 use half::bf16;
-use retromae_engine::device::emulator::Emulator;
+use retromae_engine::device::emulator::{Emulator, Options};
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::launch::{ConstPtr, MutPtr};
 use retromae_engine::device::{DType, Device, Matrix, Tensor, kernels};
 use retromae_engine::ops::attention::{self, Backward, Forward, Gradient, Pass};
@@ -50,13 +51,13 @@ struct Dense<T> {
 }
 
 trait Kernels: Storage {
-    fn launch(device: &Emulator, batch: &DeviceBatch, case: &Case, x: &Views<Self>, y: &Dense<Self>);
+    fn launch(device: &'static Gpu, batch: &DeviceBatch, case: &Case, x: &Views<Self>, y: &Dense<Self>);
 }
 
 macro_rules! kernels_of {
     ($t:ty: $($d:literal => $forward:ident $dq:ident $dkv:ident)*) => {
         impl Kernels for $t {
-            fn launch(device: &Emulator, batch: &DeviceBatch, case: &Case, x: &Views<$t>, y: &Dense<$t>) {
+            fn launch(device: &'static Gpu, batch: &DeviceBatch, case: &Case, x: &Views<$t>, y: &Dense<$t>) {
                 let (heads, site, dropout) = (case.heads as i32, batch.site(), batch.dropout());
                 let (q_stride, k_stride, v_stride) = (x.q_stride, x.kv_stride, x.kv_stride);
                 let (dq_stride, dkv_stride) = (x.q_stride, x.kv_stride);
@@ -136,7 +137,7 @@ impl Case<'_> {
         x.map(|x| rounded::<T>(&x))
     }
 
-    fn run<T: Kernels>(&self, device: &Emulator, [q, k, v, dout]: &Inputs) -> Results {
+    fn run<T: Kernels>(&self, device: &'static Gpu, [q, k, v, dout]: &Inputs) -> Results {
         let p = self.problem();
         let (c, rows, tokens) = (p.width(), p.rows(), p.tokens());
         let dense = Dense {
@@ -204,7 +205,7 @@ impl Case<'_> {
         ([out.to_vec(), dq.to_vec(), columns(&dkv, c, 0, 2), columns(&dkv, c, 1, 2)], lse.to_vec())
     }
 
-    fn judge<T: Kernels>(&self, device: &Emulator) {
+    fn judge<T: Kernels>(&self, device: &'static Gpu) {
         let (p, x) = (self.problem(), self.inputs::<T>());
         let (exact, lse) = self.exact(&x);
         let operands = Operands { q: &x[0], k: &x[1], v: &x[2], dout: &x[3], sees: &|_, _, _| true };
@@ -214,15 +215,15 @@ impl Case<'_> {
 }
 
 fn check(case: Case) {
-    let device = Emulator::new(Default::default()).expect("the emulator is linked in");
-    case.judge::<f32>(&device);
-    case.judge::<bf16>(&device);
+    let device = gpu();
+    case.judge::<f32>(device);
+    case.judge::<bf16>(device);
 }
 
 /// One key: the output is its value, and the gradients of scores are differences of equal numbers, zero but for rounding.
 #[test]
 fn one_token() {
-    fn of<T: Kernels>(device: &Emulator) {
+    fn of<T: Kernels>(device: &'static Gpu) {
         let case = Case { lengths: &[1], ..PLAIN };
         let x = case.inputs::<T>();
         let y = case.run::<T>(device, &x);
@@ -231,9 +232,9 @@ fn one_token() {
         let size = largest(&y.delta) * largest(&x[0]).max(largest(&x[1]));
         assert!(y.dq.iter().chain(&y.dk).all(|x| x.abs() <= 1e-5 * size));
     }
-    let device = Emulator::new(Default::default()).expect("the emulator is linked in");
-    of::<f32>(&device);
-    of::<bf16>(&device);
+    let device = gpu();
+    of::<f32>(device);
+    of::<bf16>(device);
 }
 
 /// Around the 16 rows of a fragment, the 32 of a step, and the tile of 64.
@@ -283,9 +284,8 @@ fn many_queries_with_gaps() {
 #[test]
 fn large_scores_stay_finite() {
     let case = Case { lengths: &[70, 3], size: 500.0, ..PLAIN };
-    let device = Emulator::new(Default::default()).expect("the emulator is linked in");
-    for results in [case.run::<f32>(&device, &case.inputs::<f32>()), case.run::<bf16>(&device, &case.inputs::<bf16>())]
-    {
+    let device = gpu();
+    for results in [case.run::<f32>(device, &case.inputs::<f32>()), case.run::<bf16>(device, &case.inputs::<bf16>())] {
         assert!(results.all().iter().flatten().all(|x| x.is_finite()));
     }
 }
@@ -304,10 +304,10 @@ fn every_order_gives_the_same_bits() {
 #[test]
 fn neighbours_do_not_matter() {
     let (alone, among) = (Case { lengths: &[97], p: 0.1, ..PLAIN }, Case { lengths: &[97, 5, 140], p: 0.1, ..PLAIN });
-    let device = Emulator::new(Default::default()).expect("the emulator is linked in");
+    let device = gpu();
     let x = among.inputs::<bf16>();
     let own = x.each_ref().map(|x| x[..97 * PLAIN.heads * PLAIN.head_size].to_vec());
-    let (alone, among) = (alone.run::<bf16>(&device, &own), among.run::<bf16>(&device, &x));
+    let (alone, among) = (alone.run::<bf16>(device, &own), among.run::<bf16>(device, &x));
     for (alone, among) in alone.all().iter().zip(among.all()) {
         assert!(alone.iter().zip(&among).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
@@ -316,12 +316,16 @@ fn neighbours_do_not_matter() {
 /// Shared tiles are read and written without bank conflicts.
 #[test]
 fn ldmatrix_never_replays() {
-    let device = Emulator::new(Default::default()).expect("the emulator is linked in");
+    if !emulated("the count of replays") {
+        return;
+    }
+    // It is kept for all devices of the process together.
+    let emulator = Emulator::new(Options::default()).expect("the emulator is linked in");
     for head_size in [32, 64, 128] {
-        device.ldmatrix_stats();
+        emulator.ldmatrix_stats();
         let case = Case { head_size, lengths: &[130], p: 0.1, ..PLAIN };
-        case.run::<bf16>(&device, &case.inputs::<bf16>());
-        let (phases, replays) = device.ldmatrix_stats();
+        case.run::<bf16>(gpu(), &case.inputs::<bf16>());
+        let (phases, replays) = emulator.ldmatrix_stats();
         assert!(phases > 1000 && replays == 0, "{replays} replays in {phases} phases at {head_size}");
     }
 }

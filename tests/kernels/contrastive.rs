@@ -2,7 +2,7 @@
 
 use crate::harness::*;
 use half::bf16;
-use retromae_engine::device::emulator::{Emulator, Options};
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels::*;
 use retromae_engine::device::launch::{ConstPtr, MutPtr, Shape};
 use retromae_engine::device::{DType, Device, Tensor};
@@ -50,9 +50,9 @@ struct Side {
 trait Kernels: Storage {
     /// Rows of a block, columns of a chunk and of a window.
     const TILE: [usize; 3];
-    fn forward(device: &Emulator, at: Shape, on: &On<Self>, parts: [MutPtr<f32>; 3], capacity: i32) -> Result<()>;
+    fn forward(device: &'static Gpu, at: Shape, on: &On<Self>, parts: [MutPtr<f32>; 3], capacity: i32) -> Result<()>;
     fn backward(
-        device: &Emulator,
+        device: &'static Gpu,
         at: Shape,
         kind: Kind,
         on: &On<Self>,
@@ -60,7 +60,7 @@ trait Kernels: Storage {
         capacity: i32,
     ) -> Result<()>;
     fn gradient(
-        device: &Emulator,
+        device: &'static Gpu,
         to: MutPtr<Self>,
         partial: &Buffer<f32>,
         side: &Side,
@@ -81,7 +81,7 @@ macro_rules! kernels {
             const TILE: [usize; 3] = $tile;
 
             fn forward(
-                device: &Emulator,
+                device: &'static Gpu,
                 at: Shape,
                 on: &On<$t>,
                 parts: [MutPtr<f32>; 3],
@@ -92,7 +92,7 @@ macro_rules! kernels {
             }
 
             fn backward(
-                device: &Emulator,
+                device: &'static Gpu,
                 at: Shape,
                 kind: Kind,
                 on: &On<$t>,
@@ -109,7 +109,7 @@ macro_rules! kernels {
             }
 
             fn gradient(
-                device: &Emulator,
+                device: &'static Gpu,
                 dx: MutPtr<$t>,
                 partial: &Buffer<f32>,
                 side: &Side,
@@ -166,7 +166,7 @@ impl Case {
     }
 
     /// Losses, lse, dq, dp on the emulator.
-    fn run<T: Kernels>(&self, device: &Emulator) -> Vec<Vec<f32>> {
+    fn run<T: Kernels>(&self, device: &'static Gpu) -> Vec<Vec<f32>> {
         let Case { queries, passages, width, splits, .. } = *self;
         let side = |rows: usize| Side { capacity: rows + SPARE, count: Buffer::of(device, &[rows as i32]) };
         let (sides, room) = ([side(queries), side(passages)], SPARE * width);
@@ -192,7 +192,7 @@ impl Case {
         vec![loss.take(queries), lse.take(queries), dq, dp]
     }
 
-    fn forward<T: Kernels>(&self, device: &Emulator, on: &On<T>, side: &Side, loss: &Buffer<f32>) {
+    fn forward<T: Kernels>(&self, device: &'static Gpu, on: &On<T>, side: &Side, loss: &Buffer<f32>) {
         let (splits, capacity) = (self.splits, side.capacity);
         let parts = [splits * capacity, splits * capacity, capacity].map(|n| Buffer::<f32>::poisoned(device, n));
         let [part_max, part_sum, target_score] = parts.each_ref();
@@ -219,7 +219,7 @@ impl Case {
 
     fn backward<T: Kernels>(
         &self,
-        device: &Emulator,
+        device: &'static Gpu,
         on: &On<T>,
         by_query: bool,
         side: &Side,
@@ -255,11 +255,12 @@ impl Case {
         let (q, p) = (tensor(self.q::<T>()), tensor(self.p::<T>()));
         let (targets, hidden) = (Tensor::from_slice(&self.targets()), Tensor::from_slice(&self.hidden()));
         let hidden = self.hides.then_some(&hidden);
-        let shape = contrastive::Shape { queries, passages, width, temperature, targets: &targets, hidden };
+        let (targets, q_rows, p_rows) = (&targets, queries.into(), passages.into());
+        let shape = contrastive::Shape { queries: q_rows, passages: p_rows, width, temperature, targets, hidden };
         let [loss, lse, dq, dp] =
             [queries, queries, queries * width, passages * width].map(|n| Tensor::zeros(dtype, n));
         contrastive::forward(Device::Cpu, &contrastive::Forward { shape, q: &q, p: &p, loss: &loss, lse: &lse });
-        let scale = f64::from(SCALE);
+        let scale = f64::from(SCALE).into();
         let backward = contrastive::Backward { shape, scale, q: &q, p: &p, lse: &lse, dq: &dq, dp: &dp };
         contrastive::backward(Device::Cpu, &backward);
         [loss, lse, dq, dp].map(|t| match dtype {
@@ -367,15 +368,15 @@ fn a_low_temperature() {
 #[test]
 fn a_large_batch() {
     let case = Case { queries: 512, passages: 4096, width: 64, ..PLAIN };
-    let device = Emulator::new(Options::default()).expect("the emulator is linked in");
-    let got = case.run::<bf16>(&device);
+    let device = gpu();
+    let got = case.run::<bf16>(device);
     let [loss, lse, dq, dp] = case.on_cpu::<bf16>(DType::F32);
     judge::<f32>("loss", &got[0], &loss, &[]);
     judge::<f32>("lse", &got[1], &lse, &[]);
     let [plain_dq, plain_dp] = case.plain::<bf16>(&lse);
     judge::<bf16>("dq", &got[2], &dq, &plain_dq);
     judge::<bf16>("dp", &got[3], &dp, &plain_dp);
-    let got = case.run::<f32>(&device);
+    let got = case.run::<f32>(device);
     let want = case.on_cpu::<f32>(DType::F32);
     for (name, (got, want)) in ["loss", "lse", "dq", "dp"].into_iter().zip(got.iter().zip(&want)) {
         judge::<f32>(name, got, want, &[]);

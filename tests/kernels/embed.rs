@@ -1,13 +1,13 @@
 //! The embedding layer: table sums, LayerNorm, dropout, and the gradients of all five parameters.
 
-use crate::gather::{Kernels, OwnGroups};
+use crate::gather::{Kernels, OwnGroups, groups_of};
 use crate::harness::*;
 use half::bf16;
-use retromae_engine::device::emulator::Emulator;
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels::*;
 use retromae_engine::device::launch::Shape;
 use retromae_engine::device::{Device, Element, Tensor};
-use retromae_engine::ops::{self, SiteDropout, embed, layernorm};
+use retromae_engine::ops::{SiteDropout, embed, layernorm};
 
 /// Rows of the capacity that are not in use.
 const SPARE: usize = 3;
@@ -70,7 +70,7 @@ impl Case<'_> {
 macro_rules! runner {
     ($name:ident, $t:ty, $forward:ident, $backward:ident) => {
         /// All kernels of the layer.
-        fn $name(on: &Emulator, case: &Case, i: &Inputs) -> Vec<Vec<f32>> {
+        fn $name(on: &'static Gpu, case: &Case, i: &Inputs) -> Vec<Vec<f32>> {
             let (rows, c, done) = (case.rows(), case.width, "a correct kernel raises nothing");
             let [word, position, token_type] = [0, 1, 2].map(|k| stored::<$t>(on, &i.tables[k], 0));
             let (gamma, beta) = (Buffer::of(on, &i.gamma), Buffer::of(on, &i.beta));
@@ -152,7 +152,7 @@ fn exactly(case: &Case, i: &Inputs) -> Vec<Vec<f64>> {
     let tensor = |x: &[f32]| Tensor::from_slice(&f64s(x));
     let filled = |len, value: f64| Tensor::from_slice(&vec![value; len]);
     let (y, mean, rstd, dy) = (filled(rows * c, 0.0), filled(rows, 0.0), filled(rows, 0.0), tensor(&i.dy));
-    let shape = layernorm::Shape { rows, width: c, eps: EPS };
+    let shape = layernorm::Shape { rows: rows.into(), width: c, eps: EPS };
     let (ids, types) = (Tensor::from_slice(&i.ids), Tensor::from_slice(&i.types));
     let names = Names::new(case.lengths);
     let values = [&i.tables[0], &i.tables[1], &i.tables[2], &i.gamma, &i.beta].map(|x| tensor(x));
@@ -161,8 +161,8 @@ fn exactly(case: &Case, i: &Inputs) -> Vec<Vec<f64>> {
     let (dropout, groups) = (case.dropout(), case.groups(i));
     let forward = embed::Forward { shape, tokens, tables: tables(&values), dropout, y: &y, mean: &mean, rstd: &rstd };
     embed::forward(Device::Cpu, &forward);
-    let own = groups.each_ref().map(|g| [&g.keys, &g.offsets, &g.rows].map(|x| Tensor::from_slice(x)));
-    let groups = own.each_ref().map(|[keys, offsets, rows]| ops::Groups { count: keys.len(), keys, offsets, rows });
+    let own = groups.each_ref().map(OwnGroups::tensors);
+    let groups = own.each_ref().map(groups_of);
     embed::backward(
         Device::Cpu,
         &embed::Backward {
@@ -204,7 +204,7 @@ fn plainly(case: &Case, i: &Inputs) -> Vec<Vec<f32>> {
     let (z, dy, gamma, beta) = (tensor(&z), tensor(&dropped), tensor(&i.gamma), tensor(&i.beta));
     let (y, mean, rstd) = (zeros(rows * c), zeros(rows), zeros(rows));
     let (dgamma, dbeta) = (tensor(&vec![1.0; c]), tensor(&vec![1.0; c]));
-    let shape = layernorm::Shape { rows, width: c, eps: EPS };
+    let shape = layernorm::Shape { rows: rows.into(), width: c, eps: EPS };
     let (residual, dropout) = (None, None);
     let forward = layernorm::Forward {
         shape,
@@ -241,7 +241,7 @@ fn plainly(case: &Case, i: &Inputs) -> Vec<Vec<f32>> {
     out
 }
 
-fn judged<T: Storage>(case: &Case, run: fn(&Emulator, &Case, &Inputs) -> Vec<Vec<f32>>) {
+fn judged<T: Storage>(case: &Case, run: fn(&'static Gpu, &Case, &Inputs) -> Vec<Vec<f32>>) {
     let i = case.inputs::<T>();
     let got = in_every_order(|on| run(on, case, &i));
     let (exact, plain) = (exactly(case, &i), plainly(case, &i));

@@ -3,7 +3,7 @@
 use crate::harness::*;
 use crate::reference::*;
 use half::bf16;
-use retromae_engine::device::emulator::Emulator;
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::{DType, Device, Matrix, Tensor, kernels};
 use retromae_engine::ops::attention::Pass;
 use retromae_engine::ops::enhanced_decoding::{self as op, Backward, Forward, Queries, Visible};
@@ -66,13 +66,13 @@ struct Buffers<T> {
 }
 
 trait Kernels: Storage {
-    fn launch(device: &Emulator, batch: &DeviceBatch, case: &Case, x: &Buffers<Self>);
+    fn launch(device: &'static Gpu, batch: &DeviceBatch, case: &Case, x: &Buffers<Self>);
 }
 
 macro_rules! kernels_of {
     ($t:ty: $($d:literal => $forward:ident $dq:ident $dkv:ident)*) => {
         impl Kernels for $t {
-            fn launch(device: &Emulator, batch: &DeviceBatch, case: &Case, x: &Buffers<$t>) {
+            fn launch(device: &'static Gpu, batch: &DeviceBatch, case: &Case, x: &Buffers<$t>) {
                 let (heads, site, dropout) = (case.heads as i32, batch.site(), batch.dropout());
                 let width = case.heads * case.head_size;
                 let (q_position, q_sentence) = (x.position.get(), x.sentence.get());
@@ -151,7 +151,7 @@ impl Case<'_> {
         std::array::from_fn(|i| rounded::<T>(&normal(counts[i] * p.width(), 10 + i as u64)))
     }
 
-    fn run<T: Kernels>(&self, device: &Emulator, [position, sentence, k, v, dout]: &Inputs) -> Results {
+    fn run<T: Kernels>(&self, device: &'static Gpu, [position, sentence, k, v, dout]: &Inputs) -> Results {
         let (p, bits) = (self.problem(), self.bits());
         let (c, rows, tokens) = (p.width(), p.rows(), p.tokens());
         let x = Buffers {
@@ -205,7 +205,7 @@ impl Case<'_> {
         ([out.to_vec(), dq.to_vec(), columns(&dkv, c, 0, 2), columns(&dkv, c, 1, 2)], lse.to_vec())
     }
 
-    fn judge<T: Kernels>(&self, device: &Emulator) {
+    fn judge<T: Kernels>(&self, device: &'static Gpu) {
         let (p, x) = (self.problem(), self.inputs::<T>());
         let (exact, lse) = self.exact(&x);
         let c = p.width();
@@ -221,9 +221,9 @@ impl Case<'_> {
 }
 
 fn check(case: Case) {
-    let device = Emulator::new(Default::default()).expect("the emulator is linked in");
-    case.judge::<f32>(&device);
-    case.judge::<bf16>(&device);
+    let device = gpu();
+    case.judge::<f32>(device);
+    case.judge::<bf16>(device);
 }
 
 #[test]
@@ -279,8 +279,8 @@ fn extreme(row: usize, key: usize) -> bool {
 fn rows_that_see_nothing_are_zero() {
     let case = Case { lengths: &[70, 66], mask: extreme, p: 0.1, ..PLAIN };
     check(case);
-    let device = Emulator::new(Default::default()).expect("the emulator is linked in");
-    let (p, y) = (case.problem(), case.run::<bf16>(&device, &case.inputs::<bf16>()));
+    let device = gpu();
+    let (p, y) = (case.problem(), case.run::<bf16>(device, &case.inputs::<bf16>()));
     let c = p.width();
     for (row, &position) in p.positions.concat().iter().enumerate().filter(|(_, p)| (**p as usize).is_multiple_of(POOL))
     {
@@ -300,8 +300,8 @@ fn no_position_sees_itself() {
     };
     check(own);
     let alone = Case { queries: Queried::These(&[&[33]]), mask: |_, key| key == 33, ..own };
-    let device = Emulator::new(Default::default()).expect("the emulator is linked in");
-    let y = alone.run::<f32>(&device, &alone.inputs::<f32>());
+    let device = gpu();
+    let y = alone.run::<f32>(device, &alone.inputs::<f32>());
     assert!(y.lse.iter().all(|&x| x == f32::INFINITY));
     assert!(y.out.iter().chain(&y.dq).chain(&y.dk).chain(&y.dv).all(|&x| x == 0.0));
 }

@@ -2,9 +2,9 @@
 
 use crate::harness::*;
 use half::bf16;
-use retromae_engine::device::emulator::Emulator;
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels::*;
-use retromae_engine::device::launch::Shape;
+use retromae_engine::device::launch::{MutPtr, Shape};
 use retromae_engine::device::{Device, Tensor};
 use retromae_engine::ops::{Groups, gather};
 use std::collections::BTreeMap;
@@ -28,25 +28,48 @@ impl OwnGroups {
         OwnGroups { keys: groups.keys().copied().collect(), offsets, rows: groups.into_values().flatten().collect() }
     }
 
+    /// Keys, offsets and rows on the host.
+    pub fn tensors(&self) -> [Tensor; 3] {
+        [&self.keys, &self.offsets, &self.rows].map(|x| Tensor::from_slice(x))
+    }
+
     /// `to += sums` in f64.
     pub fn exactly(&self, from: &[f64], width: usize, to: &mut [f64]) {
-        let [keys, offsets, rows] = [&self.keys, &self.offsets, &self.rows].map(|x| Tensor::from_slice(x));
-        let groups = Groups { count: self.keys.len(), keys: &keys, offsets: &offsets, rows: &rows };
-        let acc = Tensor::from_slice(to);
-        gather::group_sums(Device::Cpu, &Tensor::from_slice(from), groups, width, &acc);
+        let (own, acc) = (self.tensors(), Tensor::from_slice(to));
+        gather::group_sums(Device::Cpu, &Tensor::from_slice(from), groups_of(&own), width, &acc);
         to.copy_from_slice(&acc.to_vec::<f64>());
     }
+}
+
+/// The op's form of [`OwnGroups::tensors`].
+pub fn groups_of([keys, offsets, rows]: &[Tensor; 3]) -> Groups<'_> {
+    Groups { count: keys.len().into(), entries: rows.len(), keys, offsets, rows }
 }
 
 /// Entry points by storage type.
 pub trait Kernels: Storage {
     /// `to_acc += sums of groups of from`, for a capacity of `room` rows more than there are.
-    fn group_sums(on: &Emulator, from: &Buffer<Self>, groups: &OwnGroups, c: usize, to_acc: &Buffer<f32>, room: usize);
-    fn gather(on: &Emulator, m: &Move<Self>);
-    fn scatter(on: &Emulator, m: &Move<Self>);
-    fn scatter_add(on: &Emulator, m: &Move<Self>);
-    fn zero_rows(on: &Emulator, m: &Move<Self>);
-    fn column_sums(on: &Emulator, case: &Columns, x: &Buffer<Self>, partials: &Buffer<f32>, rows: &Buffer<i32>);
+    fn group_sums(
+        on: &'static Gpu,
+        from: &Buffer<Self>,
+        groups: &OwnGroups,
+        c: usize,
+        to_acc: &Buffer<f32>,
+        room: usize,
+    );
+    fn gather(on: &'static Gpu, m: &Move<Self>);
+    fn scatter(on: &'static Gpu, m: &Move<Self>);
+    fn scatter_add(on: &'static Gpu, m: &Move<Self>);
+    fn zero_rows(on: &'static Gpu, m: &Move<Self>);
+    fn add_rows(on: &'static Gpu, m: &Sum<Self>);
+    fn zero_tails(
+        on: &'static Gpu,
+        a: &Tail<Self>,
+        b: Option<&Tail<Self>>,
+        limits: (&Buffer<i32>, usize),
+        blocks: usize,
+    );
+    fn column_sums(on: &'static Gpu, case: &Columns, x: &Buffer<Self>, partials: &Buffer<f32>, rows: &Buffer<i32>);
 }
 
 /// Arguments of a move.
@@ -59,6 +82,29 @@ pub struct Move<T> {
     shape: Shape,
 }
 
+/// Arguments of a sum of rows of two matrices.
+pub struct Sum<T> {
+    to: Buffer<T>,
+    from: [Buffer<T>; 2],
+    rows: [Buffer<u32>; 2],
+    count: Buffer<i32>,
+    width: i32,
+    shape: Shape,
+}
+
+/// Columns of a matrix whose last rows are zeroed; `extra` more lie on each side of them.
+pub struct Tail<T> {
+    matrix: Buffer<T>,
+    width: usize,
+    extra: usize,
+}
+
+impl<T: Storage> Tail<T> {
+    fn get(&self) -> (MutPtr<T>, i32, i32) {
+        (self.matrix.get_mut().offset(self.extra), self.width as i32, (self.width + 2 * self.extra) as i32)
+    }
+}
+
 /// Sums of the columns `offset..offset + columns` of a matrix that is `stride` wide.
 pub struct Columns {
     rows: usize,
@@ -69,10 +115,10 @@ pub struct Columns {
 }
 
 macro_rules! kernels {
-    ($t:ty, $sums:ident, $gather:ident, $scatter:ident, $add:ident, $zero:ident, $columns:ident) => {
+    ($t:ty, $sums:ident, $gather:ident, $scatter:ident, $add:ident, $zero:ident, $rows:ident, $tails:ident, $columns:ident) => {
         impl Kernels for $t {
             fn group_sums(
-                on: &Emulator,
+                on: &'static Gpu,
                 from: &Buffer<$t>,
                 groups: &OwnGroups,
                 c: usize,
@@ -110,27 +156,56 @@ macro_rules! kernels {
                 .expect(DONE);
             }
 
-            fn gather(on: &Emulator, m: &Move<$t>) {
+            fn gather(on: &'static Gpu, m: &Move<$t>) {
                 let (to, from, rows, count) = (m.to.get_mut(), m.from.get(), m.rows.get(), m.count.get());
                 $gather { to, from, rows, count, C: m.width }.launch(on, m.shape).expect(DONE);
             }
 
-            fn scatter(on: &Emulator, m: &Move<$t>) {
+            fn scatter(on: &'static Gpu, m: &Move<$t>) {
                 let (to, from, rows, count) = (m.to.get_mut(), m.from.get(), m.rows.get(), m.count.get());
                 $scatter { to, from, rows, count, C: m.width }.launch(on, m.shape).expect(DONE);
             }
 
-            fn scatter_add(on: &Emulator, m: &Move<$t>) {
+            fn scatter_add(on: &'static Gpu, m: &Move<$t>) {
                 let (to_acc, from, rows, count) = (m.to.get_mut(), m.from.get(), m.rows.get(), m.count.get());
                 $add { to_acc, from, rows, count, C: m.width }.launch(on, m.shape).expect(DONE);
             }
 
-            fn zero_rows(on: &Emulator, m: &Move<$t>) {
+            fn zero_rows(on: &'static Gpu, m: &Move<$t>) {
                 let (to, rows, count) = (m.to.get_mut(), m.rows.get(), m.count.get());
                 $zero { to, rows, count, C: m.width }.launch(on, m.shape).expect(DONE);
             }
 
-            fn column_sums(on: &Emulator, case: &Columns, x: &Buffer<$t>, partials: &Buffer<f32>, rows: &Buffer<i32>) {
+            fn add_rows(on: &'static Gpu, m: &Sum<$t>) {
+                let ([a, b], [a_rows, b_rows]) =
+                    (m.from.each_ref().map(Buffer::get), m.rows.each_ref().map(Buffer::get));
+                $rows { to: m.to.get_mut(), a, a_rows, b, b_rows, count: m.count.get(), C: m.width }
+                    .launch(on, m.shape)
+                    .expect(DONE);
+            }
+
+            fn zero_tails(
+                on: &'static Gpu,
+                a: &Tail<$t>,
+                b: Option<&Tail<$t>>,
+                (count, bound): (&Buffer<i32>, usize),
+                blocks: usize,
+            ) {
+                let (a, a_width, a_stride) = a.get();
+                let (b, b_width, b_stride) = b.map_or((MutPtr::null(), 0, 0), Tail::get);
+                let (count, bound) = (count.get(), bound as i32);
+                $tails { a, a_width, a_stride, b, b_width, b_stride, count, bound }
+                    .launch(on, Shape::linear(blocks as u32, 256))
+                    .expect(DONE);
+            }
+
+            fn column_sums(
+                on: &'static Gpu,
+                case: &Columns,
+                x: &Buffer<$t>,
+                partials: &Buffer<f32>,
+                rows: &Buffer<i32>,
+            ) {
                 $columns {
                     partials: partials.get_mut(),
                     x: x.get().offset(case.offset),
@@ -147,15 +222,25 @@ macro_rules! kernels {
         }
     };
 }
-kernels!(f32, GroupSumsF32, GatherF32, ScatterF32, ScatterAddF32, ZeroRowsF32, ColumnSumsF32);
-kernels!(bf16, GroupSumsBf16, GatherBf16, ScatterBf16, ScatterAddBf16, ZeroRowsBf16, ColumnSumsBf16);
+kernels!(f32, GroupSumsF32, GatherF32, ScatterF32, ScatterAddF32, ZeroRowsF32, AddRowsF32, ZeroTailsF32, ColumnSumsF32);
+kernels!(
+    bf16,
+    GroupSumsBf16,
+    GatherBf16,
+    ScatterBf16,
+    ScatterAddBf16,
+    ZeroRowsBf16,
+    AddRowsBf16,
+    ZeroTailsBf16,
+    ColumnSumsBf16
+);
 
 /// Rows of the large matrix of a move.
 const LARGE: usize = 40;
 
 /// Runs a move of `count` rows between a matrix of 40 rows, which is `to` or `from`, and one of `count` rows and some room: every element
 /// that is moved becomes `put(old, from)`, all others stay.
-fn moved<T: Kernels>(run: fn(&Emulator, &Move<T>), into_large: bool, put: fn(f32, f32) -> f32) {
+fn moved<T: Kernels>(run: fn(&'static Gpu, &Move<T>), into_large: bool, put: fn(f32, f32) -> f32) {
     // Two vectors; more vectors than lanes; more than a warp's four loads in flight. No row; one; a last block that is not full; all.
     for (width, count) in [(16, 0), (16, 1), (48, 13), (768, 9), (1040, 2), (4096, 1), (16, LARGE)] {
         let rows: Vec<u32> = (0..count as u32).map(|i| (i * 7 + 3) % LARGE as u32).collect();
@@ -216,6 +301,68 @@ fn moves_keep_the_bits_of_nan() {
         vec![m.to.take(16).iter().map(|x| f32::from_bits(u32::from(x.to_bits()))).collect()]
     });
     assert!(got[0].iter().zip(&row).all(|(a, b)| a.to_bits() == u32::from(b.to_bits())));
+}
+
+fn rows_added<T: Kernels>() {
+    for (width, count) in [(16, 0), (16, 1), (48, 13), (1040, 9), (16, LARGE)] {
+        // Some rows are used twice.
+        let rows = [below(count, LARGE as u32, 1), below(count, LARGE as u32, 2)];
+        let from = [1, 2].map(|name| rounded::<T>(&normal(LARGE * width, name)));
+        let got = in_every_order(|on| {
+            let sum = Sum {
+                to: Buffer::poisoned(on, (count + 3) * width),
+                from: from.each_ref().map(|x| stored::<T>(on, x, 0)),
+                rows: rows.each_ref().map(|rows| Buffer::with_room(on, rows, count + 3)),
+                count: Buffer::of(on, &[count as i32]),
+                width: width as i32,
+                shape: Shape::linear((count + 3).div_ceil(8) as u32, 256),
+            };
+            T::add_rows(on, &sum);
+            vec![widened(sum.to.take(count * width))]
+        });
+        let part = |k: usize, e: usize| from[k][rows[k][e / width] as usize * width + e % width];
+        let expected: Vec<f32> = (0..count * width).map(|e| round::<T>(part(0, e) + part(1, e))).collect();
+        assert!(got[0] == expected, "{count} rows of {width}");
+    }
+}
+
+#[test]
+fn rows_of_two_matrices_are_added() {
+    rows_added::<f32>();
+    rows_added::<bf16>();
+}
+
+fn tails_zeroed<T: Kernels>(widths: &[usize], extra: usize, (count, bound): (usize, usize), blocks: usize) {
+    let matrix = |width: usize| rounded::<T>(&normal(bound * (width + 2 * extra), width as u64));
+    let got = in_every_order(|on| {
+        let stored = |width: usize| stored::<T>(on, &matrix(width), 2 * (width + 2 * extra));
+        let tails: Vec<_> = widths.iter().map(|&width| Tail { matrix: stored(width), width, extra }).collect();
+        T::zero_tails(on, &tails[0], tails.get(1), (&Buffer::of(on, &[count as i32]), bound), blocks);
+        tails.iter().map(|tail| widened(tail.matrix.take(bound * (tail.width + 2 * extra)))).collect()
+    });
+    for (got, &width) in got.into_iter().zip(widths) {
+        let mut expected = matrix(width);
+        for row in expected.chunks_mut(width + 2 * extra).skip(count) {
+            row[extra..extra + width].fill(0.0);
+        }
+        assert!(got == expected, "{count} of {bound} rows of {width}");
+    }
+}
+
+#[test]
+fn rows_past_the_count_become_zero() {
+    // None is in use, all are, one is not; more rows than warps; more vectors than lanes; columns of wider matrices; one matrix alone.
+    for (widths, extra, limits, blocks) in [
+        (&[16, 48][..], 0, (0, 5), 1),
+        (&[16, 48], 8, (5, 5), 2),
+        (&[48, 16], 8, (4, 5), 3),
+        (&[272, 1040], 16, (3, 40), 2),
+        (&[48], 8, (7, 21), 1),
+        (&[16], 0, (0, 0), 1),
+    ] {
+        tails_zeroed::<f32>(widths, extra, limits, blocks);
+        tails_zeroed::<bf16>(widths, extra, limits, blocks);
+    }
 }
 
 #[test]

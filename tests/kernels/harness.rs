@@ -1,10 +1,10 @@
-//! What the tests of kernels share: buffers in either storage type, the orders that must not change a bit, and the judgement of errors.
+//! What the tests of kernels share: values in either storage type, names and dropout of rows, and the judgement of errors.
 
+pub use crate::device::*;
 use half::bf16;
 use retromae_engine::device::Tensor;
-use retromae_engine::device::emulator::{Asynchronous, Emulator, Memory, Options};
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels;
-use retromae_engine::device::launch::{ConstPtr, MutPtr};
 use retromae_engine::ops::{RowNames, SiteDropout};
 use retromae_engine::rng::{Dropout, Site, Stream};
 
@@ -60,70 +60,13 @@ pub fn below(len: usize, n: u32, name: u64) -> Vec<u32> {
     (0..len).map(|_| stream.below(n)).collect()
 }
 
-/// A device buffer.
-pub struct Buffer<T> {
-    memory: Memory,
-    len: usize,
-    element: std::marker::PhantomData<T>,
-}
-
-impl<T: bytemuck::Pod> Buffer<T> {
-    /// `len` elements of all bits set: NaN.
-    pub fn poisoned(device: &Emulator, len: usize) -> Self {
-        let memory = device.alloc(len * size_of::<T>()).expect("the emulator maps memory");
-        Buffer { memory, len, element: std::marker::PhantomData }
-    }
-
-    pub fn of(device: &Emulator, values: &[T]) -> Self {
-        Self::with_room(device, values, values.len())
-    }
-
-    /// `values`, and poison up to `len` elements.
-    pub fn with_room(device: &Emulator, values: &[T], len: usize) -> Self {
-        let mut buffer = Self::poisoned(device, len);
-        buffer.memory.write(0, bytemuck::cast_slice(values)).expect("sizes agree");
-        buffer
-    }
-
-    /// The first `used` elements; the others must still be poison.
-    pub fn take(&self, used: usize) -> Vec<T> {
-        let mut bytes = vec![0; self.len * size_of::<T>()];
-        self.memory.read(0, &mut bytes).expect("sizes agree");
-        let split = used * size_of::<T>();
-        assert!(bytes[split..].iter().all(|&b| b == 0xFF), "written past the {used} elements that are in use");
-        bytemuck::pod_collect_to_vec(&bytes[..split])
-    }
-
-    pub fn get(&self) -> ConstPtr<T> {
-        ConstPtr::new(self.memory.address())
-    }
-
-    pub fn get_mut(&self) -> MutPtr<T> {
-        MutPtr::new(self.memory.address())
-    }
-}
-
 /// Values in the kernel's storage, with room for more.
-pub fn stored<T: Storage>(device: &Emulator, x: &[f32], room: usize) -> Buffer<T> {
+pub fn stored<T: Storage>(device: &'static Gpu, x: &[f32], room: usize) -> Buffer<T> {
     Buffer::with_room(device, &x.iter().map(|&x| T::of(x)).collect::<Vec<_>>(), x.len() + room)
 }
 
 pub fn widened<T: Storage>(x: Vec<T>) -> Vec<f32> {
     x.into_iter().map(T::f32).collect()
-}
-
-/// Runs `f` under every schedule and asynchronous mode and returns what it computed: the same bits each time.
-pub fn in_every_order(f: impl Fn(&Emulator) -> Vec<Vec<f32>>) -> Vec<Vec<f32>> {
-    let device = Emulator::new(Options::default()).expect("the emulator is linked in");
-    let bits = |x: &[Vec<f32>]| x.iter().flatten().map(|x| x.to_bits()).collect::<Vec<_>>();
-    let first = f(&device);
-    for asynchronous in [Asynchronous::Late, Asynchronous::AtIssue, Asynchronous::Random] {
-        for seed in [0, 1, 2] {
-            let options = Options { seed, asynchronous, threads: 1 + (seed as u32 & 1), ..Options::default() };
-            assert!(bits(&f(&device.with(options))) == bits(&first), "other bits under {options:?}");
-        }
-    }
-    first
 }
 
 /// ‖x − exact‖ / ‖exact‖, plain ‖x‖ where `exact` is zero; NaN when either holds a NaN.
@@ -177,7 +120,7 @@ impl Names {
         RowNames { samples, sequence, position }
     }
 
-    pub fn on(&self, device: &Emulator) -> DeviceNames {
+    pub fn on(&self, device: &'static Gpu) -> DeviceNames {
         DeviceNames {
             samples: Buffer::of(device, &self.samples),
             sequence: Buffer::of(device, &self.sequence),

@@ -2,7 +2,7 @@
 
 use crate::harness::*;
 use half::bf16;
-use retromae_engine::device::emulator::Emulator;
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels::*;
 use retromae_engine::device::launch::{ConstPtr, MutPtr, Shape};
 use retromae_engine::device::{Device, Element, Tensor};
@@ -47,8 +47,8 @@ impl Case<'_> {
         self.lengths.iter().sum()
     }
 
-    fn shape(&self) -> layernorm::Shape {
-        layernorm::Shape { rows: self.rows(), width: self.width, eps: self.eps }
+    fn shape(&self) -> layernorm::Shape<'static> {
+        layernorm::Shape { rows: self.rows().into(), width: self.width, eps: self.eps }
     }
 
     fn dropout(&self) -> SiteDropout {
@@ -78,7 +78,7 @@ impl Case<'_> {
 macro_rules! runner {
     ($name:ident, $t:ty, $forward:ident, $backward:ident) => {
         /// The three kernels.
-        fn $name(on: &Emulator, case: &Case, i: &Inputs) -> Vec<Vec<f32>> {
+        fn $name(on: &'static Gpu, case: &Case, i: &Inputs) -> Vec<Vec<f32>> {
             let (rows, c) = (case.rows(), case.width);
             let (x, dy) = (stored::<$t>(on, &i.x, SPARE * c), stored::<$t>(on, &i.dy, SPARE * c));
             let residual = i.residual.as_ref().map(|r| stored::<$t>(on, r, SPARE * c));
@@ -217,7 +217,7 @@ fn statistics_of_stored_rows(case: &Case, z: &[f32], saved: &[f32], k: usize, wh
     }
 }
 
-fn judged<T: Storage>(case: &Case, run: fn(&Emulator, &Case, &Inputs) -> Vec<Vec<f32>>) {
+fn judged<T: Storage>(case: &Case, run: fn(&'static Gpu, &Case, &Inputs) -> Vec<Vec<f32>>) {
     let i = case.inputs::<T>();
     let got = in_every_order(|on| run(on, case, &i));
     let (exact, plain) = (on_cpu(case, &i, f64::from), plainly(case, &i));

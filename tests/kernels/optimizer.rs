@@ -2,7 +2,7 @@
 
 use crate::harness::*;
 use half::bf16;
-use retromae_engine::device::emulator::Emulator;
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels::*;
 use retromae_engine::device::launch::{MutPtr, Shape};
 use retromae_engine::device::{DType, Device, Tensor};
@@ -39,7 +39,7 @@ fn rate(t: u64) -> f64 {
 }
 
 /// Squared norm of `g` on the device.
-fn norm_on(on: &Emulator, g: &Buffer<f32>, n: usize) -> Buffer<f64> {
+fn norm_on(on: &'static Gpu, g: &Buffer<f32>, n: usize) -> Buffer<f64> {
     let blocks = n.div_ceil(16384);
     let (partials, norm) = (Buffer::<f64>::poisoned(on, blocks), Buffer::<f64>::poisoned(on, 1));
     SquaredNormPartials { partials: partials.get_mut(), g: g.get(), n: n as i64 }
@@ -59,13 +59,13 @@ struct State {
 }
 
 impl State {
-    fn new(on: &Emulator, case: &Case) -> Self {
+    fn new(on: &'static Gpu, case: &Case) -> Self {
         let zeros = vec![0f32; case.n];
         State { w: Buffer::of(on, &case.weights()), m: Buffer::of(on, &zeros), v: Buffer::of(on, &zeros) }
     }
 
     /// Update number `t` with gradient `g`; returns the squared norm. `copy` may be null.
-    fn update(&self, on: &Emulator, case: &Case, g: &[f32], t: u64, copy: Target) -> f64 {
+    fn update(&self, on: &'static Gpu, case: &Case, g: &[f32], t: u64, copy: Target) -> f64 {
         let AdamW { beta1, beta2, eps, weight_decay, max_norm } = case.adamw();
         let g = Buffer::of(on, g);
         let norm = norm_on(on, &g, case.n);
@@ -122,7 +122,8 @@ fn exactly(case: &Case) -> [Vec<f64>; 3] {
         let (g, norm) = (Tensor::from_slice(&f64s(&case.gradient(t))), Tensor::from_slice(&[f64::NAN]));
         optimizer::squared_norm(Device::Cpu, &g, &norm);
         let (adamw, lr, decayed) = (case.adamw(), rate(t), case.decayed);
-        let a = Update { adamw, lr, t, w: &w, g: &g, m: &m, v: &v, decayed, squared_norm: &norm };
+        let (schedule, copy) = (None, None);
+        let a = Update { adamw, lr, t, schedule, w: &w, copy, g: &g, m: &m, v: &v, decayed, squared_norm: &norm };
         optimizer::update(Device::Cpu, &a);
     }
     let change = w.to_vec::<f64>().iter().zip(case.weights()).map(|(w, start)| w - f64::from(start)).collect();
@@ -131,7 +132,7 @@ fn exactly(case: &Case) -> [Vec<f64>; 3] {
 
 fn check(case: Case) {
     let exact = exactly(&case);
-    let run = |on: &Emulator, target: &dyn Fn() -> Target| {
+    let run = |on: &'static Gpu, target: &dyn Fn() -> Target| {
         let state = State::new(on, &case);
         for t in 1..=STEPS {
             state.update(on, &case, &case.gradient(t), t, target());

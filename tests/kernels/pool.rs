@@ -2,7 +2,7 @@
 
 use crate::harness::*;
 use half::bf16;
-use retromae_engine::device::emulator::Emulator;
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels::*;
 use retromae_engine::device::launch::{ConstPtr, MutPtr, Shape};
 use retromae_engine::device::{DType, Device, Tensor};
@@ -14,11 +14,17 @@ const SPARE: usize = 3;
 
 /// Entry points of one storage type. `true`: mean.
 trait Kernels: Storage {
-    fn pool(on: &Emulator, grid: Shape, y: MutPtr<Self>, x: ConstPtr<Self>, s: &Sequences, c: i32) -> Result<()>;
-    fn pool_back(on: &Emulator, grid: Shape, dx: MutPtr<Self>, dy: ConstPtr<Self>, s: &Sequences, c: i32)
-    -> Result<()>;
+    fn pool(on: &'static Gpu, grid: Shape, y: MutPtr<Self>, x: ConstPtr<Self>, s: &Sequences, c: i32) -> Result<()>;
+    fn pool_back(
+        on: &'static Gpu,
+        grid: Shape,
+        dx: MutPtr<Self>,
+        dy: ConstPtr<Self>,
+        s: &Sequences,
+        c: i32,
+    ) -> Result<()>;
     fn normalize(
-        on: &Emulator,
+        on: &'static Gpu,
         y: MutPtr<Self>,
         norm: &Buffer<f32>,
         x: ConstPtr<Self>,
@@ -26,7 +32,7 @@ trait Kernels: Storage {
         c: i32,
     ) -> Result<()>;
     fn normalize_back(
-        on: &Emulator,
+        on: &'static Gpu,
         dx: MutPtr<Self>,
         dy: ConstPtr<Self>,
         y: ConstPtr<Self>,
@@ -51,13 +57,13 @@ fn rows_shape(rows: usize) -> Shape {
 macro_rules! kernels {
     ($t:ty, $pool:ident, $pool_back:ident, $normalize:ident, $normalize_back:ident) => {
         impl Kernels for $t {
-            fn pool(on: &Emulator, at: Shape, y: MutPtr<$t>, x: ConstPtr<$t>, s: &Sequences, c: i32) -> Result<()> {
+            fn pool(on: &'static Gpu, at: Shape, y: MutPtr<$t>, x: ConstPtr<$t>, s: &Sequences, c: i32) -> Result<()> {
                 let (cu_seqlens, sequences, mean) = (s.borders.get(), s.count.get(), s.mean);
                 $pool { y, x, cu_seqlens, sequences, C: c, mean }.launch(on, at)
             }
 
             fn pool_back(
-                on: &Emulator,
+                on: &'static Gpu,
                 at: Shape,
                 dx: MutPtr<$t>,
                 dy: ConstPtr<$t>,
@@ -69,7 +75,7 @@ macro_rules! kernels {
             }
 
             fn normalize(
-                on: &Emulator,
+                on: &'static Gpu,
                 y: MutPtr<$t>,
                 norm: &Buffer<f32>,
                 x: ConstPtr<$t>,
@@ -81,7 +87,7 @@ macro_rules! kernels {
             }
 
             fn normalize_back(
-                on: &Emulator,
+                on: &'static Gpu,
                 dx: MutPtr<$t>,
                 dy: ConstPtr<$t>,
                 y: ConstPtr<$t>,
@@ -118,7 +124,7 @@ fn check_pool<T: Kernels>(lengths: &[usize], width: usize, pooling: Pooling) {
         vec![widened::<T>(y.take(sequences * width)), widened::<T>(dx.take(tokens * width))]
     });
     let cu_seqlens = Tensor::from_slice(&borders);
-    let shape = pool::Shape { sequences, width, cu_seqlens: &cu_seqlens, pooling };
+    let shape = pool::Shape { sequences: sequences.into(), width, cu_seqlens: &cu_seqlens, pooling };
     let (y, dx) = (Tensor::zeros(DType::F64, sequences * width), Tensor::zeros(DType::F64, tokens * width));
     pool::forward(Device::Cpu, shape, &Tensor::from_slice(&f64s(&x)), &y);
     pool::backward(Device::Cpu, shape, &Tensor::from_slice(&f64s(&dy)), &dx);
@@ -163,9 +169,9 @@ fn exact(x: &[f32], dy: &[f32], width: usize, y: Option<&[f32]>) -> [Vec<f64>; 3
     let rows = x.len() / width;
     let zeros = |len: usize| Tensor::zeros(DType::F64, len);
     let (y_out, norm, dx) = (zeros(x.len()), zeros(rows), zeros(x.len()));
-    pool::normalize(Device::Cpu, (rows, width), &Tensor::from_slice(&f64s(x)), &y_out, &norm);
+    pool::normalize(Device::Cpu, (rows.into(), width), &Tensor::from_slice(&f64s(x)), &y_out, &norm);
     let saved = y.map_or(y_out.clone(), |y| Tensor::from_slice(&f64s(y)));
-    pool::normalize_backward(Device::Cpu, (rows, width), &saved, &norm, &Tensor::from_slice(&f64s(dy)), &dx);
+    pool::normalize_backward(Device::Cpu, (rows.into(), width), &saved, &norm, &Tensor::from_slice(&f64s(dy)), &dx);
     [y_out.to_vec(), norm.to_vec(), dx.to_vec()]
 }
 

@@ -2,7 +2,7 @@
 //! computes it.
 
 use crate::harness::*;
-use retromae_engine::device::emulator::Emulator;
+use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::launch::{Kernel, Shape};
 use retromae_engine::device::{Tensor, kernels};
 use retromae_engine::ops::attention::{self, Pass};
@@ -70,7 +70,8 @@ impl Problem {
 
     pub fn shape<'a>(&self, [cu_rows, cu_seqlens]: &'a [Tensor; 2]) -> attention::Shape<'a> {
         let sequences = self.lengths.len();
-        attention::Shape { sequences, heads: self.heads, head_size: self.head_size, cu_rows, cu_seqlens }
+        let (heads, head_size) = (self.heads, self.head_size);
+        attention::Shape { sequences, heads, head_size, cu_rows, cu_seqlens, work: None }
     }
 }
 
@@ -96,7 +97,7 @@ pub struct DeviceBatch {
 }
 
 impl DeviceBatch {
-    pub fn new(device: &Emulator, p: &Problem) -> Self {
+    pub fn new(device: &'static Gpu, p: &Problem) -> Self {
         let (cu_rows, cu_seqlens) = (p.cu_rows(), p.cu_seqlens());
         let table = |cu: &[u32], others: &[u32]| {
             let tiles = attention::tiles(cu, others);
