@@ -11,7 +11,7 @@ use half::bf16;
 use super::cpu::{Threads, View, gemm, scratch};
 use super::emulator::{Emulator, Options};
 use super::gpu::{Backend, Captured, Event, Facts, GpuProduct, Operand};
-use super::launch::{Kernel, Launcher, Shape};
+use super::launch::{Kernel, Launcher, Shape, TensorLayout, TensorMap};
 use super::recorded::Work;
 use super::{DType, Output, Product};
 use crate::error::{Error, Result};
@@ -161,6 +161,10 @@ impl Backend for EmulatorBackend {
     fn end_capture(&self) -> Result<Box<dyn Captured>> {
         let work = locked(&self.recording).take().unwrap_or_default();
         Ok(Box::new(Recording { inner: self.inner.clone(), work }))
+    }
+
+    fn tensor_map(&self, layout: &TensorLayout) -> Result<TensorMap> {
+        self.inner.emulator.tensor_map(layout)
     }
 
     fn event(&self) -> Result<Box<dyn Event>> {
