@@ -17,7 +17,7 @@
 //
 // Bound by bytes out of L2, where the product left the chunk: an online softmax reads a logit once, the gradient pass reads it again and
 // writes it. A block takes four rows so that the f32 bias, wider than the bf16 logits, is read once for four of them, and so that every
-// thread has four independent loads in flight. Rows past the end work on the last one, for nothing.
+// thread has four independent loads in flight. Rows past the end repeat the last one, unwritten.
 #include "mma.cuh"
 
 constexpr int CE_ROWS = 4;
@@ -109,13 +109,12 @@ __device__ __forceinline__ void cross_entropy_gradient(float* row_loss, uint32_t
                                                        const uint32_t* labels, const int* rows, const float* scale, int first, int chunk,
                                                        int V) {
   const int begin = int(blockIdx.x) * CE_ROWS, live = min(min(*rows - first, chunk) - begin, CE_ROWS);
-  if (live <= 0) {
-    const float zero[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
-    T* const idle = logits + size_t(begin) * size_t(V);
-    const int elements = max(min(chunk - begin, CE_ROWS), 0) * V;
-    for (int c = int(threadIdx.x) * 8; c < elements; c += CE_THREADS * 8) store8(idle + c, zero);
-    return;
-  }
+  const float zero[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
+  T* const end = logits + size_t(min(chunk, begin + CE_ROWS)) * size_t(V);
+  // Unrolled, it would make the loop below spill.
+#pragma unroll 1
+  for (T* x = logits + size_t(begin + max(live, 0)) * size_t(V) + threadIdx.x * 8; x < end; x += CE_THREADS * 8) store8(x, zero);
+  if (live <= 0) return;
   const T* x[CE_ROWS];
 #pragma unroll
   for (int r = 0; r < CE_ROWS; r++) x[r] = logits + size_t(begin + min(r, live - 1)) * size_t(V);
@@ -125,11 +124,7 @@ __device__ __forceinline__ void cross_entropy_gradient(float* row_loss, uint32_t
   ce_rows(top, sum, label, row_loss, row_correct, x, bias, labels, first + begin, live, V);
   const float weight = *scale;
 #pragma unroll
-  for (int r = 0; r < CE_ROWS; r++) {
-    // Rows past the end become zero.
-    sum[r] = r < live ? weight / sum[r] : 0.f;
-    label[r] = r < live ? label[r] : -1;
-  }
+  for (int r = 0; r < CE_ROWS; r++) sum[r] = weight / sum[r];
   for (int c = int(threadIdx.x) * 8; c < V; c += CE_THREADS * 8) {
     float b[8], v[CE_ROWS][8];
     load8(b, bias + c);
@@ -139,7 +134,7 @@ __device__ __forceinline__ void cross_entropy_gradient(float* row_loss, uint32_t
     for (int r = 0; r < CE_ROWS; r++) {
 #pragma unroll
       for (int i = 0; i < 8; i++) v[r][i] = ce_exp(v[r][i] + b[i] - top[r]) * sum[r] - (label[r] == c + i ? weight : 0.f);
-      if (begin + r < chunk) store8(logits + size_t(begin + r) * size_t(V) + c, v[r]);
+      if (r < live) store8(logits + size_t(begin + r) * size_t(V) + c, v[r]);
     }
   }
 }

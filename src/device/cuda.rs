@@ -8,6 +8,7 @@
 //! | `staging` | copies through locked pages |
 //! | `modules` | kernels: PTX to functions, launches |
 //! | `products` | matrix products |
+//! | `tensor_map` | what TMA must know of a matrix |
 //!
 //! cudarc loads both libraries when they are first used and panics when something is missing. So everything is looked for before: a
 //! missing driver, library or function, or one that is too old, is one line with what to do.
@@ -18,6 +19,7 @@ mod modules;
 mod products;
 mod queue;
 mod staging;
+mod tensor_map;
 
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,7 +28,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::gpu::{Backend, Captured, Event, Facts, GpuProduct};
 use super::kernels::{MODULES, NVCC_MISSING};
-use super::launch::{Kernel, Shape};
+use super::launch::{Kernel, Shape, TensorLayout, TensorMap};
 use super::recorded::Work;
 use super::{Finding, gpu};
 use crate::error::{Error, Result};
@@ -251,6 +253,11 @@ impl Backend for CudaBackend {
             unsafe { self.inner.free(address) };
         }
         captured
+    }
+
+    fn tensor_map(&self, layout: &TensorLayout) -> Result<TensorMap> {
+        self.inner.queue.enter()?;
+        tensor_map::encode(layout)
     }
 
     fn event(&self) -> Result<Box<dyn Event>> {

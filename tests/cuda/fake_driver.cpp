@@ -267,6 +267,11 @@ API int cuModuleGetFunction(void** function, void* module, const char* name) {
   return 0;
 }
 
+API int cuTensorMapEncodeTiled(void*, int, unsigned rank, void*, const void*, const void*, const void*, const void*, int, int, int, int) {
+  CALL_WITH(cuTensorMapEncodeTiled, "%u", rank);
+  return 0;
+}
+
 API int cuFuncGetAttribute(int* value, int which, void*) {
   CALL_WITH(cuFuncGetAttribute, "%d", which);
   *value = 0;
