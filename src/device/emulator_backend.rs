@@ -12,6 +12,7 @@ use super::cpu::{Threads, View, gemm, scratch};
 use super::emulator::{Emulator, Options};
 use super::gpu::{Backend, Captured, Event, Facts, GpuProduct, Operand};
 use super::launch::{Kernel, Launcher, Shape, TensorLayout, TensorMap};
+use super::recorded::Work;
 use super::{DType, Output, Product};
 use crate::error::{Error, Result};
 
@@ -28,13 +29,6 @@ struct Inner {
     /// Bytes in use, and how many there may be.
     used: Mutex<Vec<(u64, usize)>>,
     memory: usize,
-}
-
-/// One queued piece of work.
-enum Work {
-    Launch { kernel: &'static Kernel, shape: Shape, params: Vec<Vec<u64>> },
-    Fill { at: u64, bytes: usize, byte: u8 },
-    Product(GpuProduct),
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -79,9 +73,8 @@ impl Inner {
     fn perform(&self, work: &Work) -> Result<()> {
         match work {
             Work::Launch { kernel, shape, params } => {
-                let params: Vec<*const c_void> = params.iter().map(|p| p.as_ptr().cast()).collect();
                 // SAFETY: the values were copied from a launch that its caller vouched for.
-                unsafe { self.emulator.launch(kernel, *shape, &params) }
+                unsafe { self.emulator.launch(kernel, *shape, &params.pointers()) }
             }
             Work::Fill { at, bytes, byte } => {
                 // SAFETY: the caller of `fill` vouched for the range.
@@ -150,17 +143,8 @@ impl Backend for EmulatorBackend {
             // SAFETY: passed on.
             return unsafe { self.inner.emulator.launch(kernel, shape, params) };
         }
-        let Some(kernel) = super::kernels::KERNELS.iter().find(|k| std::ptr::eq(*k, kernel)) else {
-            return Err(Error::device(format!("kernel {} cannot be captured", kernel.name)).remedy("launch it at once"));
-        };
-        let params = params.iter().zip(kernel.param_sizes).map(|(&from, &size)| {
-            let mut value = vec![0u64; (size as usize).div_ceil(8)];
-            // SAFETY: the caller vouches for parameters of the kernel's sizes; `value` has room for one.
-            unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), value.as_mut_ptr().cast(), size as usize) };
-            value
-        });
-        let params = params.collect();
-        self.queue(Work::Launch { kernel, shape, params })
+        // SAFETY: passed on.
+        self.queue(unsafe { Work::launch(kernel, shape, params) }?)
     }
 
     // SAFETY: what callers owe is written at the trait.

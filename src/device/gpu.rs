@@ -129,10 +129,7 @@ pub trait Backend: Send + Sync {
     fn end_capture(&self) -> Result<Box<dyn Captured>>;
 
     /// Encodes a tensor map, refusing what the driver refuses.
-    fn tensor_map(&self, layout: &TensorLayout) -> Result<TensorMap> {
-        Err(Error::device(format!("no tensor map for {layout:?} on {}", self.facts().name))
-            .remedy("report this as a defect"))
-    }
+    fn tensor_map(&self, layout: &TensorLayout) -> Result<TensorMap>;
 
     /// Marks this point of the queue.
     fn event(&self) -> Result<Box<dyn Event>>;

@@ -12,6 +12,7 @@
 //! - [`pretrain`]: [`Engine`] of the pre-training objectives; [`parts`]: model and data of the settings, brought together
 //! - [`origin`]: what a run keeps of its beginning; [`export`]: a checkpoint made a model that others load
 //! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
+//! - [`flops`]: the arithmetic that a step must do, for rates
 //! - [`signals`]: orderly stops; the file operations below all of this are [`crate::files`]
 
 use std::time::Duration;
@@ -24,6 +25,7 @@ pub mod biencoder;
 pub mod checkpoint;
 pub mod contract;
 pub mod export;
+pub mod flops;
 mod manifest;
 pub mod metrics;
 pub mod origin;

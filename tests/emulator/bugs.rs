@@ -157,7 +157,8 @@ fn observe(device: &Emulator, case: &Case) -> Result<Found, String> {
     for asynchronous in [Asynchronous::Late, Asynchronous::AtIssue, Asynchronous::Random] {
         for seed in 0..6 {
             // One thread: what blocks do to each other must not depend on the machine.
-            let options = Options { seed, asynchronous, threads: 1, watchdog_ms: case.watchdog_ms };
+            let options =
+                Options { seed, asynchronous, threads: 1, watchdog_ms: case.watchdog_ms, ..Options::default() };
             outputs.push(launch(&device.with(options), case)?);
         }
     }

@@ -29,7 +29,8 @@ fn orders() -> Vec<Options> {
     all
 }
 
-fn opened(device: retromae_engine::Result<Device>) -> &'static Gpu {
+/// The GPU that is there now.
+pub fn opened(device: retromae_engine::Result<Device>) -> &'static Gpu {
     match device {
         Ok(Device::Gpu(gpu)) => gpu,
         Ok(Device::Cpu) => panic!("kernels run on a GPU or in the emulator"),
@@ -38,7 +39,7 @@ fn opened(device: retromae_engine::Result<Device>) -> &'static Gpu {
 }
 
 /// Name of the real GPU to test on, if any.
-fn real() -> Option<String> {
+pub fn real() -> Option<String> {
     std::env::var("RETROMAE_DEVICE").ok().filter(|name| name != "emulator")
 }
 
