@@ -8,7 +8,10 @@
 //
 // contrastive_forward_*            part_max, part_sum [splits, capacity], target_score [B] (=): online log-sum-exp in units of log 2.
 //                                  Grid (ceil(B / ROWS), splits).
-// contrastive_loss                 loss, lse [B] (=) from those, correct [B] (=): 1 where no candidate scores higher. Grid ceil(B / 256), block 256.
+// contrastive_loss                 from those, loss [B] (=), correct [B] (=): 1 where no candidate scores higher, lse [B] (=) in units of
+//                                  ln 2, and parts [B, 2] (=) whose sum it is: the largest score, and what the others add. As one number
+//                                  it loses digits of large scores, and with it the probabilities. Grid ceil(B / 256), block 256.
+//                                  The backward takes `parts` in f32 and `lse` in bf16.
 // contrastive_backward_queries_*   dq [B, C] (=). Grid (ceil(B / ROWS), splits, ceil(C / window)).
 // contrastive_backward_passages_*  dp [P, C] (=). Grid (ceil(P / ROWS), splits, ceil(C / window)).
 //                                  With one split dq or dp are written and partial may be null; with more, partial
@@ -140,7 +143,10 @@ __device__ __forceinline__ void contrastive_backward(T* dx, float* partial, cons
         g[n] = 0.f;
         if (row >= rows || column >= columns) continue;
         const bool own = passage == int(a.targets[query]);
-        if (own || !cl_hidden(a, query, passage)) g[n] = ex2(scores.at(r, n) * unit - lse[query] * CL_LOG2E) - (own ? 1.f : 0.f);
+        if (!own && cl_hidden(a, query, passage)) continue;
+        const float score = scores.at(r, n) * unit;
+        // bf16 scores are not exact enough for two parts, and registers are scarce there.
+        g[n] = ex2(sizeof(T) == 4 ? (score - lse[2 * query]) - lse[2 * query + 1] : score - lse[query]) - (own ? 1.f : 0.f);
       }
       sums.put(factors, scores, r, g);
     }
@@ -188,8 +194,8 @@ __device__ __forceinline__ void contrastive_gradient(T* dx, const float* partial
 #endif
 
 extern "C" __global__ void __launch_bounds__(256)
-    contrastive_loss(float* loss, float* lse, uint32_t* correct, const float* part_max, const float* part_sum, const float* target_score, const int* queries,
-                     int capacity, int splits) {
+    contrastive_loss(float* loss, float* lse, float* parts, uint32_t* correct, const float* part_max, const float* part_sum,
+                     const float* target_score, const int* queries, int capacity, int splits) {
   constexpr float LN2 = 0.693147180559945309f;
   const int row = int(blockIdx.x) * 256 + int(threadIdx.x);
   if (row >= *queries) return;
@@ -199,7 +205,10 @@ extern "C" __global__ void __launch_bounds__(256)
     const size_t at = size_t(split) * size_t(capacity) + row;
     total += part_sum[at] * ex2(part_max[at] - most);
   }
-  lse[row] = most * LN2 + logf(total);
+  const float rest = logf(total) * CL_LOG2E;
+  lse[row] = most + rest;
+  parts[2 * row] = most;
+  parts[2 * row + 1] = rest;
   loss[row] = (most - target_score[row]) * LN2 + logf(total);
   correct[row] = target_score[row] >= most ? 1u : 0u;
 }

@@ -102,21 +102,25 @@ fn in_batch(bench: &Bench<'_>, queries: usize, passages: usize) -> Result<()> {
         let targets: Vec<u32> = (0..queries).map(|query| (query * group) as u32).collect();
         let counts = [queries, passages].map(|n| device.tensor(&[n as u32]));
         let (q, p) = (bench.stored(queries * c, size), bench.stored(passages * c, size));
-        (device.tensor(&targets), counts, q, p, bench.wide_room(queries), bench.wide_room(queries))
+        (device.tensor(&targets), counts, q, p, bench.wide_room(queries), bench.wide_room(3 * queries))
     };
     let flops = 2 * queries * passages * c;
     let once = bench.bytes((queries + passages) * c);
     bench.case(&format!("{name} forward"), Work { flops, bytes: once }, || {
         let (targets, counts, q, p, loss, lse) = operands();
+        let correct = device.tensor(&vec![0u32; queries]);
         Box::new(move || {
             let shape = shape_of(c, (queries, passages), &targets, &counts);
-            contrastive::forward(device, &contrastive::Forward { shape, q: &q, p: &p, loss: &loss, lse: &lse });
+            let (q, p, loss, lse, correct) = (&q, &p, &loss, &lse, &correct);
+            contrastive::forward(device, &contrastive::Forward { shape, q, p, loss, lse, correct });
         })
     })?;
     bench.case(&format!("{name} backward"), Work { flops: 2 * flops, bytes: 2 * once }, || {
         let (targets, counts, q, p, loss, lse) = operands();
-        let shape = shape_of(c, (queries, passages), &targets, &counts);
-        contrastive::forward(device, &contrastive::Forward { shape, q: &q, p: &p, loss: &loss, lse: &lse });
+        let (shape, correct) =
+            (shape_of(c, (queries, passages), &targets, &counts), device.tensor(&vec![0u32; queries]));
+        let forward = contrastive::Forward { shape, q: &q, p: &p, loss: &loss, lse: &lse, correct: &correct };
+        contrastive::forward(device, &forward);
         let (dq, dp) = (bench.room(queries * c), bench.room(passages * c));
         let scale = device.tensor(&[1.0 / queries as f32]);
         Box::new(move || {

@@ -68,7 +68,11 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     let mut model = Pretrainer::new(target.device, &config, objective, capacity, target.storage)?;
     model.params().load(0, 0.0, |name, shape, out| weights.read_f32(name, shape, out).map(|()| true))?;
     let losses = model.gradients(&[batch], StepDropout::OFF)?;
-    write_gradients(&args.output, &model, &losses)?;
+    let mut parts = vec![("loss", losses.total())];
+    if with_decoder {
+        parts.extend([("loss.encoder", losses.encoder_loss()), ("loss.decoder", losses.decoder_loss())]);
+    }
+    write_gradients(&args.output, model.params(), &parts, str::to_string)?;
     let mut result = json!({ "loss": losses.total() });
     say(&format!("loss          {:.7}", losses.total()))?;
     if with_decoder {

@@ -307,7 +307,7 @@ impl<T> Drop for Write<'_, T> {
 }
 
 /// Elements to whose multiples the parts of an arena are aligned: 128 bytes in bf16, and the same places in every type.
-const ALIGNMENT: usize = 64;
+pub const ALIGNMENT: usize = 64;
 
 /// One allocation cut into consecutive tensors of one type, each starting at a multiple of [`ALIGNMENT`] elements.
 pub struct Arena {

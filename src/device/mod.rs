@@ -16,7 +16,7 @@ mod recorded;
 use std::sync::OnceLock;
 
 use gpu::{Gpu, GpuProduct, Operand};
-pub use memory::{Arena, Element, Read, Tensor, Write};
+pub use memory::{ALIGNMENT, Arena, Element, Read, Tensor, Write};
 
 use crate::error::{Error, Result};
 

@@ -13,8 +13,8 @@ use super::{Capacity, Pass};
 use crate::data::pairs::batch::TextBatch;
 use crate::device::{DType, Device, Output, Tensor};
 use crate::model::config::BertConfig;
-use crate::ops::pool::{self, Pooling};
 use crate::ops::gather;
+use crate::ops::pool::{self, Pooling};
 
 /// How hidden states become an embedding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,4 +196,3 @@ impl Tower {
         self.encoder.backward(p, &inputs.tokens, &inputs.rows);
     }
 }
-

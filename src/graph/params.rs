@@ -255,7 +255,8 @@ fn upload_f32(to: &Tensor, values: &[f32]) {
 /// The elements of a floating-point tensor as f32.
 pub fn to_f32(t: &Tensor) -> Vec<f32> {
     match t.dtype() {
-        DType::F64 => t.read::<f64>().iter().map(|&x| x as f32).collect(),
+        DType::F64 => t.to_vec::<f64>().into_iter().map(|x| x as f32).collect(),
+        DType::BF16 => t.to_vec::<half::bf16>().into_iter().map(half::bf16::to_f32).collect(),
         _ => t.to_vec(),
     }
 }

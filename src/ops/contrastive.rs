@@ -36,7 +36,7 @@ pub struct Forward<'a> {
     pub p: &'a Tensor,
     /// `[B]`, on the GPU f32, written: loss of each query.
     pub loss: &'a Tensor,
-    /// `[B]`, on the GPU f32, written.
+    /// `[3, B]`, on the GPU f32, written, in units of ln 2: `[B, 2]` parts of lse, the largest score and what the others add, then lse.
     pub lse: &'a Tensor,
     /// `[B]` u32, written: 1 where no candidate scores higher than the query's own passage.
     pub correct: &'a Tensor,
@@ -60,7 +60,7 @@ pub struct Backward<'a> {
     pub q: &'a Tensor,
     /// As in the forward.
     pub p: &'a Tensor,
-    /// Saved log-sum-exp.
+    /// Saved log-sum-exp; the CPU finds it again.
     pub lse: &'a Tensor,
     /// `[B, C]`, written.
     pub dq: &'a Tensor,
@@ -123,10 +123,12 @@ mod cpu {
     pub fn forward<F: Real>(a: &Forward<'_>) {
         let (q, p, targets) = (a.q.read::<F>(), a.p.read::<F>(), a.shape.targets.read::<u32>());
         let (mut loss, mut lse, mut correct) = (a.loss.write::<F>(), a.lse.write::<F>(), a.correct.write::<u32>());
+        let (parts, lse) = lse.split_at_mut(2 * a.shape.queries.rows);
         a.shape.blocks(&q, &p, |first, s| {
             let rows = s.par_chunks_exact(a.shape.passages.rows).zip(&targets[first..]);
             let out = loss[first..].par_iter_mut().zip(&mut lse[first..]).zip(&mut correct[first..]);
-            rows.zip(out).for_each(|((s, &own), ((loss, lse), correct))| {
+            let out = out.zip(parts[2 * first..].par_chunks_exact_mut(2));
+            rows.zip(out).for_each(|((s, &own), (((loss, lse), correct), parts))| {
                 vectorized(|| {
                     let top = max(s);
                     let sum = sum1(
@@ -134,7 +136,9 @@ mod cpu {
                         #[inline(always)]
                         |x| (x - top).exp(),
                     );
-                    *lse = top + sum.ln();
+                    let units = F::of(std::f64::consts::LOG2_E);
+                    (parts[0], parts[1]) = (top * units, sum.ln() * units);
+                    *lse = parts[0] + parts[1];
                     *loss = (top - s[own as usize]) + sum.ln();
                     *correct = u32::from(s[own as usize] >= top);
                 });
@@ -144,15 +148,21 @@ mod cpu {
 
     pub fn backward<F: Real>(a: &Backward<'_>) {
         let (passages, Shape { width: c, targets, .. }) = (a.shape.passages.rows, a.shape);
-        let (q, p, lse, targets) = (a.q.read::<F>(), a.p.read::<F>(), a.lse.read::<F>(), targets.read::<u32>());
+        let (q, p, targets) = (a.q.read::<F>(), a.p.read::<F>(), targets.read::<u32>());
         let (mut dq, mut dp) = (a.dq.write::<F>(), a.dp.write::<F>());
         let weight = F::of(a.scale.value / f64::from(a.shape.temperature));
         a.shape.blocks(&q, &p, |first, g| {
-            let rows = g.par_chunks_exact_mut(passages).zip(lse[first..].par_iter().zip(&targets[first..]));
-            rows.for_each(|(g, (&lse, &own))| {
+            let rows = g.par_chunks_exact_mut(passages).zip(&targets[first..]);
+            rows.for_each(|(g, &own)| {
                 vectorized(|| {
+                    // As a softmax, so that a query's probabilities sum to 1: gradients are differences of much larger terms.
+                    let top = max(g);
                     for g in g.iter_mut() {
-                        *g = (*g - lse).exp();
+                        *g = (*g - top).exp();
+                    }
+                    let inverse = F::ONE / sum1(g, |g| g);
+                    for g in g.iter_mut() {
+                        *g *= inverse;
                     }
                     g[own as usize] = g[own as usize] - F::ONE;
                 });
@@ -239,7 +249,8 @@ mod gpu {
             Launch::linear(blocks(capacity, 256), 256),
             ContrastiveLoss {
                 loss: a.loss.get_mut(),
-                lse: a.lse.get_mut(),
+                lse: a.lse.get_mut().offset(2 * capacity),
+                parts: a.lse.get_mut(),
                 correct: a.correct.get_mut(),
                 part_max: part_max.into(),
                 part_sum: part_sum.into(),
@@ -256,6 +267,8 @@ mod gpu {
         let scale: Option<ConstPtr<f32>> = a.scale.on_device.map(|s| s.get());
         let scale = scale.unwrap_or_else(|| panic!("the contrastive loss needs its scale in device memory"));
         let windows = shape.width.div_ceil(cut.window);
+        // Behind the parts.
+        let lse_at = if a.q.dtype() == DType::BF16 { 2 * shape.queries.rows } else { 0 };
         for (own, other, dx) in [(shape.queries, shape.passages, a.dq), (shape.passages, shape.queries, a.dp)] {
             let grid = cut.grid(gpu, own, other, windows);
             let (capacity, splits) = (own.rows, grid[1] as usize);
@@ -273,7 +286,7 @@ mod gpu {
                             partial,
                             q: a.q.get(),
                             p: a.p.get(),
-                            lse: a.lse.get(),
+                            lse: a.lse.get().offset(lse_at),
                             scale,
                             a: shared(shape),
                             capacity: capacity as i32,

@@ -8,12 +8,12 @@
 use std::ops::Range;
 
 use crate::data::pairs::batch::{ContrastiveBatch, TextBatch};
-use crate::device::{DType, Device, Tensor};
+use crate::device::{ALIGNMENT, Arena, DType, Device, Tensor};
 use crate::error::{Error, Result};
 use crate::graph::activations::{Activations, Plan, Slot};
 use crate::graph::biencoder::{self, Tower, TowerInputs};
 use crate::graph::extent::{Bounds, Extent};
-use crate::graph::params::{Params, Table};
+use crate::graph::params::{Params, Table, to_f32};
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
 use crate::ops::cross_entropy::{self, Scale};
@@ -49,6 +49,11 @@ pub struct Room {
 }
 
 impl Room {
+    /// Row of the first passage among all embeddings: a multiple of what parts of an arena are aligned to, whatever their width.
+    fn first_passage(&self) -> usize {
+        self.queries.next_multiple_of(ALIGNMENT)
+    }
+
     /// Texts of a chunk of queries, of passages, or of both where they share an encoder.
     fn capacity(&self, texts: usize, length: usize) -> Capacity {
         let sequences = self.chunk.map_or(texts, |chunk| chunk.min(texts));
@@ -116,17 +121,18 @@ struct Head {
     /// `[1]` f32: what the loss of a query is weighted with, and the same here.
     scale: Tensor,
     scale_here: f64,
-    /// `[Q + P, W]` embeddings, queries first, and their gradients.
-    all: Slot,
-    d_all: Slot,
+    /// `[Q', W]` embeddings of queries and `[P, W]` of passages behind them, and their gradients; Q' is Q rounded up.
+    all: Arena,
+    d_all: Arena,
     loss: Slot,
     lse: Slot,
 }
 
 impl Head {
-    fn new(device: Device, plan: &mut Plan, width: usize, temperature: f32, room: Room) -> Self {
+    fn new((device, storage): (Device, DType), plan: &mut Plan, width: usize, temperature: f32, room: Room) -> Self {
         let u32s = |len| device.zeros(DType::U32, len);
-        let (q, rows) = (room.queries, room.queries + room.passages);
+        let q = room.queries;
+        let sides = [room.first_passage(), room.passages].map(|rows| rows * width);
         Head {
             width,
             temperature,
@@ -138,10 +144,10 @@ impl Head {
             correct: u32s(q),
             scale: device.zeros(DType::F32, 1),
             scale_here: 0.0,
-            all: plan.add("embeddings", rows, width),
-            d_all: plan.add("d_embeddings", rows, width),
+            all: Arena::zeros(device, storage, sides),
+            d_all: Arena::zeros(device, storage, sides),
             loss: plan.add_wide("loss", q, 1),
-            lse: plan.add_wide("lse", q, 1),
+            lse: plan.add_wide("lse", q, 3),
         }
     }
 
@@ -162,14 +168,9 @@ impl Head {
         }
     }
 
-    fn parts(&self, t: &Tensor) -> [Tensor; 2] {
-        let (q, w) = (self.room.queries * self.width, self.width);
-        [t.slice(0..q), t.slice(q..q + self.room.passages * w)]
-    }
-
     /// Adds the losses to `sums_acc`, and leaves the gradients of all embeddings.
     fn run(&self, p: &Pass<'_>, hidden: bool, gradients: bool, sums_acc: &Tensor) {
-        let [q, passages] = self.parts(p.b(self.all));
+        let (q, passages) = (self.all.tensor(0), self.all.tensor(1));
         let shape = contrastive::Shape {
             queries: self.queries.get(),
             passages: self.passages.get(),
@@ -179,12 +180,12 @@ impl Head {
             hidden: hidden.then_some(&self.hidden),
         };
         let (loss, lse, correct) = (p.b(self.loss), p.b(self.lse), &self.correct);
-        contrastive::forward(p.device, &contrastive::Forward { shape, q: &q, p: &passages, loss, lse, correct });
+        contrastive::forward(p.device, &contrastive::Forward { shape, q, p: passages, loss, lse, correct });
         cross_entropy::sums(p.device, self.queries.get(), loss, correct, sums_acc);
         if gradients {
-            let [dq, dp] = self.parts(p.b(self.d_all));
+            let (dq, dp) = (self.d_all.tensor(0), self.d_all.tensor(1));
             let scale = Scale { value: self.scale_here, on_device: Some(&self.scale) };
-            let backward = contrastive::Backward { shape, scale, q: &q, p: &passages, lse, dq: &dq, dp: &dp };
+            let backward = contrastive::Backward { shape, scale, q, p: passages, lse, dq, dp };
             contrastive::backward(p.device, &backward);
         }
     }
@@ -242,7 +243,10 @@ impl BiEncoder {
     /// Memory that [`Self::new`] would take with `storage`.
     pub fn footprint(config: &BertConfig, options: &Options, room: Room, storage: DType) -> Footprint {
         let mut parts = Parts::new(config, options, room);
-        Head::new(Device::Cpu, &mut parts.plan, options.shape.width(config), options.temperature, room);
+        let width = options.shape.width(config);
+        for name in ["embeddings", "d_embeddings"] {
+            parts.plan.add(name, room.first_passage() + room.passages, width);
+        }
         Footprint::of(&parts.table, &parts.plan, storage)
     }
 
@@ -260,7 +264,7 @@ impl BiEncoder {
                 .remedy("choose another --projection, or --device cpu"));
         }
         let mut parts = Parts::new(config, &options, room);
-        let head = Head::new(device, &mut parts.plan, width, options.temperature, room);
+        let head = Head::new((device, storage), &mut parts.plan, width, options.temperature, room);
         let params = parts.table.allocate(device, storage);
         let inputs = parts.capacities.iter();
         let model = BiEncoder {
@@ -302,8 +306,7 @@ impl BiEncoder {
     /// The embeddings of the last batch: queries `[B, W]`, passages `[P, W]`, in f32.
     pub fn embeddings(&self, batch: &ContrastiveBatch) -> [Vec<f32>; 2] {
         let counts = [&batch.queries, &batch.passages].map(|texts| texts.samples.len() * self.head.width);
-        let parts = self.head.parts(self.buffers.tensor(self.head.all));
-        [0, 1].map(|i| crate::graph::params::to_f32(&parts[i].slice(0..counts[i])))
+        [0, 1].map(|i| to_f32(&self.head.all.tensor(i).slice(0..counts[i])))
     }
 
     /// One optimizer step: gradients of all micro-batches, clipping, AdamW number `t` (from 1) at learning rate `lr`. Dropout is that
@@ -311,7 +314,14 @@ impl BiEncoder {
     ///
     /// # Errors
     /// A failure of the GPU. The step is then lost.
-    pub fn step(&mut self, micro: &[ContrastiveBatch], adamw: &AdamW, lr: f64, t: u64, seed: u64) -> Result<StepOutcome> {
+    pub fn step(
+        &mut self,
+        micro: &[ContrastiveBatch],
+        adamw: &AdamW,
+        lr: f64,
+        t: u64,
+        seed: u64,
+    ) -> Result<StepOutcome> {
         let dropout = StepDropout {
             hidden: Dropout::new(seed, t, self.config.hidden_dropout_prob),
             attention: Dropout::new(seed, t, self.config.attention_probs_dropout_prob),
@@ -377,13 +387,7 @@ impl BiEncoder {
     }
 
     /// Losses and gradients of one batch.
-    fn batch(
-        &mut self,
-        records: &mut Records<Piece>,
-        batch: &ContrastiveBatch,
-        dropout: StepDropout,
-        gradients: bool,
-    ) {
+    fn batch(&mut self, records: &mut Records<Piece>, batch: &ContrastiveBatch, dropout: StepDropout, gradients: bool) {
         let (device, thresholds) = (self.device, [dropout.hidden.threshold, dropout.attention.threshold]);
         let chunks = self.chunks(batch);
         // Activations of the forward are still there for the backward when each tower sees one chunk.
@@ -394,7 +398,7 @@ impl BiEncoder {
             bounds.push(laid_out);
             records.run(device, Piece::Forward { tower, bounds: laid_out, dropout: thresholds }, || {
                 let p = self.pass(dropout);
-                self.towers[tower].forward(&p, &self.inputs[tower], p.b(self.head.all));
+                self.towers[tower].forward(&p, &self.inputs[tower], self.head.all.whole());
             });
         }
         self.head.set(batch);
@@ -414,9 +418,9 @@ impl BiEncoder {
             records.run(device, piece, || {
                 let p = self.pass(dropout);
                 if again {
-                    self.towers[tower].forward(&p, &self.inputs[tower], p.b(self.head.all));
+                    self.towers[tower].forward(&p, &self.inputs[tower], self.head.all.whole());
                 }
-                self.towers[tower].backward(&p, &self.inputs[tower], p.b(self.head.d_all));
+                self.towers[tower].backward(&p, &self.inputs[tower], self.head.d_all.whole());
             });
         }
     }
@@ -429,7 +433,7 @@ impl BiEncoder {
     fn chunks(&self, batch: &ContrastiveBatch) -> Vec<Chunk> {
         let (q, p) = (batch.queries.samples.len(), batch.passages.samples.len());
         let limit = |texts: usize| self.head.room.chunk.unwrap_or(texts).max(1);
-        let first_passage = self.head.room.queries;
+        let first_passage = self.head.room.first_passage();
         let mut chunks = Vec::new();
         let mut cut = |tower: usize, texts: &TextBatch, places: &dyn Fn(usize) -> u32, limit: usize| {
             let n = texts.samples.len();

@@ -6,13 +6,15 @@
 use std::path::Path;
 
 use crate::data::batch::{DecoderBatch, PretrainBatch, Visibility};
+use crate::data::pairs::batch::{ContrastiveBatch, TextBatch};
 use crate::error::{Error, Result};
 use crate::files::{self, Disk};
+use crate::graph::params::Params;
+use crate::model::config::BertConfig;
 use crate::model::element::Dtype;
 use crate::model::safetensors::SafeTensors;
 use crate::model::safetensors::writer::{Spec, Writer};
 use crate::model::tensor_file::{Info, TensorFile};
-use crate::train::step::{Losses, Objective, Pretrainer};
 
 /// The label that means "no loss here".
 const IGNORE: i64 = -100;
@@ -101,25 +103,71 @@ impl BatchFile {
     }
 }
 
-/// Writes `loss`, `loss.<part>` and `grad.<parameter>` of one forward and backward to the file `path`, which must not exist.
-pub fn write_gradients(path: &Path, model: &Pretrainer, losses: &Losses) -> Result<()> {
-    let mut scalars = vec![("loss".to_string(), losses.total())];
-    if model.objective() == Objective::RetroMae {
-        scalars.push(("loss.encoder".into(), losses.encoder_loss()));
-        scalars.push(("loss.decoder".into(), losses.decoder_loss()));
+impl BatchFile {
+    /// Padded texts `<prefix>input_ids`, `<prefix>attention_mask` and, where they are there, `<prefix>token_type_ids`. Dropout is off, so
+    /// the texts need no names that differ between sides.
+    fn texts(&self, prefix: &str, vocabulary: usize, (positions, types): (usize, usize)) -> Result<TextBatch> {
+        let [ids, mask, kinds] =
+            ["input_ids", "attention_mask", "token_type_ids"].map(|name| format!("{prefix}{name}"));
+        let padded = self.ints(&ids, 2)?;
+        let shape = padded.shape.clone();
+        let ones = self.like(&mask, &shape)?;
+        let packing = Packing::new(&ones, shape[0], shape[1], positions).map_err(|c| self.refuse(&mask, c))?;
+        let ids = packing.tokens(&padded.values, vocabulary).map_err(|c| self.refuse(&ids, c))?;
+        let has_types = self.file.info(&format!("{}{kinds}", self.prefix)).is_some();
+        let types = match has_types {
+            true => packing.tokens(&self.like(&kinds, &shape)?, types).map_err(|c| self.refuse(&kinds, c))?,
+            false => vec![0; ids.len()],
+        };
+        Ok(TextBatch { samples: (0..shape[0] as u64).collect(), cu_seqlens: packing.cu_seqlens, ids, types })
     }
+
+    /// The batch of a bi-encoder whose queries have `group` passages each.
+    pub fn contrastive(&self, group: usize, config: &BertConfig) -> Result<ContrastiveBatch> {
+        let limits = (config.max_position_embeddings, config.type_vocab_size);
+        let queries = self.texts("query.", config.vocab_size, limits)?;
+        let passages = self.texts("passage.", config.vocab_size, limits)?;
+        let (q, p) = (queries.samples.len(), passages.samples.len());
+        if q * group != p {
+            let cause = format!("holds {p} passages for {q} queries, not {group} each");
+            return Err(self.refuse("passage.input_ids", cause));
+        }
+        let teacher = match self.file.info(&format!("{}teacher_score", self.prefix)) {
+            None => None,
+            Some(info) if info.shape == [q, group] => {
+                let mut scores = vec![0.0; q * group];
+                self.file.read_f32(&format!("{}teacher_score", self.prefix), &info.shape, &mut scores)?;
+                Some(scores)
+            }
+            Some(info) => {
+                return Err(self.refuse("teacher_score", format!("has shape {:?}, not [{q}, {group}]", info.shape)));
+            }
+        };
+        let targets = (0..q).map(|b| (b * group) as u32).collect();
+        Ok(ContrastiveBatch { queries, passages, group, targets, hidden: None, teacher })
+    }
+}
+
+/// Writes the losses by name and `grad.<parameter>` of one forward and backward to the file `path`, which must not exist. `name` turns the
+/// engine's names of parameters into those of the checkpoint.
+pub fn write_gradients(
+    path: &Path,
+    params: &Params,
+    losses: &[(&str, f64)],
+    name: impl Fn(&str) -> String,
+) -> Result<()> {
     let spec = |name: String, shape: Vec<usize>| Spec { name, info: Info { dtype: Dtype::F32, shape } };
-    let parts = model.params().parts();
-    let specs = scalars.iter().map(|(name, _)| spec(name.clone(), Vec::new()));
-    let specs = specs.chain(parts.iter().map(|p| spec(format!("grad.{}", p.name), p.shape.clone()))).collect();
+    let (parts, grad) = (params.parts(), |part: &str| format!("grad.{}", name(part)));
+    let specs = losses.iter().map(|(name, _)| spec(name.to_string(), Vec::new()));
+    let specs = specs.chain(parts.iter().map(|p| spec(grad(&p.name), p.shape.clone()))).collect();
     let temporary = files::sibling(path, &format!(".tmp-{}", std::process::id()))?;
     let disk = Disk::default();
     let written = Writer::create(&temporary, specs, &[]).and_then(|mut writer| {
-        for (name, value) in &scalars {
+        for (name, value) in losses {
             writer.write_f32(name, &[*value as f32])?;
         }
         for part in parts {
-            writer.write_f32(&format!("grad.{}", part.name), &model.params().get_gradient(part))?;
+            writer.write_f32(&grad(&part.name), &params.get_gradient(part))?;
         }
         writer.finish()?;
         disk.rename(&temporary, path)?;

@@ -37,6 +37,7 @@ struct On<'a, T> {
     q: ConstPtr<T>,
     p: ConstPtr<T>,
     lse: &'a Buffer<f32>,
+    parts: &'a Buffer<f32>,
     scale: &'a Buffer<f32>,
 }
 
@@ -99,7 +100,8 @@ macro_rules! kernels {
                 (dx, partial): (MutPtr<$t>, MutPtr<f32>),
                 capacity: i32,
             ) -> Result<()> {
-                let (a, q, p, lse, scale) = (on.shared, on.q, on.p, on.lse.get(), on.scale.get());
+                let lse = if <$t>::ROUNDS { on.lse.get() } else { on.parts.get() };
+                let (a, q, p, scale) = (on.shared, on.q, on.p, on.scale.get());
                 match (kind.by_query, kind.narrow) {
                     (true, false) => $queries { dx, partial, q, p, lse, scale, a, capacity }.launch(device, at),
                     (false, false) => $passages { dx, partial, q, p, lse, scale, a, capacity }.launch(device, at),
@@ -143,6 +145,12 @@ kernels!(
     ContrastiveGradientBf16
 );
 
+/// The log-sum-exp out of its two parts, whose sum it must be.
+fn natural(parts: &[f32], lse: &[f32]) -> Vec<f32> {
+    assert!(parts.chunks(2).zip(lse).all(|(x, lse)| x[0] + x[1] == *lse));
+    parts.chunks(2).map(|x| ((f64::from(x[0]) + f64::from(x[1])) * std::f64::consts::LN_2) as f32).collect()
+}
+
 impl Case {
     fn q<T: Storage>(&self) -> Vec<f32> {
         rounded::<T>(&normal(self.queries * self.width, 1))
@@ -173,7 +181,7 @@ impl Case {
         let (q, p) = (stored::<T>(device, &self.q::<T>(), room), stored::<T>(device, &self.p::<T>(), room));
         let targets = Buffer::with_room(device, &self.targets(), queries + SPARE);
         let hidden = Buffer::of(device, &self.hidden());
-        let (loss, lse) = (Buffer::poisoned(device, queries + SPARE), Buffer::poisoned(device, queries + SPARE));
+        let [loss, lse, parts] = [1, 1, 2].map(|each| Buffer::poisoned(device, each * (queries + SPARE)));
         let shared = Contrastive {
             targets: targets.get(),
             hidden: if self.hides { hidden.get() } else { ConstPtr::null() },
@@ -184,12 +192,12 @@ impl Case {
             inverse_temperature: 1.0 / self.temperature,
         };
         let scale = Buffer::of(device, &[SCALE]);
-        let on = On { shared, q: q.get(), p: p.get(), lse: &lse, scale: &scale };
+        let on = On { shared, q: q.get(), p: p.get(), lse: &lse, parts: &parts, scale: &scale };
         self.forward(device, &on, &sides[0], &loss);
         let dq = self.backward(device, &on, true, &sides[0], queries);
         let dp = self.backward(device, &on, false, &sides[1], passages);
         assert!(splits > 0);
-        vec![loss.take(queries), lse.take(queries), dq, dp]
+        vec![loss.take(queries), natural(&parts.take(2 * queries), &lse.take(queries)), dq, dp]
     }
 
     fn forward<T: Kernels>(&self, device: &'static Gpu, on: &On<T>, side: &Side, loss: &Buffer<f32>) {
@@ -207,6 +215,7 @@ impl Case {
         ContrastiveLoss {
             loss: loss.get_mut(),
             lse: on.lse.get_mut(),
+            parts: on.parts.get_mut(),
             correct: correct.get_mut(),
             part_max: part_max.get(),
             part_sum: part_sum.get(),
@@ -263,7 +272,7 @@ impl Case {
         let (targets, q_rows, p_rows) = (&targets, queries.into(), passages.into());
         let shape = contrastive::Shape { queries: q_rows, passages: p_rows, width, temperature, targets, hidden };
         let [loss, lse, dq, dp] =
-            [queries, queries, queries * width, passages * width].map(|n| Tensor::zeros(dtype, n));
+            [queries, 3 * queries, queries * width, passages * width].map(|n| Tensor::zeros(dtype, n));
         let correct = Tensor::from_slice(&vec![0u32; queries]);
         let (q, p) = (&q, &p);
         let forward = contrastive::Forward { shape, q, p, loss: &loss, lse: &lse, correct: &correct };
@@ -271,10 +280,12 @@ impl Case {
         let scale = f64::from(SCALE).into();
         let backward = contrastive::Backward { shape, scale, q, p, lse: &lse, dq: &dq, dp: &dp };
         contrastive::backward(Device::Cpu, &backward);
-        [loss, lse, dq, dp].map(|t| match dtype {
+        let wide = |t: &Tensor| match dtype {
             DType::F64 => t.to_vec::<f64>(),
             _ => f64s(&t.to_vec::<f32>()),
-        })
+        };
+        let lse = wide(&lse)[..2 * queries].chunks(2).map(|x| (x[0] + x[1]) * std::f64::consts::LN_2).collect();
+        [wide(&loss), lse, wide(&dq), wide(&dp)]
     }
 
     /// dq and dp of a plain bf16 implementation: it rounds the gradient of the scores before it multiplies, and its results.

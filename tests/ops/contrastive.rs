@@ -44,7 +44,7 @@ impl Case {
 
     /// Losses and lse.
     fn losses(&self, lab: &Lab, x: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
-        let (loss, lse) = (lab.set(self.queries), lab.set(self.queries));
+        let (loss, lse) = (lab.set(self.queries), lab.set(3 * self.queries));
         let (q, p) = (lab.tensor(&x[0]), lab.tensor(&x[1]));
         let correct = Tensor::from_slice(&vec![7u32; self.queries]);
         let (loss_to, lse_to) = (&loss.tensor, &lse.tensor);

@@ -95,7 +95,7 @@ fn contrastive_of(place: Place, queries: usize, passages: usize, width: usize, h
         targets: &targets,
         hidden: hides.then_some(&hidden),
     };
-    let [loss, lse] = [(); 2].map(|()| place.unset_wide(queries, SPARE));
+    let [loss, lse] = [1, 3].map(|each| place.unset_wide(each * queries, each * SPARE));
     let [dq, dp] = [queries, passages].map(|rows| place.unset(rows * width, SPARE * width));
     let (q, p, loss, lse, weight) = (&q, &p, &loss, &lse, place.wide(&[SCALE], 0));
     let correct = place.tensor(&vec![7u32; queries], SPARE);
@@ -103,7 +103,7 @@ fn contrastive_of(place: Place, queries: usize, passages: usize, width: usize, h
     let backward = contrastive::Backward { shape, scale: scale(&weight), q, p, lse, dq: &dq, dp: &dp };
     contrastive::backward(place.device(), &backward);
     let take = |tensor, used| place.take(tensor, used, Rest::Untouched);
-    let mut results = vec![("loss", take(loss, queries)), ("lse", take(lse, queries))];
+    let mut results = vec![("loss", take(loss, queries))];
     let correct = correct.to_vec::<u32>();
     results.push(("correct", correct[..queries].iter().map(|&c| f64::from(c)).collect()));
     results.extend([("dq", take(&dq, queries * width)), ("dp", take(&dp, passages * width))]);

@@ -1,0 +1,1 @@
+//! What must hold of fine-tuning on any batch.
