@@ -68,7 +68,11 @@ try() {
     case $rc in
         0) row "$what" ok $((SECONDS - began)) "$(detail)" ;;
         124 | 137) row "$what" "TIME UP" $((SECONDS - began)) "after $limit s; $(detail)" ;;
-        *) row "$what" "FAILED ($rc)" $((SECONDS - began)) "$(detail)" ;;
+        *)
+            row "$what" "FAILED ($rc)" $((SECONDS - began)) "$(detail)"
+            # What failing tests said, for those who see only the end of the output.
+            { grep -aE -A 1 'panicked at' "$said" | grep -av '^--$' | cut -c1-200 | head -n 12; } >>"$work/failures" || true
+            ;;
     esac
     return "$rc"
 }
@@ -100,7 +104,7 @@ facts() {
             true
     } >"$raw/facts.txt" 2>&1 || true
     local gpu=emulator
-    [ "$device" != cuda ] || gpu=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader | head -n 1 || echo "no GPU")
+    [ "$device" != cuda ] || gpu=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader 2>/dev/null | head -n 1 || echo "no GPU")
     row machine "$device" 0 "$gpu, commit ${RETROMAE_COMMIT:0:12}${RETROMAE_COMMIT:40}"
 }
 
@@ -108,6 +112,7 @@ facts() {
 finish() {
     local rc=$?
     {
+        [ ! -s "$work/failures" ] || { echo; cat "$work/failures"; }
         [ ! -s "$work/tables" ] || { echo; cat "$work/tables"; }
         printf '\n%-42s %-12s %5s  %s\n' "$name on $device" result s detail
         awk -F '\t' '{ printf "%-42s %-12s %5s  %s\n", $1, $2, $3, $4 }' "$rows"
