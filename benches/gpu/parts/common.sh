@@ -13,7 +13,8 @@ unpack() {
     fi
     engine=$pack/bin/retromae-engine
     RETROMAE_COMMIT=$(build_fact commit)
-    export RETROMAE_COMMIT RETROMAE_DEVICE=$device PYTHONUNBUFFERED=1
+    # What the driver has compiled from PTX is found again by the next program.
+    export RETROMAE_COMMIT RETROMAE_DEVICE=$device PYTHONUNBUFFERED=1 CUDA_CACHE_PATH=$root/target/gpu-cuda-cache
     # Tests know the checkout and the program by the paths they were built at.
     mkdir -p "$root/target/release"
     [ -e "$root/target/release/retromae-engine" ] || ln -s ../gpu/bin/retromae-engine "$root/target/release/retromae-engine"
