@@ -115,12 +115,12 @@ finish() {
     {
         [ ! -s "$work/failures" ] || { echo; cat "$work/failures"; }
         [ ! -s "$work/tables" ] || { echo; cat "$work/tables"; }
-        printf '\n%-42s %-12s %5s  %s\n' "$name on $device" result s detail
+        printf '\n%-42s %-12s %5s  %s\n' "$title on $device" result s detail
         awk -F '\t' '{ printf "%-42s %-12s %5s  %s\n", $1, $2, $3, $4 }' "$rows"
         grep -qE $'\t(FAILED|TIME UP|no time)' "$rows" && rc=1
-        echo "$SECONDS s in all; more in $out/$name.log and .tar.gz; exit $rc"
-    } | tee "$out/$name.txt"
-    tar -C "$raw" -czf "$out/$name.tar.gz" .
+        echo "$SECONDS s in all; more in $out/$title.log and .tar.gz; exit $rc"
+    } | tee "$out/$title.txt"
+    tar -C "$raw" -czf "$out/$title.tar.gz" .
     grep -qE $'\t(FAILED|TIME UP|no time)' "$rows" && rc=1
     rm -rf "$work"
     exit "$rc"
