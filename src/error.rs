@@ -154,6 +154,11 @@ impl Error {
         &self.0.cause
     }
 
+    /// What to do about it, without the rest; may be empty.
+    pub fn advice(&self) -> &str {
+        &self.0.remedy
+    }
+
     /// The exit code the process ends with.
     pub fn exit_code(&self) -> i32 {
         match self.0.kind {

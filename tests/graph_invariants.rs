@@ -5,6 +5,8 @@
 mod common;
 #[path = "graph/degenerate.rs"]
 mod degenerate;
+#[path = "graph/gpu.rs"]
+mod gpu;
 #[path = "graph/gradients.rs"]
 mod gradients;
 #[path = "graph/neighbours.rs"]

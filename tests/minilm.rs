@@ -56,7 +56,7 @@ fn embeddings_equal_pytorch() {
     }
     let tokens = stream.len();
     let capacity = Capacity { tokens, sequences: texts, length, encoder_labels: 0 };
-    let mut model = Inference::new(Device::Cpu, &config, capacity, DType::F32);
+    let mut model = Inference::new(Device::Cpu, &config, capacity, DType::F32).unwrap();
     let weights = Checkpoint::open(&folder).unwrap();
     let fresh = model.params().load(0, 0.02, |name, shape, out| weights.read_f32(name, shape, out).map(|()| true));
     assert!(fresh.unwrap().is_empty());

@@ -11,9 +11,13 @@ fn golden(case: &str) -> PathBuf {
 }
 
 fn step(objective: &str, model: &Path, batch: &Path, output: &Path) -> Output {
+    step_on("cpu", objective, model, batch, output)
+}
+
+fn step_on(device: &str, objective: &str, model: &Path, batch: &Path, output: &Path) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_retromae-engine"));
-    command.args(["step", "--objective", objective, "--model"]).arg(model).arg("--batch").arg(batch);
-    command.arg("--output").arg(output).output().unwrap()
+    command.args(["step", "--device", device, "--precision", "fp32", "--objective", objective, "--model"]).arg(model);
+    command.arg("--batch").arg(batch).arg("--output").arg(output).output().unwrap()
 }
 
 fn stderr(output: &Output) -> String {
@@ -39,10 +43,16 @@ fn error(name: &str, x: &[f64], reference: &[f64]) -> f64 {
 }
 
 fn check(case: &str, objective: &str) {
+    check_on("cpu", case, objective);
+    // The emulated GPU, or the device that is named.
+    check_on(&std::env::var("RETROMAE_DEVICE").unwrap_or_else(|_| "emulator".into()), case, objective);
+}
+
+fn check_on(device: &str, case: &str, objective: &str) {
     let case = golden(case);
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.safetensors");
-    let ran = step(objective, &case.join("model"), &case.join("batch.safetensors"), &out);
+    let ran = step_on(device, objective, &case.join("model"), &case.join("batch.safetensors"), &out);
     assert!(ran.status.success(), "{}", stderr(&ran));
     let (found, expected) = (floats(&out), floats(&case.join("expected.safetensors")));
     assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());

@@ -291,7 +291,8 @@ fn every_op_has_its_tests() {
     let mut ops = 0;
     for source in sources(&["src/ops"], &["rs"]) {
         let stem = source.path.trim_start_matches("src/ops/").trim_end_matches(".rs");
-        if stem == "mod" {
+        // `gpu` is what the ops' launches share; in a folder of an op are the halves of one that is too long for one file.
+        if stem == "mod" || stem == "gpu" || stem.contains('/') {
             continue;
         }
         ops += 1;

@@ -7,6 +7,8 @@ mod bad_input;
 mod cli;
 #[path = "train/exported.rs"]
 mod exported;
+#[path = "train/gpu.rs"]
+mod gpu;
 #[path = "train/interrupted.rs"]
 mod interrupted;
 #[path = "train/refused.rs"]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::{Global, say};
+use crate::device::{self, Finding};
 use crate::error::Result;
 use crate::model::hub;
 
@@ -16,32 +17,11 @@ pub struct Arguments {
     output: PathBuf,
 }
 
-/// One thing looked at.
-struct Finding {
-    what: &'static str,
-    good: bool,
-    found: String,
-    meaning: String,
-}
-
 /// Runs the subcommand. Nothing found missing is an error: everything runs on a CPU alone.
 pub fn run(args: Arguments, global: &Global) -> Result<()> {
-    let findings = [
-        processor(global.threads()),
-        vectors(),
-        memory(),
-        driver(),
-        library("CUDA driver", "libcuda.so.1", "--device cuda finds the GPU through it", "install the NVIDIA driver"),
-        library(
-            "cuBLASLt",
-            "libcublasLt.so",
-            "matrix products on the GPU",
-            "pip install nvidia-cublas, and put its lib folder on LD_LIBRARY_PATH",
-        ),
-        kernels(),
-        disk(&args.output),
-        cache(),
-    ];
+    let mut findings = vec![processor(global.threads()), vectors(), memory()];
+    findings.extend(device::findings());
+    findings.extend([disk(&args.output), cache()]);
     for f in &findings {
         let mark = if f.good { "ok" } else { "--" };
         say(&format!("{mark}  {:<12} {}\n    {:<12} {}", f.what, f.found, "", f.meaning))?;
@@ -97,40 +77,6 @@ fn memory() -> Finding {
         ),
         _ => finding("memory", false, "unknown", "this system does not tell"),
     }
-}
-
-fn driver() -> Finding {
-    let version = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
-    let gpus = (0..64).filter(|i| Path::new(&format!("/dev/nvidia{i}")).exists()).count();
-    match version.and_then(|text| text.lines().next().map(str::to_string)) {
-        Some(line) => {
-            finding("GPU", gpus > 0, format!("{gpus} devices; {line}"), "compute capability 8.0 or newer is needed")
-        }
-        None => finding("GPU", false, "no NVIDIA driver is loaded", "everything runs on the CPU: --device cpu"),
-    }
-}
-
-/// Looks for a shared library where the loader would.
-fn library(what: &'static str, file: &str, use_of: &str, remedy: &str) -> Finding {
-    let listed = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
-    let usual =
-        ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/cuda/lib64"];
-    let mut folders = listed.split(':').filter(|f| !f.is_empty()).chain(usual);
-    let starts_with = |folder: &Path| {
-        std::fs::read_dir(folder)
-            .ok()?
-            .flatten()
-            .map(|e| e.path())
-            .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(file)))
-    };
-    match folders.find_map(|folder| starts_with(Path::new(folder))) {
-        Some(path) => finding(what, true, path.display().to_string(), use_of),
-        None => finding(what, false, format!("no {file}"), format!("needed for --device cuda only: {remedy}")),
-    }
-}
-
-fn kernels() -> Finding {
-    finding("GPU kernels", false, "not part of this build", "--device cpu is what this build offers")
 }
 
 fn disk(folder: &Path) -> Finding {

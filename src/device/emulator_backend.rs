@@ -12,6 +12,7 @@ use super::cpu::{Threads, View, gemm, scratch};
 use super::emulator::{Emulator, Options};
 use super::gpu::{Backend, Captured, Event, Facts, GpuProduct, Operand};
 use super::launch::{Kernel, Launcher, Shape, TensorLayout, TensorMap};
+use super::recorded::Work;
 use super::{DType, Output, Product};
 use crate::error::{Error, Result};
 
@@ -28,13 +29,6 @@ struct Inner {
     /// Bytes in use, and how many there may be.
     used: Mutex<Vec<(u64, usize)>>,
     memory: usize,
-}
-
-/// One queued piece of work.
-enum Work {
-    Launch { kernel: &'static Kernel, shape: Shape, params: Vec<Vec<u64>> },
-    Fill { at: u64, bytes: usize, byte: u8 },
-    Product(GpuProduct),
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -79,9 +73,8 @@ impl Inner {
     fn perform(&self, work: &Work) -> Result<()> {
         match work {
             Work::Launch { kernel, shape, params } => {
-                let params: Vec<*const c_void> = params.iter().map(|p| p.as_ptr().cast()).collect();
                 // SAFETY: the values were copied from a launch that its caller vouched for.
-                unsafe { self.emulator.launch(kernel, *shape, &params) }
+                unsafe { self.emulator.launch(kernel, *shape, &params.pointers()) }
             }
             Work::Fill { at, bytes, byte } => {
                 // SAFETY: the caller of `fill` vouched for the range.
@@ -116,12 +109,14 @@ impl Backend for EmulatorBackend {
         Ok(address)
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn free(&self, address: u64) {
         locked(&self.inner.used).retain(|(at, _)| *at != address);
         // SAFETY: passed on.
         unsafe { self.inner.emulator.free_at(address) };
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<()> {
         self.not_recording("a copy")?;
         // SAFETY: passed on.
@@ -129,6 +124,7 @@ impl Backend for EmulatorBackend {
         Ok(())
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
         self.not_recording("a copy")?;
         // SAFETY: passed on.
@@ -136,28 +132,22 @@ impl Backend for EmulatorBackend {
         Ok(())
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn fill(&self, at: u64, bytes: usize, byte: u8) -> Result<()> {
         self.queue(Work::Fill { at, bytes, byte })
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn launch(&self, kernel: &Kernel, shape: Shape, params: &[*const c_void]) -> Result<()> {
         if locked(&self.recording).is_none() {
             // SAFETY: passed on.
             return unsafe { self.inner.emulator.launch(kernel, shape, params) };
         }
-        let Some(kernel) = super::kernels::KERNELS.iter().find(|k| std::ptr::eq(*k, kernel)) else {
-            return Err(Error::device(format!("kernel {} cannot be captured", kernel.name)).remedy("launch it at once"));
-        };
-        let params = params.iter().zip(kernel.param_sizes).map(|(&from, &size)| {
-            let mut value = vec![0u64; (size as usize).div_ceil(8)];
-            // SAFETY: the caller vouches for parameters of the kernel's sizes; `value` has room for one.
-            unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), value.as_mut_ptr().cast(), size as usize) };
-            value
-        });
-        let params = params.collect();
-        self.queue(Work::Launch { kernel, shape, params })
+        // SAFETY: passed on.
+        self.queue(unsafe { Work::launch(kernel, shape, params) }?)
     }
 
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn product(&self, p: &GpuProduct) -> Result<()> {
         self.queue(Work::Product(*p))
     }

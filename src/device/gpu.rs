@@ -129,10 +129,7 @@ pub trait Backend: Send + Sync {
     fn end_capture(&self) -> Result<Box<dyn Captured>>;
 
     /// Encodes a tensor map, refusing what the driver refuses.
-    fn tensor_map(&self, layout: &TensorLayout) -> Result<TensorMap> {
-        Err(Error::device(format!("no tensor map for {layout:?} on {}", self.facts().name))
-            .remedy("report this as a defect"))
-    }
+    fn tensor_map(&self, layout: &TensorLayout) -> Result<TensorMap>;
 
     /// Marks this point of the queue.
     fn event(&self) -> Result<Box<dyn Event>>;
@@ -268,7 +265,10 @@ impl Gpu {
 
     /// What kernels need of a dropout. Its key must be the one that was set.
     pub fn dropout(&self, mask: &Dropout) -> super::kernels::Dropout {
-        assert!(!mask.is_on() || *locked(&self.key_here) == mask.key, "dropout of another step than the one that was set");
+        assert!(
+            !mask.is_on() || *locked(&self.key_here) == mask.key,
+            "dropout of another step than the one that was set"
+        );
         super::kernels::Dropout {
             key: ConstPtr::new(self.key.get().map_or(0, Memory::address)),
             threshold: mask.threshold,

@@ -4,12 +4,16 @@
 //! at run time; [`Arena`] is one allocation cut into tensors by a table.
 
 pub mod cpu;
+mod cuda;
 pub mod emulator;
 mod emulator_backend;
 pub mod gpu;
 pub mod kernels;
 pub mod launch;
 mod memory;
+mod recorded;
+
+use std::sync::OnceLock;
 
 use gpu::{Gpu, GpuProduct, Operand};
 pub use memory::{Arena, Element, Read, Tensor, Write};
@@ -35,7 +39,7 @@ impl std::fmt::Debug for Device {
 }
 
 /// Element type of a [`Tensor`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// 32-bit float.
     F32,
@@ -100,7 +104,7 @@ pub enum Output {
 }
 
 /// The three products of a linear layer with weight `w [n, k]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Product {
     /// `c [m, n] = a [m, k] · b [n, k]ᵀ`: forward.
     NT,
@@ -138,13 +142,28 @@ impl Device {
         Gpu::new(Box::new(emulator_backend::EmulatorBackend::new(options)?)).map(Device::Gpu)
     }
 
-    /// The device that a name stands for, and a line worth telling of how it was chosen.
+    /// The first NVIDIA GPU that is visible (`CUDA_VISIBLE_DEVICES`). It is opened once; later calls give the same one, or the same
+    /// error.
+    pub fn cuda() -> Result<Device> {
+        static OPENED: OnceLock<Result<&'static Gpu>> = OnceLock::new();
+        let open = || Gpu::new(Box::new(cuda::CudaBackend::new(0)?));
+        OPENED.get_or_init(open).clone().map(Device::Gpu)
+    }
+
+    /// The device that a name stands for: `cpu`, `cuda`, `emulator`, or `auto`, a GPU where everything it needs is there. The text is a
+    /// line worth telling: why `auto` left out the GPU of a machine that has a driver.
     pub fn open(name: &str) -> Result<(Device, Option<String>)> {
         match name {
+            "auto" if cuda::has_driver() => {
+                let left_out = |e: Error| Ok((Device::Cpu, Some(format!("running on the CPU: {e}"))));
+                Device::cuda().map_or_else(left_out, |device| Ok((device, None)))
+            }
             "auto" | "cpu" => Ok((Device::Cpu, None)),
+            "cuda" => Ok((Device::cuda()?, None)),
             "emulator" => Ok((Device::emulator(emulator::Options::default())?, None)),
-            other => Err(Error::device(format!("--device {other}: this build has no GPU kernels"))
-                .remedy("use --device cpu")),
+            other => {
+                Err(Error::usage(format!("there is no device {other}")).remedy("auto, cpu, cuda and emulator are"))
+            }
         }
     }
 
@@ -180,6 +199,23 @@ impl Device {
             Device::Gpu(gpu) => gpu.matmul(p),
         }
     }
+}
+
+/// One thing that a GPU needs, as `doctor` tells it.
+pub struct Finding {
+    /// Its name.
+    pub what: &'static str,
+    /// Whether it is there and will do.
+    pub good: bool,
+    /// What was found.
+    pub found: String,
+    /// What that means for a run, or what to do about it.
+    pub meaning: String,
+}
+
+/// What `--device cuda` needs, and what of it is there. Never fails: whatever is missing is a finding.
+pub fn findings() -> Vec<Finding> {
+    cuda::findings()
 }
 
 impl Gpu {

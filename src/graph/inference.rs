@@ -2,9 +2,9 @@
 
 use super::activations::{Activations, Plan};
 use super::encoder::Encoder;
+use super::extent::Bounds;
 use super::inputs::{Rows, TokenInputs};
 use super::params::{Params, Table};
-use super::extent::Bounds;
 use super::{Capacity, Pass, StepDropout};
 use crate::device::{DType, Device, Tensor};
 use crate::error::Result;

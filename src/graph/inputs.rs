@@ -68,10 +68,7 @@ impl TileBuffers {
     /// For up to `rows` rows of `sequences`.
     fn new(device: Device, rows: usize, sequences: usize) -> Self {
         let tiles = Self::most(rows, sequences);
-        TileBuffers {
-            count: Extent::new(device),
-            table: device.is_gpu().then(|| device.zeros(DType::U32, 2 * tiles)),
-        }
+        TileBuffers { count: Extent::new(device), table: device.is_gpu().then(|| device.zeros(DType::U32, 2 * tiles)) }
     }
 
     fn most(rows: usize, sequences: usize) -> usize {

@@ -94,7 +94,7 @@ pub fn check_gpu(config: &BertConfig) -> Result<()> {
     if dims.hidden > 4096 {
         return refuse("hidden_size", dims.hidden, "at most 4096");
     }
-    if dims.intermediate % 8 != 0 {
+    if !dims.intermediate.is_multiple_of(8) {
         return refuse("intermediate_size", dims.intermediate, "a multiple of 8");
     }
     Ok(())

@@ -194,8 +194,8 @@ impl Params {
         &self.parts
     }
 
-    /// Fills every part of the masters and makes the copy anew: `read` puts a tensor of the given name and shape into the slice, or says that it has none; the missing ones
-    /// are initialised from `seed` with standard deviation `range`. Returns the names of the missing.
+    /// Fills every part of the masters and makes the copy anew: `read` puts a tensor of the given name and shape into the slice, or says
+    /// that it has none; the missing ones are initialised from `seed` with standard deviation `range`. Returns the names of the missing.
     pub fn load(
         &self,
         seed: u64,

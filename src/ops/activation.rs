@@ -186,24 +186,36 @@ mod gpu {
     }
 
     pub fn forward(gpu: &Gpu, function: Function, u: &Tensor, y: &Tensor, rows: Count<'_>, width: usize) {
-        launch_as!(gpu, u, grid(rows, width), ActivationForwardF32 | ActivationForwardBf16 {
-            y: y.get_mut(),
-            u: u.get(),
-            bias: ConstPtr::null(),
-            rows: rows.get(),
-            N: width as i32,
-            function: number(function),
-        });
+        launch_as!(
+            gpu,
+            u,
+            grid(rows, width),
+            ActivationForwardF32
+                | ActivationForwardBf16 {
+                    y: y.get_mut(),
+                    u: u.get(),
+                    bias: ConstPtr::null(),
+                    rows: rows.get(),
+                    N: width as i32,
+                    function: number(function),
+                }
+        );
     }
 
     pub fn backward(gpu: &Gpu, function: Function, u: &Tensor, dy: &Tensor, rows: Count<'_>, width: usize) {
-        launch_as!(gpu, u, grid(rows, width), ActivationBackwardF32 | ActivationBackwardBf16 {
-            dy: dy.get_mut(),
-            u: u.get(),
-            bias: ConstPtr::null(),
-            rows: rows.get(),
-            N: width as i32,
-            function: number(function),
-        });
+        launch_as!(
+            gpu,
+            u,
+            grid(rows, width),
+            ActivationBackwardF32
+                | ActivationBackwardBf16 {
+                    dy: dy.get_mut(),
+                    u: u.get(),
+                    bias: ConstPtr::null(),
+                    rows: rows.get(),
+                    N: width as i32,
+                    function: number(function),
+                }
+        );
     }
 }

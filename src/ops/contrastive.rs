@@ -215,25 +215,35 @@ mod gpu {
         let part_sum = part_max.offset(splits * capacity);
         let target_score = part_sum.offset(splits * capacity);
         let launch = Launch { grid, ..Launch::linear(1, 256).shared((cut.tile_bytes + 65536) as u32) };
-        launch_as!(gpu, a.q, launch, ContrastiveForwardF32 | ContrastiveForwardBf16 {
-            part_max,
-            part_sum,
-            target_score,
-            q: a.q.get(),
-            p: a.p.get(),
-            a: shared(shape),
-            capacity: capacity as i32,
-        });
-        launch!(gpu, Launch::linear(blocks(capacity, 256), 256), ContrastiveLoss {
-            loss: a.loss.get_mut(),
-            lse: a.lse.get_mut(),
-            part_max: part_max.into(),
-            part_sum: part_sum.into(),
-            target_score: target_score.into(),
-            queries: shape.queries.get(),
-            capacity: capacity as i32,
-            splits: splits as i32,
-        });
+        launch_as!(
+            gpu,
+            a.q,
+            launch,
+            ContrastiveForwardF32
+                | ContrastiveForwardBf16 {
+                    part_max,
+                    part_sum,
+                    target_score,
+                    q: a.q.get(),
+                    p: a.p.get(),
+                    a: shared(shape),
+                    capacity: capacity as i32,
+                }
+        );
+        launch!(
+            gpu,
+            Launch::linear(blocks(capacity, 256), 256),
+            ContrastiveLoss {
+                loss: a.loss.get_mut(),
+                lse: a.lse.get_mut(),
+                part_max: part_max.into(),
+                part_sum: part_sum.into(),
+                target_score: target_score.into(),
+                queries: shape.queries.get(),
+                capacity: capacity as i32,
+                splits: splits as i32,
+            }
+        );
     }
 
     pub fn backward(gpu: &Gpu, a: &Backward<'_>) {
@@ -249,16 +259,21 @@ mod gpu {
             let launch = Launch { grid, ..Launch::linear(1, 256).shared((cut.tile_bytes + 40960) as u32) };
             macro_rules! queue {
                 ($f32:ident | $bf16:ident) => {
-                    launch_as!(gpu, dx, launch, $f32 | $bf16 {
-                        dx: dx.get_mut(),
-                        partial,
-                        q: a.q.get(),
-                        p: a.p.get(),
-                        lse: a.lse.get(),
-                        scale,
-                        a: shared(shape),
-                        capacity: capacity as i32,
-                    })
+                    launch_as!(
+                        gpu,
+                        dx,
+                        launch,
+                        $f32 | $bf16 {
+                            dx: dx.get_mut(),
+                            partial,
+                            q: a.q.get(),
+                            p: a.p.get(),
+                            lse: a.lse.get(),
+                            scale,
+                            a: shared(shape),
+                            capacity: capacity as i32,
+                        }
+                    )
                 };
             }
             if std::ptr::eq(dx, a.dq) {
@@ -268,14 +283,20 @@ mod gpu {
             }
             if splits > 1 {
                 let grid = Launch::linear(blocks(capacity * shape.width, 2048), 256);
-                launch_as!(gpu, dx, grid, ContrastiveGradientF32 | ContrastiveGradientBf16 {
-                    dx: dx.get_mut(),
-                    partial: partial.into(),
-                    rows: own.get(),
-                    C: shape.width as i32,
-                    capacity: capacity as i32,
-                    splits: splits as i32,
-                });
+                launch_as!(
+                    gpu,
+                    dx,
+                    grid,
+                    ContrastiveGradientF32
+                        | ContrastiveGradientBf16 {
+                            dx: dx.get_mut(),
+                            partial: partial.into(),
+                            rows: own.get(),
+                            C: shape.width as i32,
+                            capacity: capacity as i32,
+                            splits: splits as i32,
+                        }
+                );
             }
         }
     }

@@ -218,51 +218,59 @@ mod gpu {
         let (first, chunk) = (first as i32, count as i32);
         let grid = Shape::linear(blocks(count, ROWS), 512);
         let Some(g) = &a.gradients else {
-            launch_as!(gpu, a.logits, grid, CrossEntropyLossF32 | CrossEntropyLossBf16 {
-                row_loss: a.row_loss.get_mut(),
-                row_correct: a.row_correct.get_mut(),
-                logits: a.logits.get(),
-                bias: a.b.get(),
-                labels: a.labels.get(),
-                rows,
-                first,
-                chunk,
-                V: v as i32,
-            });
+            launch_as!(
+                gpu,
+                a.logits,
+                grid,
+                CrossEntropyLossF32
+                    | CrossEntropyLossBf16 {
+                        row_loss: a.row_loss.get_mut(),
+                        row_correct: a.row_correct.get_mut(),
+                        logits: a.logits.get(),
+                        bias: a.b.get(),
+                        labels: a.labels.get(),
+                        rows,
+                        first,
+                        chunk,
+                        V: v as i32,
+                    }
+            );
             return;
         };
         let scale = g.scale.on_device.map(|scale| scale.get());
-        launch_as!(gpu, a.logits, grid, CrossEntropyGradientF32 | CrossEntropyGradientBf16 {
-            row_loss: a.row_loss.get_mut(),
-            row_correct: a.row_correct.get_mut(),
-            logits: a.logits.get_mut(),
-            bias: a.b.get(),
-            labels: a.labels.get(),
-            rows,
-            scale: scale.unwrap_or_else(|| panic!("cross entropy needs its scale in device memory")),
-            first,
-            chunk,
-            V: v as i32,
-        });
+        launch_as!(
+            gpu,
+            a.logits,
+            grid,
+            CrossEntropyGradientF32
+                | CrossEntropyGradientBf16 {
+                    row_loss: a.row_loss.get_mut(),
+                    row_correct: a.row_correct.get_mut(),
+                    logits: a.logits.get_mut(),
+                    bias: a.b.get(),
+                    labels: a.labels.get(),
+                    rows,
+                    scale: scale.unwrap_or_else(|| panic!("cross entropy needs its scale in device memory")),
+                    first,
+                    chunk,
+                    V: v as i32,
+                }
+        );
         let partial: MutPtr<f32> = gpu.scratch(count.div_ceil(SLAB) * v);
         let grid = Shape { grid: [blocks(v, 1024), blocks(count, SLAB), 1], ..Shape::linear(1, 128) };
-        launch_as!(gpu, a.logits, grid, CrossEntropyBiasSumsF32 | CrossEntropyBiasSumsBf16 {
-            partial,
-            g: a.logits.get(),
-            rows,
-            first,
-            chunk,
-            V: v as i32,
-        });
+        launch_as!(
+            gpu,
+            a.logits,
+            grid,
+            CrossEntropyBiasSumsF32
+                | CrossEntropyBiasSumsBf16 { partial, g: a.logits.get(), rows, first, chunk, V: v as i32 }
+        );
         let (db_acc, partial) = (g.db_acc.get_mut(), partial.into());
-        launch!(gpu, Shape::linear(blocks(v, 256), 256), CrossEntropyBiasAdd {
-            db_acc,
-            partial,
-            rows,
-            first,
-            chunk,
-            V: v as i32,
-        });
+        launch!(
+            gpu,
+            Shape::linear(blocks(v, 256), 256),
+            CrossEntropyBiasAdd { db_acc, partial, rows, first, chunk, V: v as i32 }
+        );
     }
 
     pub fn sums(gpu: &Gpu, a: &CrossEntropy<'_>) {

@@ -204,24 +204,30 @@ mod gpu {
         let (rows, width) = (a.shape.rows, a.shape.width);
         let (dropout, site, names) = dropout(gpu, Some((a.dropout, a.tokens.names)));
         let grid = Launch::linear(blocks(rows.rows, rows_of_block(width)), 128);
-        launch_as!(gpu, a.y, grid, EmbedForwardF32 | EmbedForwardBf16 {
-            y: a.y.get_mut(),
-            mean: a.mean.get_mut(),
-            rstd: a.rstd.get_mut(),
-            word: a.tables.word.get(),
-            position: a.tables.position.get(),
-            token_type: a.tables.token_type.get(),
-            gamma: a.tables.gamma.get(),
-            beta: a.tables.beta.get(),
-            ids: a.tokens.ids.get(),
-            types: a.tokens.types.get(),
-            names,
-            dropout,
-            site,
-            rows: rows.get(),
-            C: width as i32,
-            eps: a.shape.eps,
-        });
+        launch_as!(
+            gpu,
+            a.y,
+            grid,
+            EmbedForwardF32
+                | EmbedForwardBf16 {
+                    y: a.y.get_mut(),
+                    mean: a.mean.get_mut(),
+                    rstd: a.rstd.get_mut(),
+                    word: a.tables.word.get(),
+                    position: a.tables.position.get(),
+                    token_type: a.tables.token_type.get(),
+                    gamma: a.tables.gamma.get(),
+                    beta: a.tables.beta.get(),
+                    ids: a.tokens.ids.get(),
+                    types: a.tokens.types.get(),
+                    names,
+                    dropout,
+                    site,
+                    rows: rows.get(),
+                    C: width as i32,
+                    eps: a.shape.eps,
+                }
+        );
     }
 
     pub fn backward(gpu: &Gpu, a: &Backward<'_>) {
@@ -229,23 +235,29 @@ mod gpu {
         let (dropout, site, names) = dropout(gpu, Some((a.dropout, a.tokens.names)));
         let blocks = resident_blocks(gpu, rows.rows, width, RESIDENT);
         let partials = gpu.scratch(blocks as usize * 2 * width);
-        launch_as!(gpu, a.dy, Launch::linear(blocks, 128), EmbedBackwardF32 | EmbedBackwardBf16 {
-            dy: a.dy.get_mut(),
-            partials,
-            word: a.tables.word.get(),
-            position: a.tables.position.get(),
-            token_type: a.tables.token_type.get(),
-            mean: a.mean.get(),
-            rstd: a.rstd.get(),
-            gamma: a.tables.gamma.get(),
-            ids: a.tokens.ids.get(),
-            types: a.tokens.types.get(),
-            names,
-            dropout,
-            site,
-            rows: rows.get(),
-            C: width as i32,
-        });
+        launch_as!(
+            gpu,
+            a.dy,
+            Launch::linear(blocks, 128),
+            EmbedBackwardF32
+                | EmbedBackwardBf16 {
+                    dy: a.dy.get_mut(),
+                    partials,
+                    word: a.tables.word.get(),
+                    position: a.tables.position.get(),
+                    token_type: a.tables.token_type.get(),
+                    mean: a.mean.get(),
+                    rstd: a.rstd.get(),
+                    gamma: a.tables.gamma.get(),
+                    ids: a.tokens.ids.get(),
+                    types: a.tokens.types.get(),
+                    names,
+                    dropout,
+                    site,
+                    rows: rows.get(),
+                    C: width as i32,
+                }
+        );
         add_partials(gpu, a.shape, blocks, partials, a.grad_acc.gamma, a.grad_acc.beta);
     }
 }

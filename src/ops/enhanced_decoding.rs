@@ -83,8 +83,8 @@ pub fn backward(device: Device, a: &Backward<'_>) {
 mod cpu {
     use super::super::attention::cpu::{Drop, Sequence, SequenceGrad, Visible, split};
     use super::{Backward, Forward};
-    use crate::device::cpu::{Real, View, scratch};
     use crate::device::Read;
+    use crate::device::cpu::{Real, View, scratch};
     use rayon::prelude::*;
 
     /// Everything the sequences read.

@@ -24,7 +24,9 @@ pub fn scatter(device: Device, from: &Tensor, rows: &Tensor, count: Count<'_>, w
 /// `to[rows[i]] += from[i]` for `i < count`; `rows` ascending and distinct.
 pub fn scatter_add(device: Device, from: &Tensor, rows: &Tensor, count: Count<'_>, width: usize, to_acc: &Tensor) {
     match device {
-        Device::Cpu => super::on_cpu!(from, cpu::scatter, from, rows, count.rows, width, to_acc, |to, from| *to += from),
+        Device::Cpu => {
+            super::on_cpu!(from, cpu::scatter, from, rows, count.rows, width, to_acc, |to, from| *to += from)
+        }
         Device::Gpu(gpu) => gpu::scatter_add(gpu, from, rows, count, width, to_acc),
     }
 }
@@ -204,42 +206,60 @@ mod gpu {
     }
 
     pub fn gather(gpu: &Gpu, from: &Tensor, rows: &Tensor, count: Count<'_>, width: usize, to: &Tensor) {
-        launch_as!(gpu, from, grid(count), GatherF32 | GatherBf16 {
-            to: to.get_mut(),
-            from: from.get(),
-            rows: rows.get(),
-            count: count.get(),
-            C: width as i32,
-        });
+        launch_as!(
+            gpu,
+            from,
+            grid(count),
+            GatherF32
+                | GatherBf16 {
+                    to: to.get_mut(),
+                    from: from.get(),
+                    rows: rows.get(),
+                    count: count.get(),
+                    C: width as i32,
+                }
+        );
     }
 
     pub fn scatter(gpu: &Gpu, from: &Tensor, rows: &Tensor, count: Count<'_>, width: usize, to: &Tensor) {
-        launch_as!(gpu, from, grid(count), ScatterF32 | ScatterBf16 {
-            to: to.get_mut(),
-            from: from.get(),
-            rows: rows.get(),
-            count: count.get(),
-            C: width as i32,
-        });
+        launch_as!(
+            gpu,
+            from,
+            grid(count),
+            ScatterF32
+                | ScatterBf16 {
+                    to: to.get_mut(),
+                    from: from.get(),
+                    rows: rows.get(),
+                    count: count.get(),
+                    C: width as i32,
+                }
+        );
     }
 
     pub fn scatter_add(gpu: &Gpu, from: &Tensor, rows: &Tensor, count: Count<'_>, width: usize, to_acc: &Tensor) {
-        launch_as!(gpu, from, grid(count), ScatterAddF32 | ScatterAddBf16 {
-            to_acc: to_acc.get_mut(),
-            from: from.get(),
-            rows: rows.get(),
-            count: count.get(),
-            C: width as i32,
-        });
+        launch_as!(
+            gpu,
+            from,
+            grid(count),
+            ScatterAddF32
+                | ScatterAddBf16 {
+                    to_acc: to_acc.get_mut(),
+                    from: from.get(),
+                    rows: rows.get(),
+                    count: count.get(),
+                    C: width as i32,
+                }
+        );
     }
 
     pub fn zero_rows(gpu: &Gpu, rows: &Tensor, count: Count<'_>, width: usize, to: &Tensor) {
-        launch_as!(gpu, to, grid(count), ZeroRowsF32 | ZeroRowsBf16 {
-            to: to.get_mut(),
-            rows: rows.get(),
-            count: count.get(),
-            C: width as i32,
-        });
+        launch_as!(
+            gpu,
+            to,
+            grid(count),
+            ZeroRowsF32 | ZeroRowsBf16 { to: to.get_mut(), rows: rows.get(), count: count.get(), C: width as i32 }
+        );
     }
 
     pub fn add_rows(
@@ -250,15 +270,21 @@ mod gpu {
         width: usize,
         to: &Tensor,
     ) {
-        launch_as!(gpu, to, grid(count), AddRowsF32 | AddRowsBf16 {
-            to: to.get_mut(),
-            a: a.get(),
-            a_rows: a_rows.get(),
-            b: b.get(),
-            b_rows: b_rows.get(),
-            count: count.get(),
-            C: width as i32,
-        });
+        launch_as!(
+            gpu,
+            to,
+            grid(count),
+            AddRowsF32
+                | AddRowsBf16 {
+                    to: to.get_mut(),
+                    a: a.get(),
+                    a_rows: a_rows.get(),
+                    b: b.get(),
+                    b_rows: b_rows.get(),
+                    count: count.get(),
+                    C: width as i32,
+                }
+        );
     }
 
     pub fn round_rows(gpu: &Gpu, from: &Tensor, count: Count<'_>, width: usize, to: &Tensor) {
@@ -271,25 +297,35 @@ mod gpu {
         let partials: MutPtr<f32> = gpu.scratch(windows * (2 * width + 2));
         let spans = MutPtr::<u32>::new(partials.offset(windows * 2 * width).address());
         let first = Shape::linear(blocks(windows * width.div_ceil(COLUMNS), WARPS), 32 * WARPS as u32);
-        launch_as!(gpu, from, first, GroupSumsF32 | GroupSumsBf16 {
-            to_acc: to_acc.get_mut(),
-            partials,
-            spans,
-            from: from.get(),
-            keys: groups.keys.get(),
-            offsets: groups.offsets.get(),
-            rows: groups.rows.get(),
-            count: groups.count.get(),
-            C: width as i32,
-        });
+        launch_as!(
+            gpu,
+            from,
+            first,
+            GroupSumsF32
+                | GroupSumsBf16 {
+                    to_acc: to_acc.get_mut(),
+                    partials,
+                    spans,
+                    from: from.get(),
+                    keys: groups.keys.get(),
+                    offsets: groups.offsets.get(),
+                    rows: groups.rows.get(),
+                    count: groups.count.get(),
+                    C: width as i32,
+                }
+        );
         let second = Shape { grid: [windows as u32, blocks(width, SPAN_COLUMNS), 1], ..Shape::linear(1, 256) };
-        launch!(gpu, second, GroupSumsSpans {
-            to_acc: to_acc.get_mut(),
-            partials: partials.into(),
-            spans: spans.into(),
-            offsets: groups.offsets.get(),
-            count: groups.count.get(),
-            C: width as i32,
-        });
+        launch!(
+            gpu,
+            second,
+            GroupSumsSpans {
+                to_acc: to_acc.get_mut(),
+                partials: partials.into(),
+                spans: spans.into(),
+                offsets: groups.offsets.get(),
+                count: groups.count.get(),
+                C: width as i32,
+            }
+        );
     }
 }

@@ -261,21 +261,27 @@ pub(super) mod gpu {
         let Shape { rows, width, eps } = a.shape;
         let (dropout, site, names) = dropout(gpu, a.dropout);
         let grid = Launch::linear(blocks(rows.rows, rows_of_block(width)), 128);
-        launch_as!(gpu, a.x, grid, LayernormForwardF32 | LayernormForwardBf16 {
-            y: a.y.get_mut(),
-            x: a.x.get_mut(),
-            mean: a.mean.get_mut(),
-            rstd: a.rstd.get_mut(),
-            residual: a.residual.map_or(ConstPtr::null(), |r| r.get()),
-            gamma: a.gamma.get(),
-            beta: a.beta.get(),
-            names,
-            dropout,
-            site,
-            rows: rows.get(),
-            C: width as i32,
-            eps,
-        });
+        launch_as!(
+            gpu,
+            a.x,
+            grid,
+            LayernormForwardF32
+                | LayernormForwardBf16 {
+                    y: a.y.get_mut(),
+                    x: a.x.get_mut(),
+                    mean: a.mean.get_mut(),
+                    rstd: a.rstd.get_mut(),
+                    residual: a.residual.map_or(ConstPtr::null(), |r| r.get()),
+                    gamma: a.gamma.get(),
+                    beta: a.beta.get(),
+                    names,
+                    dropout,
+                    site,
+                    rows: rows.get(),
+                    C: width as i32,
+                    eps,
+                }
+        );
     }
 
     /// Blocks of the backward that are resident on a multiprocessor (`LAYERNORM` in the kernel's file).
@@ -288,20 +294,26 @@ pub(super) mod gpu {
         let (dropout, site, names) = dropout(gpu, a.dropout.map(|(site, names, _)| (site, names)));
         let blocks = resident_blocks(gpu, rows.rows, width, resident(a.dy));
         let partials = gpu.scratch(blocks as usize * 2 * width);
-        launch_as!(gpu, a.dy, Launch::linear(blocks, 128), LayernormBackwardF32 | LayernormBackwardBf16 {
-            dy: a.dy.get_mut(),
-            dx: a.dropout.map_or(MutPtr::null(), |(_, _, dx)| dx.get_mut()),
-            partials,
-            z: a.z.get(),
-            mean: a.mean.get(),
-            rstd: a.rstd.get(),
-            gamma: a.gamma.get(),
-            names,
-            dropout,
-            site,
-            rows: rows.get(),
-            C: width as i32,
-        });
+        launch_as!(
+            gpu,
+            a.dy,
+            Launch::linear(blocks, 128),
+            LayernormBackwardF32
+                | LayernormBackwardBf16 {
+                    dy: a.dy.get_mut(),
+                    dx: a.dropout.map_or(MutPtr::null(), |(_, _, dx)| dx.get_mut()),
+                    partials,
+                    z: a.z.get(),
+                    mean: a.mean.get(),
+                    rstd: a.rstd.get(),
+                    gamma: a.gamma.get(),
+                    names,
+                    dropout,
+                    site,
+                    rows: rows.get(),
+                    C: width as i32,
+                }
+        );
         add_partials(gpu, a.shape, blocks, partials, a.dgamma_acc, a.dbeta_acc);
     }
 
@@ -318,13 +330,17 @@ pub(super) mod gpu {
             return;
         }
         let width = shape.width;
-        launch!(gpu, Launch::linear((2 * width).div_ceil(32) as u32, 1024), LayernormBackwardSums {
-            dgamma_acc: dgamma_acc.get_mut(),
-            dbeta_acc: dbeta_acc.get_mut(),
-            partials: partials.into(),
-            rows: shape.rows.get(),
-            blocks: blocks as i32,
-            C: width as i32,
-        });
+        launch!(
+            gpu,
+            Launch::linear((2 * width).div_ceil(32) as u32, 1024),
+            LayernormBackwardSums {
+                dgamma_acc: dgamma_acc.get_mut(),
+                dbeta_acc: dbeta_acc.get_mut(),
+                partials: partials.into(),
+                rows: shape.rows.get(),
+                blocks: blocks as i32,
+                C: width as i32,
+            }
+        );
     }
 }

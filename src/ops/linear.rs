@@ -97,7 +97,10 @@ mod cpu {
     pub fn broadcast<F: Real>(a: &Forward<'_>, b: &Tensor) {
         let (b, mut y) = (b.read::<F>(), a.y.tensor.write::<F>());
         let b = &b[..a.outputs];
-        y[a.y.offset..].par_chunks_mut(a.y.stride).take(a.rows.rows).for_each(|row| row[..a.outputs].copy_from_slice(b));
+        y[a.y.offset..]
+            .par_chunks_mut(a.y.stride)
+            .take(a.rows.rows)
+            .for_each(|row| row[..a.outputs].copy_from_slice(b));
     }
 
     /// `db += Σ_rows dy`, each column summed from the first row to the last.
@@ -141,19 +144,29 @@ mod gpu {
         let partials: MutPtr<f32> = gpu.scratch(down as usize * n);
         let rows = a.rows.get();
         let grid = Shape { grid: [across, down, 1], ..Shape::linear(1, 256) };
-        launch_as!(gpu, a.dy.tensor, grid, ColumnSumsF32 | ColumnSumsBf16 {
-            partials,
-            x: a.dy.tensor.get().offset(a.dy.offset),
-            rows,
-            N: n as i32,
-            stride: a.dy.stride as i32,
-        });
-        launch!(gpu, Shape::linear(blocks(n, 32), 1024), ColumnSumsAdd {
-            sums_acc: db_acc.get_mut(),
-            partials: partials.into(),
-            rows,
-            blocks: down as i32,
-            N: n as i32,
-        });
+        launch_as!(
+            gpu,
+            a.dy.tensor,
+            grid,
+            ColumnSumsF32
+                | ColumnSumsBf16 {
+                    partials,
+                    x: a.dy.tensor.get().offset(a.dy.offset),
+                    rows,
+                    N: n as i32,
+                    stride: a.dy.stride as i32,
+                }
+        );
+        launch!(
+            gpu,
+            Shape::linear(blocks(n, 32), 1024),
+            ColumnSumsAdd {
+                sums_acc: db_acc.get_mut(),
+                partials: partials.into(),
+                rows,
+                blocks: down as i32,
+                N: n as i32,
+            }
+        );
     }
 }

@@ -174,35 +174,53 @@ mod gpu {
     }
 
     pub fn forward(gpu: &Gpu, shape: Shape<'_>, x: &Tensor, y: &Tensor) {
-        launch_as!(gpu, x, grid(&shape), PoolForwardF32 | PoolForwardBf16 {
-            y: y.get_mut(),
-            x: x.get(),
-            cu_seqlens: shape.cu_seqlens.get(),
-            sequences: shape.sequences.get(),
-            C: shape.width as i32,
-            mean: i32::from(shape.pooling == Pooling::Mean),
-        });
+        launch_as!(
+            gpu,
+            x,
+            grid(&shape),
+            PoolForwardF32
+                | PoolForwardBf16 {
+                    y: y.get_mut(),
+                    x: x.get(),
+                    cu_seqlens: shape.cu_seqlens.get(),
+                    sequences: shape.sequences.get(),
+                    C: shape.width as i32,
+                    mean: i32::from(shape.pooling == Pooling::Mean),
+                }
+        );
     }
 
     pub fn backward(gpu: &Gpu, shape: Shape<'_>, dy: &Tensor, dx: &Tensor) {
-        launch_as!(gpu, dy, grid(&shape), PoolBackwardF32 | PoolBackwardBf16 {
-            dx: dx.get_mut(),
-            dy: dy.get(),
-            cu_seqlens: shape.cu_seqlens.get(),
-            sequences: shape.sequences.get(),
-            C: shape.width as i32,
-            mean: i32::from(shape.pooling == Pooling::Mean),
-        });
+        launch_as!(
+            gpu,
+            dy,
+            grid(&shape),
+            PoolBackwardF32
+                | PoolBackwardBf16 {
+                    dx: dx.get_mut(),
+                    dy: dy.get(),
+                    cu_seqlens: shape.cu_seqlens.get(),
+                    sequences: shape.sequences.get(),
+                    C: shape.width as i32,
+                    mean: i32::from(shape.pooling == Pooling::Mean),
+                }
+        );
     }
 
     pub fn normalize(gpu: &Gpu, (rows, width): (Count<'_>, usize), x: &Tensor, y: &Tensor, norm: &Tensor) {
-        launch_as!(gpu, x, Launch::linear(blocks(rows.rows, 8), 256), NormalizeForwardF32 | NormalizeForwardBf16 {
-            y: y.get_mut(),
-            norm: norm.get_mut(),
-            x: x.get(),
-            sequences: rows.get(),
-            C: width as i32,
-        });
+        launch_as!(
+            gpu,
+            x,
+            Launch::linear(blocks(rows.rows, 8), 256),
+            NormalizeForwardF32
+                | NormalizeForwardBf16 {
+                    y: y.get_mut(),
+                    norm: norm.get_mut(),
+                    x: x.get(),
+                    sequences: rows.get(),
+                    C: width as i32,
+                }
+        );
     }
 
     pub fn normalize_backward(
@@ -212,13 +230,19 @@ mod gpu {
         dy: &Tensor,
         dx: &Tensor,
     ) {
-        launch_as!(gpu, dy, Launch::linear(blocks(rows.rows, 8), 256), NormalizeBackwardF32 | NormalizeBackwardBf16 {
-            dx: dx.get_mut(),
-            dy: dy.get(),
-            y: y.get(),
-            norm: norm.get(),
-            sequences: rows.get(),
-            C: width as i32,
-        });
+        launch_as!(
+            gpu,
+            dy,
+            Launch::linear(blocks(rows.rows, 8), 256),
+            NormalizeBackwardF32
+                | NormalizeBackwardBf16 {
+                    dx: dx.get_mut(),
+                    dy: dy.get(),
+                    y: y.get(),
+                    norm: norm.get(),
+                    sequences: rows.get(),
+                    C: width as i32,
+                }
+        );
     }
 }

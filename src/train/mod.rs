@@ -5,11 +5,13 @@
 //! around a toy of a few numbers, thousands of times.
 //!
 //! - [`plan`]: what a run will do; [`run`]: the loop; [`workspace`]: the output folder, the lock, and what to resume from
-//! - [`target`]: where, and in which arithmetic; [`settings`]: every knob with its default; [`schedule`]: the learning rate; [`batches`]: [`Batches`] over a corpus
+//! - [`target`]: where, and in which arithmetic; [`settings`]: every knob with its default; [`schedule`]: the learning rate
+//! - [`batches`]: [`Batches`] over a corpus
 //! - [`checkpoint`], [`store`]: one checkpoint, and the folder of them
 //! - [`pretrain`]: [`Engine`] of the pre-training objectives; [`parts`]: model and data of the settings, brought together
 //! - [`origin`]: what a run keeps of its beginning; [`export`]: a checkpoint made a model that others load
 //! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
+//! - [`flops`]: the arithmetic that a step must do, for rates
 //! - [`signals`]: orderly stops; the file operations below all of this are [`crate::files`]
 
 use std::time::Duration;
@@ -21,6 +23,7 @@ pub mod batches;
 pub mod checkpoint;
 pub mod contract;
 pub mod export;
+pub mod flops;
 mod manifest;
 pub mod metrics;
 pub mod origin;

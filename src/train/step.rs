@@ -65,14 +65,15 @@ impl Losses {
         self.encoder_loss() + self.decoder_loss()
     }
 
-    /// The labels of `micro`, no losses yet.
-    fn labels(micro: &[PretrainBatch]) -> Self {
+    /// The labels of `micro` under an objective, no losses yet.
+    fn labels(micro: &[PretrainBatch], objective: Objective) -> Self {
         let decoder = |b: &PretrainBatch| b.decoder.as_ref().map_or(0, |d| d.label_ids.len());
-        Losses {
-            encoder_labels: micro.iter().map(|b| b.encoder_label_ids.len()).sum(),
-            decoder_labels: micro.iter().map(decoder).sum(),
-            ..Losses::default()
-        }
+        let decoder_labels = match objective {
+            Objective::RetroMae => micro.iter().map(decoder).sum(),
+            Objective::Mlm => 0,
+        };
+        let encoder_labels = micro.iter().map(|b| b.encoder_label_ids.len()).sum();
+        Losses { encoder_labels, decoder_labels, ..Losses::default() }
     }
 }
 
@@ -200,12 +201,7 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(
-        (device, storage): (Device, DType),
-        config: &BertConfig,
-        objective: Objective,
-        capacity: Capacity,
-    ) -> Self {
+    fn new((device, storage): (Device, DType), config: &BertConfig, objective: Objective, capacity: Capacity) -> Self {
         let (mut table, mut plan) = (Table::default(), Plan::default());
         let with_decoder = objective == Objective::RetroMae;
         let needed = capacity.encoder_labels + capacity.sequences;
@@ -251,6 +247,7 @@ impl Pretrainer {
         if device.is_gpu() {
             check_gpu(config)?;
         }
+        let capacity = Capacity { length: capacity.length.min(config.max_position_embeddings), ..capacity };
         let parts = Parts::new((device, storage), config, objective, capacity);
         let params = parts.table.allocate(device, storage);
         let arena = || Arena::zeros(device, storage.wide(), [params.weights().len()]);
@@ -338,7 +335,7 @@ impl Pretrainer {
         gradients: bool,
         update: Option<(f64, u64)>,
     ) -> Result<(Losses, f64)> {
-        let labels = Losses::labels(micro);
+        let labels = Losses::labels(micro, self.objective);
         self.scales.set(&labels);
         if let Device::Gpu(gpu) = self.device {
             gpu.set_dropout_key(dropout.hidden.key);

@@ -43,7 +43,7 @@ pub fn fill(params: &Params) {
 }
 
 pub fn model(config: &BertConfig, objective: Objective, dtype: DType) -> Pretrainer {
-    let model = Pretrainer::new(Device::Cpu, config, objective, CAPACITY, dtype);
+    let model = Pretrainer::new(Device::Cpu, config, objective, CAPACITY, dtype).unwrap();
     fill(model.params());
     model
 }

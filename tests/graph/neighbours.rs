@@ -18,9 +18,9 @@ fn encode(head_size: usize, first: u64, lengths: &[usize]) -> Vec<Vec<u32>> {
     let capacity = Capacity { tokens: 800, sequences: 24, length: 40, encoder_labels: 0 };
     let (mut table, mut plan) = (Table::default(), Plan::default());
     let encoder = Encoder::new(&mut table, &mut plan, &config, capacity, capacity.sequences);
-    let (params, buffers) = (table.allocate(DType::F32), plan.allocate(DType::F32));
+    let (params, buffers) = (table.allocate(Device::Cpu, DType::F32), plan.allocate(Device::Cpu, DType::F32));
     fill(&params);
-    let mut inputs = Inputs::new(capacity, config.vocab_size, 2, true);
+    let mut inputs = Inputs::new(Device::Cpu, capacity, config.vocab_size, 2, true);
     inputs.set(&batch(first, lengths, NO_LABELS));
     let p = Pass { device: Device::Cpu, params: &params, buffers: &buffers, dropout: StepDropout::OFF };
     encoder.forward(&p, &inputs.tokens, &inputs.needed);

@@ -79,7 +79,7 @@ fn write_hidden_states(model: &Path, file: &Path) {
     let (length, width) = (12, config.hidden_size);
     let texts: [Vec<u32>; 2] = [(0..12).map(|i| 2 + i * 61 % 900).collect(), (0..5).map(|i| 700 - i * 37).collect()];
     let capacity = Capacity { tokens: 17, sequences: 2, length, encoder_labels: 0 };
-    let mut encoder = Inference::new(Device::Cpu, &config, capacity, DType::F32);
+    let mut encoder = Inference::new(Device::Cpu, &config, capacity, DType::F32).unwrap();
     let weights = Checkpoint::open(model).unwrap();
     let load = encoder.params().load(0, 0.0, |name, shape, out| weights.read_f32(name, shape, out).map(|()| true));
     assert!(load.unwrap().is_empty());

@@ -19,13 +19,13 @@ impl Op for Case {
 
     fn forward(&self, lab: &Lab, x: &[Vec<f64>]) -> Vec<f64> {
         let (u, y) = (lab.tensor(&x[0]), lab.set(self.count));
-        forward(CPU, self.function, &u, &y.tensor, self.count);
+        forward(CPU, self.function, &u, &y.tensor, (self.count.into(), 1));
         y.take()
     }
 
     fn backward(&self, lab: &Lab, x: &[Vec<f64>], dy: &[f64]) -> Vec<Vec<f64>> {
         let (u, dy) = (lab.tensor(&x[0]), lab.in_place(dy));
-        backward(CPU, self.function, &u, &dy.tensor, self.count);
+        backward(CPU, self.function, &u, &dy.tensor, (self.count.into(), 1));
         vec![dy.take()]
     }
 
@@ -63,8 +63,8 @@ fn extreme_inputs() {
                 DType::F64 => Tensor::from_slice(&ones),
                 _ => Tensor::from_slice(&vec![1.0f32; u.len()]),
             };
-            forward(CPU, function, u, &y, u.len());
-            backward(CPU, function, u, &d, u.len());
+            forward(CPU, function, u, &y, (u.len().into(), 1));
+            backward(CPU, function, u, &d, (u.len().into(), 1));
             (values(&y), values(&d))
         };
         let wide: Vec<f64> = u.iter().map(|&x| f64::from(x)).collect();

@@ -54,7 +54,8 @@ impl Case<'_> {
 
     fn shape<'a>(&self, p: &'a Problem) -> Shape<'a> {
         let (cu_rows, cu_seqlens) = (&p.cu_rows, &p.cu_seqlens);
-        Shape { sequences: self.lengths.len(), heads: self.heads, head_size: self.head_size, cu_rows, cu_seqlens }
+        let sequences = self.lengths.len();
+        Shape { sequences, heads: self.heads, head_size: self.head_size, cu_rows, cu_seqlens, work: None }
     }
 
     /// Queries, keys, values as the graph lays them out: `[T, 3C]` for queries of all rows, else `[R, C]` and `[T, 2C]`.

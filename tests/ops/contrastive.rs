@@ -38,6 +38,7 @@ impl Case {
     fn with<R>(&self, f: impl FnOnce(Shape<'_>) -> R) -> R {
         let (targets, hidden) = (Tensor::from_slice(&self.targets()), Tensor::from_slice(&self.hidden()));
         let Case { queries, passages, width, temperature, hides } = *self;
+        let (queries, passages) = (queries.into(), passages.into());
         f(Shape { queries, passages, width, temperature, targets: &targets, hidden: hides.then_some(&hidden) })
     }
 
@@ -82,7 +83,7 @@ impl Op for Case {
         let (dq, dp) = (lab.set(x[0].len()), lab.set(x[1].len()));
         self.with(|shape| {
             let (dq, dp) = (&dq.tensor, &dp.tensor);
-            backward(CPU, &Backward { shape, scale: dy[0], q: &q, p: &p, lse: &lse, dq, dp })
+            backward(CPU, &Backward { shape, scale: dy[0].into(), q: &q, p: &p, lse: &lse, dq, dp })
         });
         vec![dq.take(), dp.take()]
     }

@@ -36,13 +36,13 @@ impl Case {
         let Case { rows, width, vocabulary, chunk } = *self;
         let [h, w, b] = [0, 1, 2].map(|i| lab.tensor(&x[i]));
         let (logits, row_loss) = (lab.set(chunk * vocabulary), lab.set(rows));
-        let (row_correct, sums) = (Tensor::from_slice(&vec![7u32; rows]), Tensor::from_slice(&[f64::NAN; 2]));
+        let (row_correct, sums) = (Tensor::from_slice(&vec![7u32; rows]), Tensor::from_slice(&[0.0f64; 2]));
         let outs: [Out; 3] = [lab.set(x[0].len()), lab.acc(x[1].len()), lab.acc(x[2].len())];
         let [dh, dw_acc, db_acc] = outs.each_ref().map(|o| &o.tensor);
         run(
             CPU,
             &CrossEntropy {
-                shape: Shape { rows, width, vocabulary, chunk },
+                shape: Shape { rows: rows.into(), width, vocabulary, chunk },
                 h: &h,
                 w: &w,
                 b: &b,
@@ -50,8 +50,8 @@ impl Case {
                 logits: &logits.tensor,
                 row_loss: &row_loss.tensor,
                 row_correct: &row_correct,
-                sums: &sums,
-                gradients: scale.map(|scale| Gradients { scale, dh, dw_acc, db_acc }),
+                sums_acc: &sums,
+                gradients: scale.map(|scale| Gradients { scale: scale.into(), dh, dw_acc, db_acc }),
             },
         );
         // For what lies past their ends.

@@ -18,7 +18,7 @@ fn masks(rows: usize, width: usize, site: SiteDropout, names: RowNames<'_>) -> V
     forward(
         CPU,
         &Forward {
-            shape: Shape { rows, width, eps: 1e-12 },
+            shape: Shape { rows: rows.into(), width, eps: 1e-12 },
             x: &z.tensor,
             residual: None,
             dropout: Some((site, names)),
@@ -73,7 +73,7 @@ fn probabilities_are_named_as_documented() {
     attention::forward(
         CPU,
         &attention::Forward {
-            shape: attention::Shape { sequences: 1, heads, head_size: d, cu_rows: &cu, cu_seqlens: &cu },
+            shape: attention::Shape { sequences: 1, heads, head_size: d, cu_rows: &cu, cu_seqlens: &cu, work: None },
             q: Matrix::new(&zero, c),
             k: Matrix::new(&zero, c),
             v: Matrix::new(&v, c),

@@ -43,12 +43,13 @@ impl OwnGroups {
     }
 
     pub fn groups(&self) -> Groups<'_> {
-        Groups { count: self.count, keys: &self.keys, offsets: &self.offsets, rows: &self.rows }
+        let (count, entries) = (self.count.into(), self.rows.len());
+        Groups { count, entries, keys: &self.keys, offsets: &self.offsets, rows: &self.rows }
     }
 }
 
 struct Problem {
-    shape: Shape,
+    shape: Shape<'static>,
     ids: Vec<u32>,
     types: Vec<u32>,
     names: Names,
@@ -56,9 +57,9 @@ struct Problem {
 
 impl Case<'_> {
     fn problem(&self) -> Problem {
-        let rows = self.lengths.iter().sum();
+        let rows: usize = self.lengths.iter().sum();
         Problem {
-            shape: Shape { rows, width: self.width, eps: 1e-12 },
+            shape: Shape { rows: rows.into(), width: self.width, eps: 1e-12 },
             ids: below(rows, self.words, 1),
             types: below(rows, self.types, 2),
             names: Names::all(self.lengths),
@@ -68,7 +69,8 @@ impl Case<'_> {
     fn run(&self, lab: &Lab, x: &[Vec<f64>]) -> [Out; 3] {
         let p = self.problem();
         let x: Vec<Tensor> = x.iter().map(|x| lab.tensor(x)).collect();
-        let [y, mean, rstd] = [p.shape.rows * self.width, p.shape.rows, p.shape.rows].map(|len| lab.set(len));
+        let rows = p.ids.len();
+        let [y, mean, rstd] = [rows * self.width, rows, rows].map(|len| lab.set(len));
         forward(
             CPU,
             &Forward {

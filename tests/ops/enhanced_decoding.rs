@@ -2,7 +2,7 @@
 
 use retromae_engine::device::{DType, Matrix, Tensor};
 use retromae_engine::ops::attention::Shape;
-use retromae_engine::ops::enhanced_decoding::{Backward, Forward, Queries, Visible, add_rows, backward, forward};
+use retromae_engine::ops::enhanced_decoding::{Backward, Forward, Queries, Visible, backward, forward};
 
 use super::common::{CPU, Lab, Names, Op, Out, below, borders, check, dropout, normal, values};
 
@@ -92,6 +92,7 @@ impl Case<'_> {
                 head_size: self.head_size,
                 cu_rows,
                 cu_seqlens,
+                work: None,
             },
             queries: Queries { position: &position, sentence: &sentence },
             k: Matrix::columns(&kv, 0, 2 * c),
@@ -195,18 +196,4 @@ fn the_own_key_is_hidden() {
     let x: Vec<Vec<f64>> = case.inputs().into_iter().map(|i| i.1).collect();
     let y = case.forward(&Lab { dtype: DType::F64, start: 0.0 }, &x);
     assert_eq!(y, x[3][3 * case.width()..]);
-}
-
-#[test]
-fn the_residual_stream_is_position_plus_sentence() {
-    let (names, c) = (Names::of(&[vec![2], vec![], vec![0, 1, 2]]), 5);
-    let lab = Lab { dtype: DType::F32, start: 0.0 };
-    let (position, sentence, query) = (normal(3 * c, 1, 1.0), normal(3 * c, 2, 1.0), lab.set(4 * c));
-    add_rows(CPU, &lab.tensor(&position), &lab.tensor(&sentence), names.rows(), 4, c, &query.tensor);
-    let expected: Vec<f64> = [(2, 0), (0, 2), (1, 2), (2, 2)]
-        .iter()
-        .flat_map(|&(p, s)| (0..c).map(move |e| (p * c + e, s * c + e)))
-        .map(|(p, s)| f64::from(position[p] as f32 + sentence[s] as f32))
-        .collect();
-    assert_eq!(query.take(), expected);
 }

@@ -1,7 +1,7 @@
 //! Gather, scatter and sums of groups of rows.
 
 use retromae_engine::device::{DType, Tensor};
-use retromae_engine::ops::gather::{gather, group_sums, scatter, scatter_add, zero, zero_rows};
+use retromae_engine::ops::gather::{add_rows, gather, group_sums, scatter, scatter_add, zero, zero_rows};
 
 use super::common::{CPU, Lab, Op, below, check, equal_bits, normal, on_threads};
 use super::embed::OwnGroups;
@@ -26,7 +26,7 @@ impl Op for Case {
 
     fn forward(&self, lab: &Lab, x: &[Vec<f64>]) -> Vec<f64> {
         let to = lab.set(self.count * self.width);
-        gather(CPU, &lab.tensor(&x[0]), &Tensor::from_slice(&self.chosen()), self.count, self.width, &to.tensor);
+        gather(CPU, &lab.tensor(&x[0]), &Tensor::from_slice(&self.chosen()), self.count.into(), self.width, &to.tensor);
         to.take()
     }
 
@@ -88,19 +88,19 @@ fn scattered(initial: f64, f: impl Fn(&Tensor, &Tensor, &Tensor) + Sync, expecte
 
 #[test]
 fn scatter_overwrites_the_chosen_rows_alone() {
-    let run = |from: &Tensor, rows: &Tensor, to: &Tensor| scatter(CPU, from, rows, rows.len(), 3, to);
+    let run = |from: &Tensor, rows: &Tensor, to: &Tensor| scatter(CPU, from, rows, rows.len().into(), 3, to);
     scattered(f64::NAN, run, |old, from| from.unwrap_or(old));
 }
 
 #[test]
 fn scatter_add_adds_to_the_chosen_rows_alone() {
-    let run = |from: &Tensor, rows: &Tensor, to: &Tensor| scatter_add(CPU, from, rows, rows.len(), 3, to);
+    let run = |from: &Tensor, rows: &Tensor, to: &Tensor| scatter_add(CPU, from, rows, rows.len().into(), 3, to);
     scattered(1.0, run, |old, from| old + from.unwrap_or(0.0));
 }
 
 #[test]
 fn zero_rows_clears_the_chosen_rows_alone() {
-    let run = |_: &Tensor, rows: &Tensor, to: &Tensor| zero_rows(CPU, rows, rows.len(), 3, to);
+    let run = |_: &Tensor, rows: &Tensor, to: &Tensor| zero_rows(CPU, rows, rows.len().into(), 3, to);
     scattered(f64::NAN, run, |old, from| from.map_or(old, |_| 0.0));
 }
 
@@ -113,4 +113,20 @@ fn zero_clears_the_first_elements_alone() {
         let x = to.take();
         assert!(x[..count].iter().all(|&x| x == 0.0) && x[count..].iter().all(|x| x.is_nan()));
     }
+}
+
+#[test]
+fn rows_are_sums_of_chosen_rows() {
+    let (a_rows, b_rows, c) = ([2u32, 0, 1, 2], [0u32, 2, 2, 2], 5);
+    let lab = Lab { dtype: DType::F32, start: 0.0 };
+    let (a, b, to) = (normal(3 * c, 1, 1.0), normal(3 * c, 2, 1.0), lab.set(4 * c));
+    let (a_tensor, b_tensor) = (lab.tensor(&a), lab.tensor(&b));
+    let (chosen_a, chosen_b) = (Tensor::from_slice(&a_rows), Tensor::from_slice(&b_rows));
+    add_rows(CPU, (&a_tensor, &chosen_a), (&b_tensor, &chosen_b), 4.into(), c, &to.tensor);
+    let pairs = a_rows.iter().zip(&b_rows);
+    let expected: Vec<f64> = pairs
+        .flat_map(|(&p, &s)| (0..c).map(move |e| (p as usize * c + e, s as usize * c + e)))
+        .map(|(p, s)| f64::from(a[p] as f32 + b[s] as f32))
+        .collect();
+    assert_eq!(to.take(), expected);
 }

@@ -23,14 +23,18 @@ struct Saved {
 }
 
 impl Case<'_> {
-    fn shape(&self) -> Shape {
-        Shape { rows: self.lengths.iter().sum(), width: self.width, eps: self.eps }
+    fn rows(&self) -> usize {
+        self.lengths.iter().sum()
+    }
+
+    fn shape(&self) -> Shape<'static> {
+        Shape { rows: self.rows().into(), width: self.width, eps: self.eps }
     }
 
     /// x, γ, β and perhaps the residual.
     fn run(&self, lab: &Lab, x: &[Vec<f64>]) -> Saved {
         let (shape, names) = (self.shape(), Names::all(self.lengths));
-        let rows = shape.rows;
+        let rows = self.rows();
         let (gamma, beta, residual) = (lab.tensor(&x[1]), lab.tensor(&x[2]), x.get(3).map(|r| lab.tensor(r)));
         let s =
             Saved { z: lab.in_place(&x[0]), y: lab.set(rows * self.width), mean: lab.set(rows), rstd: lab.set(rows) };
@@ -54,7 +58,7 @@ impl Case<'_> {
 
 impl Op for Case<'_> {
     fn inputs(&self) -> Vec<(&'static str, Vec<f64>)> {
-        let Shape { rows, width, .. } = self.shape();
+        let (rows, width) = (self.rows(), self.width);
         let gamma = normal(width, 2, 0.5).into_iter().map(|x| x + 1.0).collect();
         // A mean that is not zero: statistics in one pass would lose digits here.
         let x = normal(rows * width, 1, 1.0).into_iter().map(|x| x + 3.0).collect();
@@ -98,7 +102,7 @@ impl Op for Case<'_> {
     /// z − μ cancels |μ|/σ ≈ 3 of its digits' worth; sums over C or over rows are random walks; the four products of the backward
     /// add a rounding each.
     fn growth(&self) -> f64 {
-        16.0 + 2.0 * (self.width.max(self.shape().rows) as f64).sqrt()
+        16.0 + 2.0 * (self.width.max(self.rows()) as f64).sqrt()
     }
 }
 

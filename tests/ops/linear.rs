@@ -53,7 +53,7 @@ impl Op for Case {
         let b = x.get(2).map(|b| lab.tensor(b));
         let y = lab.set(rows * (outputs + gap));
         let (x, to) = (self.matrix(&input, inputs), self.matrix(&y.tensor, outputs));
-        forward(CPU, &Forward { rows, inputs, outputs, x, w: &w, b: b.as_ref(), y: to });
+        forward(CPU, &Forward { rows: rows.into(), inputs, outputs, x, w: &w, b: b.as_ref(), y: to });
         gather(&y.take(), outputs, gap, f64::is_nan)
     }
 
@@ -67,7 +67,7 @@ impl Op for Case {
         backward(
             CPU,
             &Backward {
-                rows,
+                rows: rows.into(),
                 inputs,
                 outputs,
                 x: self.matrix(&input, inputs),

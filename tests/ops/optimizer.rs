@@ -34,7 +34,9 @@ impl State {
         squared_norm(CPU, g, &norm);
         let [w, m, v] = &self.0;
         let lr = LR / t as f64;
-        update(CPU, &Update { adamw: case.adamw, lr, t, w, g, m, v, decayed: case.decayed, squared_norm: &norm });
+        let (adamw, decayed) = (case.adamw, case.decayed);
+        let update_of = Update { adamw, lr, t, schedule: None, w, copy: None, g, m, v, decayed, squared_norm: &norm };
+        update(CPU, &update_of);
         norm.to_vec::<f64>()[0]
     }
 

@@ -15,7 +15,7 @@ impl Pool {
     fn with<R>(&self, f: impl FnOnce(Shape<'_>) -> R) -> R {
         let cu_seqlens = Tensor::from_slice(&borders(self.lengths));
         let (sequences, width, pooling) = (self.lengths.len(), self.width, self.pooling);
-        f(Shape { sequences, width, cu_seqlens: &cu_seqlens, pooling })
+        f(Shape { sequences: sequences.into(), width, cu_seqlens: &cu_seqlens, pooling })
     }
 }
 
@@ -73,14 +73,14 @@ impl Op for Normalize {
 
     fn forward(&self, lab: &Lab, x: &[Vec<f64>]) -> Vec<f64> {
         let (y, norm) = (lab.set(x[0].len()), lab.set(self.rows));
-        normalize(CPU, (self.rows, self.width), &lab.tensor(&x[0]), &y.tensor, &norm.tensor);
+        normalize(CPU, (self.rows.into(), self.width), &lab.tensor(&x[0]), &y.tensor, &norm.tensor);
         norm.take();
         y.take()
     }
 
     fn backward(&self, lab: &Lab, x: &[Vec<f64>], dy: &[f64]) -> Vec<Vec<f64>> {
         let (y, norm, dx) = (lab.set(x[0].len()), lab.set(self.rows), lab.set(x[0].len()));
-        let size = (self.rows, self.width);
+        let size = (self.rows.into(), self.width);
         normalize(CPU, size, &lab.tensor(&x[0]), &y.tensor, &norm.tensor);
         normalize_backward(CPU, size, &y.tensor, &norm.tensor, &lab.tensor(dy), &dx.tensor);
         vec![dx.take()]

@@ -146,11 +146,10 @@ fn wrong_use_is_one_line_with_the_contracted_exit_code() {
     std::fs::write(world.path("bad.toml"), "steps = 3\nbatchsize = 4\n").unwrap();
     let narrow = world.path("narrow.json").display().to_string();
     let bad = world.path("bad.toml").display().to_string();
-    let cases: [(&str, &[&str], i32, &str); 7] = [
+    let cases: [(&str, &[&str], i32, &str); 6] = [
         ("out", &["--steps", "3"], 1, "steps was 2 and is now 3"),
         ("out", &["--steps", "2", "--resume", "never"], 1, "holds a run that was saved at step 2"),
         ("new", &["--epochs", "2", "--steps", "3"], 2, "cannot be used with"),
-        ("new", &["--device", "cuda"], 1, "this build has no GPU kernels; use --device cpu"),
         ("new", &["--precision", "bf16"], 2, "the CPU computes in fp32"),
         ("new", &["--config", &bad], 1, "bad.toml:2: unknown field `batchsize`"),
         ("new", &["--eval-size", "40"], 2, "the argument '--eval-size <N>' cannot be used multiple times"),

@@ -142,16 +142,7 @@ impl<F: Real> Sequence<'_, F> {
                     Output::Set,
                     Threads::One,
                 );
-                gemm(
-                    (l, d, n),
-                    scale,
-                    ds.t(),
-                    q,
-                    &mut wide[grad.dk + head * d..],
-                    stride,
-                    Output::Set,
-                    Threads::One,
-                );
+                gemm((l, d, n), scale, ds.t(), q, &mut wide[grad.dk + head * d..], stride, Output::Set, Threads::One);
                 match &mut grad.dq {
                     Some(dq) if n > 0 => {
                         gemm((n, d, l), scale, ds, k, &mut dq[head * d..], c, Output::Set, Threads::One)

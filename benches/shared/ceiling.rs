@@ -1,0 +1,118 @@
+//! How fast the device is by itself, measured in the same process: what all other rates are relative to.
+
+use std::cell::Cell;
+
+use half::bf16;
+use retromae_engine::Result;
+use retromae_engine::device::gpu::Gpu;
+use retromae_engine::device::{DType, Device, Element, Matmul, Matrix, Output, Product, Tensor};
+use retromae_engine::ops::{Count, gather};
+use retromae_engine::rng::{Site, Stream};
+
+/// Number of normal values that all random data is cut from.
+const VALUES: usize = 1 << 22;
+
+/// Standard normal values for tensors of any size: never zeros, on which a product runs faster than on real data.
+pub struct Random {
+    f32s: Vec<f32>,
+    bf16s: Vec<bf16>,
+    /// Where the next tensor begins, so that no two are equal.
+    start: Cell<usize>,
+}
+
+impl Random {
+    pub fn new() -> Self {
+        let mut stream = Stream::new(3, 0, Site::Init, 0);
+        let f32s: Vec<f32> = (0..VALUES).map(|_| stream.normal()).collect();
+        Random { bf16s: f32s.iter().map(|&x| bf16::from_f32(x)).collect(), f32s, start: Cell::new(0) }
+    }
+
+    /// A tensor of them, each number `scale` times as large.
+    pub fn tensor(&self, device: Device, dtype: DType, len: usize, scale: f32) -> Tensor {
+        let start = self.start.replace((self.start.get() + 514_229) % VALUES);
+        let tensor = device.zeros(dtype, len);
+        match dtype {
+            DType::BF16 => fill(&tensor, &self.bf16s, start, |x| bf16::from_f32(x.to_f32() * scale)),
+            _ => fill(&tensor, &self.f32s, start, |x| x * scale),
+        }
+        tensor
+    }
+}
+
+/// Repeats `values` from number `start` on, each changed by `f`, until the tensor is full.
+fn fill<T: Element>(tensor: &Tensor, values: &[T], start: usize, f: impl Fn(T) -> T) {
+    let values: Vec<T> = values.iter().cycle().skip(start).take(tensor.len().min(VALUES)).map(|&x| f(x)).collect();
+    for first in (0..tensor.len()).step_by(VALUES) {
+        let count = values.len().min(tensor.len() - first);
+        tensor.slice(first..first + count).upload(&values[..count]);
+    }
+}
+
+/// Median of times.
+pub fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Milliseconds of recorded work: the median of `repeats`, between events on the GPU's queue. `work` must have nothing to wait for and
+/// nothing to allocate after its first run.
+pub fn milliseconds(gpu: &'static Gpu, repeats: usize, work: impl Fn()) -> Result<f64> {
+    work();
+    let record = gpu.capture(work);
+    gpu.check()?;
+    let Some(record) = record else { return Ok(f64::NAN) };
+    for _ in 0..3 {
+        gpu.replay(&*record);
+    }
+    let mut events = vec![gpu.event()?];
+    for _ in 0..repeats {
+        gpu.replay(&*record);
+        events.push(gpu.event()?);
+    }
+    gpu.synchronize()?;
+    let mut times = events.windows(2).map(|pair| pair[1].since(&*pair[0])).collect::<Result<Vec<_>>>()?;
+    Ok(median(&mut times))
+}
+
+/// The measured ceilings of a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Ceiling {
+    /// Of a bf16 product of two square matrices.
+    pub tflops: f64,
+    /// Of copying rows, read and written bytes counted.
+    pub gb_per_s: f64,
+}
+
+impl Ceiling {
+    /// Measures them: a product of `n × n` matrices (8,192 fill a large GPU) and a copy of 16 times as many bytes as such a matrix has.
+    pub fn measure(gpu: &'static Gpu, random: &Random, n: usize) -> Result<Ceiling> {
+        let device = Device::Gpu(gpu);
+        let matrix = || random.tensor(device, DType::BF16, n * n, 1.0);
+        let (a, b, c) = (matrix(), matrix(), device.zeros(DType::BF16, n * n));
+        let product = || {
+            device.matmul(&Matmul {
+                product: Product::NT,
+                m: n,
+                n,
+                k: n,
+                a: Matrix::new(&a, n),
+                b: Matrix::new(&b, n),
+                c: Matrix::new(&c, n),
+                output: Output::Set,
+                bias: None,
+            });
+        };
+        let milliseconds_product = milliseconds(gpu, 20, product)?;
+        let (width, rows) = (1024, (8 * n * n).div_ceil(1024));
+        let from = random.tensor(device, DType::BF16, rows * width, 1.0);
+        let to = device.zeros(DType::BF16, rows * width);
+        let order = device.tensor(&(0..rows as u32).collect::<Vec<_>>());
+        let exact = device.tensor(&[rows as u32]);
+        let copy = || gather::gather(device, &from, &order, Count::on_device(rows, &exact), width, &to);
+        let milliseconds_copy = milliseconds(gpu, 20, copy)?;
+        Ok(Ceiling {
+            tflops: 2.0 * (n as f64).powi(3) / milliseconds_product / 1e9,
+            gb_per_s: 4.0 * (rows * width) as f64 / milliseconds_copy / 1e6,
+        })
+    }
+}

@@ -1,0 +1,196 @@
+//! The one queue of work: a context made current on whichever thread calls, a stream, and events on it.
+
+use std::any::Any;
+use std::fmt::Display;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUgraphExec, CUresult, CUstream};
+
+use super::driver::check;
+use crate::device::gpu::{Captured, Event};
+use crate::error::{Error, Result};
+
+/// A handle of the driver's or of cuBLASLt's.
+#[derive(Clone, Copy)]
+pub struct Handle<T>(pub T);
+
+// SAFETY: the driver and cuBLASLt let any thread use any handle of a context that is current on it.
+unsafe impl<T> Send for Handle<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Handle<T> {}
+
+/// `cuEventElapsedTime`. cudarc's bindings of CUDA 13 know only the `_v2` of it, which drivers of CUDA 12 lack.
+type ElapsedTime = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
+
+/// Context and stream of one GPU, for as long as the process lives.
+pub struct Queue {
+    context: Handle<CUcontext>,
+    stream: Handle<CUstream>,
+    elapsed_time: ElapsedTime,
+    /// Whether all work is waited for when it is queued (`RETROMAE_SYNC=1`).
+    pub synchronous: bool,
+}
+
+impl Queue {
+    /// The device's primary context, which libraries in the process share, and a stream of our own that does not wait for theirs.
+    pub fn new(device: CUdevice) -> Result<Queue> {
+        let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: the driver is initialised and writes the handle. It is never released.
+        check(unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) }, &"opening the GPU")?;
+        // SAFETY: the context lives as long as the process.
+        check(unsafe { sys::cuCtxSetCurrent(context) }, &"opening the GPU")?;
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the context is current; writes the handle.
+        check(unsafe { sys::cuStreamCreate(&raw mut stream, flags) }, &"opening the GPU's queue")?;
+        // SAFETY: the signature is that of the driver's manual, and the library is never unloaded.
+        let elapsed_time = unsafe { sys::culib().get::<ElapsedTime>(b"cuEventElapsedTime\0") };
+        let elapsed_time = *elapsed_time.map_err(|e| Error::device(format!("the NVIDIA driver: {e}")))?;
+        let synchronous = std::env::var_os("RETROMAE_SYNC").is_some_and(|v| !v.is_empty() && v != "0");
+        Ok(Queue { context: Handle(context), stream: Handle(stream), elapsed_time, synchronous })
+    }
+
+    /// The stream, with the context made current on this thread.
+    pub fn enter(&self) -> Result<CUstream> {
+        // SAFETY: the context lives as long as the process.
+        check(unsafe { sys::cuCtxSetCurrent(self.context.0) }, &"switching to the GPU")?;
+        Ok(self.stream.0)
+    }
+
+    /// Waits for all work; `what` is what failed if that fails.
+    pub fn wait(&self, what: &dyn Display) -> Result<()> {
+        let stream = self.enter()?;
+        // SAFETY: our stream.
+        check(unsafe { sys::cuStreamSynchronize(stream) }, what)
+    }
+
+    /// Waits for `what`, just queued, if all work is waited for.
+    pub fn queued(&self, what: &dyn Display) -> Result<()> {
+        if !self.synchronous {
+            return Ok(());
+        }
+        self.wait(what).map_err(|e| e.remedy("this is a defect of the engine; report it with the command"))
+    }
+
+    /// Queues setting bytes.
+    ///
+    /// # Safety
+    /// The bytes from `at` on lie inside one allocation.
+    pub unsafe fn fill(&self, at: CUdeviceptr, bytes: usize, byte: u8) -> Result<()> {
+        let stream = self.enter()?;
+        // SAFETY: passed on.
+        check(unsafe { sys::cuMemsetD8Async(at, byte, bytes, stream) }, &"filling memory")?;
+        self.queued(&"filling memory")
+    }
+
+    /// An event that has happened, until it is recorded.
+    pub fn event(self: &Arc<Self>) -> Result<Moment> {
+        self.enter()?;
+        let mut event = std::ptr::null_mut();
+        // SAFETY: writes the handle.
+        check(unsafe { sys::cuEventCreate(&raw mut event, 0) }, &"making an event")?;
+        Ok(Moment { event: Handle(event), queue: self.clone() })
+    }
+}
+
+/// An event on the queue.
+pub struct Moment {
+    event: Handle<CUevent>,
+    queue: Arc<Queue>,
+}
+
+impl Moment {
+    /// Marks this point of the queue.
+    pub fn record(&self) -> Result<()> {
+        let stream = self.queue.enter()?;
+        // SAFETY: both handles are alive and of one context.
+        check(unsafe { sys::cuEventRecord(self.event.0, stream) }, &"marking a point of the queue")
+    }
+
+    /// Waits until the queue has come to the marked point.
+    pub fn wait(&self) -> Result<()> {
+        self.queue.enter()?;
+        // SAFETY: the event is alive.
+        check(unsafe { sys::cuEventSynchronize(self.event.0) }, &"waiting for a point of the queue")
+    }
+}
+
+impl Event for Moment {
+    fn since(&self, earlier: &dyn Event) -> Result<f64> {
+        let Some(earlier) = earlier.as_any().downcast_ref::<Moment>() else {
+            return Err(Error::device("the time between events of two devices").remedy("report this as a defect"));
+        };
+        self.wait()?;
+        let mut milliseconds = 0f32;
+        // SAFETY: both events are alive and have happened; writes the number.
+        let code = unsafe { (self.queue.elapsed_time)(&raw mut milliseconds, earlier.event.0, self.event.0) };
+        check(code, &"measuring time")?;
+        Ok(f64::from(milliseconds))
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl Drop for Moment {
+    fn drop(&mut self) {
+        // A failure here is one of the context, which the next call tells.
+        if self.queue.enter().is_ok() {
+            // SAFETY: destroyed once; the driver keeps what queued work still needs.
+            let _ = unsafe { sys::cuEventDestroy_v2(self.event.0) };
+        }
+    }
+}
+
+/// Starts to record what is queued.
+pub fn begin_capture(queue: &Queue) -> Result<()> {
+    // Relaxed: a kernel or an algorithm of cuBLASLt that is used for the first time loads its code, which the stricter modes forbid
+    // while any stream records. What they guard against, work that slips past the record, the backend refuses itself.
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    let stream = queue.enter()?;
+    // SAFETY: our stream.
+    check(unsafe { sys::cuStreamBeginCapture_v2(stream, mode) }, &"beginning a capture")
+}
+
+/// Ends recording, whatever happened meanwhile, and makes the record ready to run.
+pub fn end_capture(queue: &Arc<Queue>) -> Result<Graph> {
+    let stream = queue.enter()?;
+    let (mut graph, mut ready) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: our stream; writes the handle, null when the capture has failed.
+    let ended = check(unsafe { sys::cuStreamEndCapture(stream, &raw mut graph) }, &"ending a capture");
+    if graph.is_null() {
+        let nothing = || Error::device("a capture recorded nothing").remedy("report this as a defect");
+        return Err(ended.err().unwrap_or_else(nothing));
+    }
+    let made = ended.and_then(|()| {
+        // SAFETY: the graph is alive; writes the handle.
+        let code = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut ready, graph, 0) };
+        check(code, &"preparing a captured step")
+    });
+    // SAFETY: destroyed once; what was made of it stands alone.
+    let _ = unsafe { sys::cuGraphDestroy(graph) };
+    made.map(|()| Graph { ready: Handle(ready), queue: queue.clone() })
+}
+
+/// A record that is ready to run.
+pub struct Graph {
+    ready: Handle<CUgraphExec>,
+    queue: Arc<Queue>,
+}
+
+impl Captured for Graph {
+    fn replay(&self) -> Result<()> {
+        let stream = self.queue.enter()?;
+        // SAFETY: the graph is alive, and the memory it works on is up to who captured it.
+        check(unsafe { sys::cuGraphLaunch(self.ready.0, stream) }, &"replaying a captured step")
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.queue.enter().is_ok() {
+            // SAFETY: destroyed once; the driver lets a run in progress finish.
+            let _ = unsafe { sys::cuGraphExecDestroy(self.ready.0) };
+        }
+    }
+}

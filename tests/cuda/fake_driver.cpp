@@ -1,0 +1,492 @@
+// A CUDA driver and a cuBLASLt without a GPU, for tests of the device layer: one library under both names.
+//
+// Device memory is host memory. Work is kept in a list and done only when it is waited for, as late as a real queue may do it, and
+// every address is checked. Kernels do nothing, except conformance_reductions, which writes in[0] + 1 to out[0]. Products are computed
+// column by column, as cuBLASLt's manual defines them.
+//
+// What it is and what fails is told by variables:
+//   FAKE_LOG         file to which every call is appended, one a line, with what matters of its arguments
+//   FAKE_VERSION     version of the driver, 13000        FAKE_LIBRARY    version of cuBLASLt, 130100
+//   FAKE_GPUS        number of GPUs, 1                   FAKE_CAPABILITY 90 for 9.0
+//   FAKE_MEMORY      bytes of device memory, 1 GiB       FAKE_SHARED     bytes of shared memory a block, 232448
+//   FAKE_FAIL        function:code[:calls that still succeed]
+//   FAKE_LATE        kernel:code, which comes out where the kernel is waited for
+
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace {
+
+using Task = std::function<int()>;
+
+std::deque<Task> pending;
+uint64_t queued = 0, finished = 0;
+std::vector<Task>* recording = nullptr;
+int sticky = 0;
+std::map<uint64_t, size_t> memory;
+size_t used = 0;
+
+uint64_t number(const char* name, uint64_t otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::strtoull(text, nullptr, 10) : otherwise;
+}
+
+void log(const char* format, ...) {
+  const char* path = std::getenv("FAKE_LOG");
+  std::FILE* file = path ? std::fopen(path, "a") : nullptr;
+  if (!file) return;
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(file, format, arguments);
+  va_end(arguments);
+  std::fputc('\n', file);
+  std::fclose(file);
+}
+
+// The code that FAKE_FAIL asks this call to fail with.
+int fails(const char* function) {
+  static uint64_t left = 0;
+  static bool counted = false;
+  const char* text = std::getenv("FAKE_FAIL");
+  const size_t length = std::strlen(function);
+  if (!text || std::strncmp(text, function, length) != 0 || text[length] != ':') return 0;
+  char* rest = nullptr;
+  const int code = static_cast<int>(std::strtol(text + length + 1, &rest, 10));
+  if (!counted) left = *rest == ':' ? std::strtoull(rest + 1, nullptr, 10) : 0;
+  counted = true;
+  if (left > 0) return --left, 0;
+  return code;
+}
+
+int submit(Task task) {
+  if (recording) {
+    recording->push_back(std::move(task));
+  } else {
+    pending.push_back(std::move(task));
+    queued += 1;
+  }
+  return 0;
+}
+
+int run_until(uint64_t ticket) {
+  while (finished < ticket && sticky == 0) {
+    sticky = pending.front()();
+    pending.pop_front();
+    finished += 1;
+  }
+  return sticky;
+}
+
+bool inside(uint64_t address, size_t bytes) {
+  auto next = memory.upper_bound(address);
+  if (next == memory.begin()) return false;
+  --next;
+  return address + bytes <= next->first + next->second;
+}
+
+struct Function {
+  std::string name;
+  unsigned allowed;
+};
+
+struct Event {
+  uint64_t ticket;
+};
+
+}  // namespace
+
+#define API extern "C" __attribute__((visibility("default")))
+#define CALL(name)                       \
+  do {                                   \
+    log(#name);                          \
+    if (int code = fails(#name)) return code; \
+  } while (0)
+#define CALL_WITH(name, ...)             \
+  do {                                   \
+    log(#name " " __VA_ARGS__);          \
+    if (int code = fails(#name)) return code; \
+  } while (0)
+
+API int cuDriverGetVersion(int* version) {
+  CALL(cuDriverGetVersion);
+  *version = static_cast<int>(number("FAKE_VERSION", 13000));
+  return 0;
+}
+
+API int cuGetErrorString(int, const char** text) {
+  *text = "what the fake was told to say";
+  return 0;
+}
+
+API int cuInit(unsigned) { CALL(cuInit); return 0; }
+
+API int cuDeviceGetCount(int* count) {
+  CALL(cuDeviceGetCount);
+  *count = static_cast<int>(number("FAKE_GPUS", 1));
+  return 0;
+}
+
+API int cuDeviceGet(int* device, int ordinal) { CALL(cuDeviceGet); *device = ordinal; return 0; }
+
+API int cuDeviceGetName(char* name, int length, int) {
+  CALL(cuDeviceGetName);
+  std::snprintf(name, static_cast<size_t>(length), "Fake GPU");
+  return 0;
+}
+
+API int cuDeviceGetAttribute(int* value, int which, int) {
+  CALL(cuDeviceGetAttribute);
+  const int capability = static_cast<int>(number("FAKE_CAPABILITY", 90));
+  switch (which) {
+    case 16: *value = 4; return 0;
+    case 75: *value = capability / 10; return 0;
+    case 76: *value = capability % 10; return 0;
+    case 97: *value = static_cast<int>(number("FAKE_SHARED", 232448)); return 0;
+  }
+  return 1;
+}
+
+API int cuDeviceTotalMem_v2(size_t* bytes, int) {
+  CALL(cuDeviceTotalMem_v2);
+  *bytes = number("FAKE_MEMORY", 1 << 30);
+  return 0;
+}
+
+API int cuDevicePrimaryCtxRetain(void** context, int) {
+  CALL(cuDevicePrimaryCtxRetain);
+  *context = reinterpret_cast<void*>(0x10);
+  return 0;
+}
+
+// Called before everything else, so not worth a line.
+API int cuCtxSetCurrent(void*) { return fails("cuCtxSetCurrent"); }
+
+API int cuStreamCreate(void** stream, unsigned flags) {
+  CALL_WITH(cuStreamCreate, "%u", flags);
+  *stream = reinterpret_cast<void*>(0x20);
+  return 0;
+}
+
+API int cuStreamSynchronize(void*) {
+  CALL(cuStreamSynchronize);
+  return recording ? 900 : run_until(queued);
+}
+
+API int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
+  CALL_WITH(cuMemAlloc_v2, "%zu", bytes);
+  if (used + bytes > number("FAKE_MEMORY", 1 << 30)) return 2;
+  void* start = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  // What nobody has written is NaN.
+  std::memset(start, 0xff, bytes);
+  *address = reinterpret_cast<uint64_t>(start);
+  memory[*address] = bytes;
+  used += bytes;
+  return 0;
+}
+
+API int cuMemFree_v2(uint64_t address) {
+  CALL_WITH(cuMemFree_v2, "%s", recording || finished < queued ? "early" : "");
+  auto found = memory.find(address);
+  if (found == memory.end()) return 1;
+  used -= found->second;
+  memory.erase(found);
+  std::free(reinterpret_cast<void*>(address));
+  return 0;
+}
+
+API int cuMemGetInfo_v2(size_t* free, size_t* total) {
+  CALL(cuMemGetInfo_v2);
+  *total = number("FAKE_MEMORY", 1 << 30);
+  *free = *total - used;
+  return 0;
+}
+
+API int cuMemHostAlloc(void** start, size_t bytes, unsigned) {
+  CALL_WITH(cuMemHostAlloc, "%zu", bytes);
+  *start = std::malloc(bytes);
+  return 0;
+}
+
+API int cuMemFreeHost(void* start) { CALL(cuMemFreeHost); std::free(start); return 0; }
+
+API int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) {
+  CALL_WITH(cuMemcpyHtoDAsync_v2, "%zu", bytes);
+  if (recording || !inside(to, bytes)) return 1;
+  return submit([=] { return std::memcpy(reinterpret_cast<void*>(to), from, bytes), 0; });
+}
+
+API int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) {
+  CALL_WITH(cuMemcpyDtoHAsync_v2, "%zu", bytes);
+  if (recording || !inside(from, bytes)) return 1;
+  return submit([=] { return std::memcpy(to, reinterpret_cast<void*>(from), bytes), 0; });
+}
+
+API int cuMemsetD8Async(uint64_t at, unsigned char byte, size_t bytes, void*) {
+  CALL_WITH(cuMemsetD8Async, "%zu", bytes);
+  if (!inside(at, bytes)) return 1;
+  return submit([=] { return std::memset(reinterpret_cast<void*>(at), byte, bytes), 0; });
+}
+
+API int cuMemsetD2D8Async(uint64_t at, size_t pitch, unsigned char byte, size_t width, size_t height, void*) {
+  CALL_WITH(cuMemsetD2D8Async, "%zu x %zu", height, width);
+  if (pitch < width || !inside(at, (height - 1) * pitch + width)) return 1;
+  return submit([=] {
+    for (size_t row = 0; row < height; ++row) std::memset(reinterpret_cast<void*>(at + row * pitch), byte, width);
+    return 0;
+  });
+}
+
+API int cuModuleLoadDataEx(void** module, const void* image, unsigned count, int* options, void** values) {
+  const char* text = static_cast<const char*>(image);
+  const char* target = std::strstr(text, ".target ");
+  const std::string line = target ? std::string(target, std::strcspn(target, ",\n")) : "no target";
+  log("cuModuleLoadDataEx %s", line.c_str());
+  if (int code = fails("cuModuleLoadDataEx")) {
+    for (unsigned i = 0; i < count; ++i) {
+      if (options[i] == 5) std::strcpy(static_cast<char*>(values[i]), "ptxas fatal :\n  no such instruction\n");
+    }
+    return code;
+  }
+  *module = new std::string(text);
+  return 0;
+}
+
+API int cuModuleGetFunction(void** function, void* module, const char* name) {
+  CALL_WITH(cuModuleGetFunction, "%s", name);
+  const std::string entry = std::string(".entry ") + name + "(";
+  if (static_cast<std::string*>(module)->find(entry) == std::string::npos) return 500;
+  *function = new Function{name, 0};
+  return 0;
+}
+
+API int cuTensorMapEncodeTiled(void*, int, unsigned rank, void*, const void*, const void*, const void*, const void*, int, int, int, int) {
+  CALL_WITH(cuTensorMapEncodeTiled, "%u", rank);
+  return 0;
+}
+
+API int cuFuncGetAttribute(int* value, int which, void*) {
+  CALL_WITH(cuFuncGetAttribute, "%d", which);
+  *value = 0;
+  return 0;
+}
+
+API int cuFuncSetAttribute(void* function, int which, int value) {
+  CALL_WITH(cuFuncSetAttribute, "%d %d", which, value);
+  if (which != 8 || value > static_cast<int>(number("FAKE_SHARED", 232448))) return 1;
+  static_cast<Function*>(function)->allowed = static_cast<unsigned>(value);
+  return 0;
+}
+
+API int cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                       unsigned shared, void*, void** params, void**) {
+  auto* function = static_cast<Function*>(handle);
+  CALL_WITH(cuLaunchKernel, "%s %u %u %u, %u %u %u, %u", function->name.c_str(), gx, gy, gz, bx, by, bz, shared);
+  if (gx * gy * gz == 0 || (shared > 49152 && shared > function->allowed)) return 1;
+  const char* late = std::getenv("FAKE_LATE");
+  const std::string prefix = function->name + ":";
+  if (late && prefix.compare(0, prefix.size(), late, prefix.size()) == 0) {
+    const int code = std::atoi(late + prefix.size());
+    return submit([=] { return code; });
+  }
+  if (function->name != "conformance_reductions") return submit([] { return 0; });
+  auto* out = *static_cast<float**>(params[0]);
+  auto* in = *static_cast<float**>(params[1]);
+  return submit([=] { return *out = *in + 1, 0; });
+}
+
+API int cuStreamBeginCapture_v2(void*, int mode) {
+  CALL_WITH(cuStreamBeginCapture_v2, "%d", mode);
+  recording = new std::vector<Task>;
+  return 0;
+}
+
+API int cuStreamEndCapture(void*, void** graph) {
+  *graph = recording;
+  recording = nullptr;
+  CALL(cuStreamEndCapture);
+  return 0;
+}
+
+API int cuGraphInstantiateWithFlags(void** ready, void* graph, unsigned long long) {
+  CALL_WITH(cuGraphInstantiateWithFlags, "%zu", static_cast<std::vector<Task>*>(graph)->size());
+  *ready = new std::vector<Task>(*static_cast<std::vector<Task>*>(graph));
+  return 0;
+}
+
+API int cuGraphLaunch(void* ready, void*) {
+  CALL(cuGraphLaunch);
+  for (const Task& task : *static_cast<std::vector<Task>*>(ready)) submit(task);
+  return 0;
+}
+
+API int cuGraphDestroy(void* graph) { CALL(cuGraphDestroy); delete static_cast<std::vector<Task>*>(graph); return 0; }
+
+API int cuGraphExecDestroy(void* ready) { CALL(cuGraphExecDestroy); delete static_cast<std::vector<Task>*>(ready); return 0; }
+
+API int cuEventCreate(void** event, unsigned) { CALL(cuEventCreate); *event = new Event{0}; return 0; }
+
+API int cuEventRecord(void* event, void*) {
+  CALL(cuEventRecord);
+  static_cast<Event*>(event)->ticket = queued;
+  return 0;
+}
+
+API int cuEventSynchronize(void* event) { CALL(cuEventSynchronize); return run_until(static_cast<Event*>(event)->ticket); }
+
+API int cuEventElapsedTime(float* milliseconds, void* start, void* end) {
+  CALL(cuEventElapsedTime);
+  *milliseconds = static_cast<float>(static_cast<Event*>(end)->ticket - static_cast<Event*>(start)->ticket);
+  return 0;
+}
+
+API int cuEventDestroy_v2(void* event) { CALL(cuEventDestroy_v2); delete static_cast<Event*>(event); return 0; }
+
+// cuBLASLt
+
+namespace {
+
+struct Description {
+  int transposed[2] = {0, 0};
+  int epilogue = 1;
+  uint64_t bias = 0;
+  int bias_type = -1;
+};
+
+struct Layout {
+  int type;
+  uint64_t rows, columns;
+  int64_t stride;
+
+  size_t size() const { return type == 14 ? 2 : 4; }
+  size_t bytes() const { return ((columns - 1) * static_cast<size_t>(stride) + rows) * size(); }
+};
+
+float load(int type, uint64_t address, size_t index) {
+  if (type == 0) return reinterpret_cast<float*>(address)[index];
+  const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<uint16_t*>(address)[index]) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+void store(int type, uint64_t address, size_t index, float value) {
+  if (type == 0) {
+    reinterpret_cast<float*>(address)[index] = value;
+    return;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits += 0x7fff + (bits >> 16 & 1);
+  reinterpret_cast<uint16_t*>(address)[index] = static_cast<uint16_t>(bits >> 16);
+}
+
+int copy(void* to, size_t wanted, const void* from, size_t size) {
+  if (size != wanted) return 7;
+  std::memcpy(to, from, size);
+  return 0;
+}
+
+}  // namespace
+
+API size_t cublasLtGetVersion() { return number("FAKE_LIBRARY", 130100); }
+
+API int cublasLtCreate(void** library) { CALL(cublasLtCreate); *library = new int(0); return 0; }
+
+API int cublasLtMatmulDescCreate(void** made, int compute, int scale) {
+  CALL_WITH(cublasLtMatmulDescCreate, "%d %d", compute, scale);
+  *made = new Description;
+  return 0;
+}
+
+API int cublasLtMatmulDescSetAttribute(void* description, int which, const void* value, size_t size) {
+  auto* d = static_cast<Description*>(description);
+  switch (which) {
+    case 3: case 4: return copy(&d->transposed[which - 3], 4, value, size);
+    case 7: return copy(&d->epilogue, 4, value, size);
+    case 8: return copy(&d->bias, 8, value, size);
+    case 26: return copy(&d->bias_type, 4, value, size);
+  }
+  return 7;
+}
+
+API int cublasLtMatmulDescDestroy(void* made) { delete static_cast<Description*>(made); return 0; }
+
+API int cublasLtMatrixLayoutCreate(void** made, int type, uint64_t rows, uint64_t columns, int64_t stride) {
+  if (rows == 0 || columns == 0 || stride < static_cast<int64_t>(rows)) return 7;
+  *made = new Layout{type, rows, columns, stride};
+  return 0;
+}
+
+API int cublasLtMatrixLayoutDestroy(void* made) { delete static_cast<Layout*>(made); return 0; }
+
+API int cublasLtMatmulPreferenceCreate(void** made) { CALL(cublasLtMatmulPreferenceCreate); *made = new int(0); return 0; }
+
+API int cublasLtMatmulPreferenceSetAttribute(void*, int which, const void*, size_t size) {
+  return size == (which == 1 ? 8u : 4u) ? 0 : 7;
+}
+
+API int cublasLtMatmulPreferenceDestroy(void* made) {
+  CALL(cublasLtMatmulPreferenceDestroy);
+  delete static_cast<int*>(made);
+  return 0;
+}
+
+struct Proposal {
+  uint64_t algorithm[8];
+  size_t workspace;
+  int state;
+  float waves;
+  int reserved[4];
+};
+
+API int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, Proposal* proposal, int* count) {
+  CALL(cublasLtMatmulAlgoGetHeuristic);
+  *proposal = {};
+  proposal->algorithm[0] = 77;
+  *count = 1;
+  return 0;
+}
+
+API int cublasLtMatmul(void*, void* description, const float* alpha, uint64_t a, void* la, uint64_t b, void* lb,
+                       const float* beta, uint64_t c, void* lc, uint64_t d, void* ld, const uint64_t* algorithm,
+                       uint64_t workspace, size_t workspace_bytes, void*) {
+  const Description what = *static_cast<Description*>(description);
+  const Layout A = *static_cast<Layout*>(la), B = *static_cast<Layout*>(lb), D = *static_cast<Layout*>(ld);
+  const uint64_t inner = what.transposed[0] ? A.rows : A.columns;
+  CALL_WITH(cublasLtMatmul, "%zu x %zu x %zu", size_t(D.rows), size_t(D.columns), size_t(inner));
+  const bool has_bias = what.epilogue == 4;
+  const bool fits = (what.transposed[0] ? A.columns : A.rows) == D.rows && (what.transposed[1] ? B.rows : B.columns) == D.columns &&
+                    (what.transposed[1] ? B.columns : B.rows) == inner;
+  if (!fits || *algorithm != 77 || c != d || lc != ld || A.type != B.type || (has_bias && what.bias_type != D.type)) return 7;
+  if (!inside(a, A.bytes()) || !inside(b, B.bytes()) || !inside(d, D.bytes()) || !inside(workspace, workspace_bytes) ||
+      (has_bias && !inside(what.bias, D.rows * D.size()))) {
+    return 13;
+  }
+  const float by = *alpha, keep = *beta;
+  return submit([=] {
+    for (uint64_t j = 0; j < D.columns; ++j) {
+      for (uint64_t i = 0; i < D.rows; ++i) {
+        double sum = 0;
+        for (uint64_t l = 0; l < inner; ++l) {
+          const float x = load(A.type, a, what.transposed[0] ? l + i * A.stride : i + l * A.stride);
+          const float y = load(B.type, b, what.transposed[1] ? j + l * B.stride : l + j * B.stride);
+          sum += double(x) * y;
+        }
+        const uint64_t at = i + j * D.stride;
+        float value = by * static_cast<float>(sum);
+        if (keep != 0) value += keep * load(D.type, d, at);
+        if (has_bias) value += load(D.type, what.bias, i);
+        store(D.type, d, at, value);
+      }
+    }
+    return 0;
+  });
+}

@@ -1,0 +1,206 @@
+//! The step on a GPU, the emulated one unless `RETROMAE_DEVICE` names a real one: against the CPU, recorded against as it comes,
+//! unmoved by what buffers held before.
+
+use retromae_engine::data::batch::PretrainBatch;
+use retromae_engine::device::emulator::{Asynchronous, Options};
+use retromae_engine::device::{DType, Device};
+use retromae_engine::graph::Capacity;
+use retromae_engine::model::config::{Activation, BertConfig};
+use retromae_engine::ops::optimizer::AdamW;
+use retromae_engine::rng::Dropout;
+use retromae_engine::train::step::{Objective, Pretrainer};
+
+use super::common::{CAPACITY, USUAL, assert_close, batch, config, dropout, fill, gradients};
+
+/// The device that `RETROMAE_DEVICE` names; one that is named and not there is a failure.
+fn gpu() -> Device {
+    let name = std::env::var("RETROMAE_DEVICE").unwrap_or_else(|_| "emulator".into());
+    Device::open(&name).unwrap_or_else(|e| panic!("RETROMAE_DEVICE={name}: {e}")).0
+}
+
+/// As [`config`], with a width of the feed-forward that kernels have.
+fn sizes(head_size: usize, hidden_act: Activation) -> BertConfig {
+    BertConfig { intermediate_size: 72, ..config(head_size, hidden_act) }
+}
+
+fn on(device: Device, config: &BertConfig, objective: Objective, storage: DType) -> Pretrainer {
+    let model = Pretrainer::new(device, config, objective, CAPACITY, storage).unwrap();
+    fill(model.params());
+    model
+}
+
+fn small(device: Device, storage: DType) -> Pretrainer {
+    on(device, &sizes(32, Activation::Gelu), Objective::RetroMae, storage)
+}
+
+/// Bits of weights and moments.
+fn bits(model: &Pretrainer) -> Vec<u32> {
+    let (first, second) = model.moments();
+    [model.params().weights(), first, second].iter().flat_map(|t| t.to_vec::<f32>()).map(f32::to_bits).collect()
+}
+
+fn gradient_bits(model: &Pretrainer) -> Vec<u32> {
+    model.params().gradients().to_vec::<f32>().into_iter().map(f32::to_bits).collect()
+}
+
+/// Micro-batches of three sizes, so that work is laid out in more than one way.
+fn micro(t: u64) -> Vec<PretrainBatch> {
+    match t % 3 {
+        0 => vec![batch(10 * t, &[4, 33, 40, 1], USUAL)],
+        1 => vec![batch(10 * t, &[17, 2], USUAL), batch(10 * t + 2, &[40, 17, 2, 9, 9], USUAL)],
+        _ => vec![batch(10 * t, &[40, 38, 12], USUAL)],
+    }
+}
+
+/// With dropout, whose masks are the same on both.
+#[test]
+fn f32_gradients_are_those_of_the_cpu() {
+    for objective in [Objective::RetroMae, Objective::Mlm] {
+        for (head_size, act) in [(32, Activation::Gelu), (64, Activation::Silu), (128, Activation::GeluTanh)] {
+            let config = sizes(head_size, act);
+            let mut cpu = on(Device::Cpu, &config, objective, DType::F64);
+            let mut gpu = on(gpu(), &config, objective, DType::F32);
+            let micro = micro(1);
+            let (a, b) = (cpu.gradients(&micro, dropout()).unwrap(), gpu.gradients(&micro, dropout()).unwrap());
+            assert!((a.total() / b.total() - 1.0).abs() < 1e-5, "{} and {}", a.total(), b.total());
+            assert_eq!((a.encoder.correct, a.decoder.correct), (b.encoder.correct, b.decoder.correct));
+            assert_close(&gradients(&gpu), &gradients(&cpu), 1e-4);
+        }
+    }
+}
+
+#[test]
+fn f32_steps_are_those_of_the_cpu() {
+    let (mut cpu, mut gpu) = (small(Device::Cpu, DType::F32), small(gpu(), DType::F32));
+    for t in 1..=7 {
+        let step = |model: &mut Pretrainer| model.step(&micro(t), &AdamW::default(), 1e-3, t, 9).unwrap();
+        let (a, b) = (step(&mut cpu), step(&mut gpu));
+        assert!((a.losses.total() / b.losses.total() - 1.0).abs() < 1e-4 && !b.skipped, "step {t}");
+        assert!((a.grad_norm / b.grad_norm - 1.0).abs() < 1e-3, "step {t}: norms {} and {}", a.grad_norm, b.grad_norm);
+    }
+}
+
+/// Sixty steps of a model that learns its few texts by heart.
+#[test]
+fn bf16_training_follows_the_cpu() {
+    let texts: Vec<Vec<PretrainBatch>> = (0..3).map(|t| vec![batch(100 + 10 * t, &[33, 12, 20, 25], USUAL)]).collect();
+    let run = |mut model: Pretrainer| -> Vec<f64> {
+        let step = |t: u64| model.step(&texts[t as usize % 3], &AdamW::default(), 3e-3, t, 9).unwrap().losses.total();
+        (1..=60).map(step).collect()
+    };
+    let fresh = |device, storage| {
+        let config = sizes(32, Activation::Gelu);
+        let model = Pretrainer::new(device, &config, Objective::RetroMae, CAPACITY, storage).unwrap();
+        model.params().load(3, 0.02, |_, _, _| Ok(false)).unwrap();
+        model
+    };
+    let (cpu, gpu) = (run(fresh(Device::Cpu, DType::F32)), run(fresh(gpu(), DType::BF16)));
+    let learned = cpu[0] - cpu[59];
+    let furthest = cpu.iter().zip(&gpu).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    println!("from {:.3} to {:.3}, bf16 to {:.3}, at most {furthest:.4} apart", cpu[0], cpu[59], gpu[59]);
+    assert!(learned > 1.0, "the CPU's loss fell by {learned} only");
+    assert!(furthest <= 0.02 * learned, "losses are {furthest} apart where {learned} was learned");
+}
+
+/// A record replayed for other batches, between other records, computes what fresh work does.
+#[test]
+fn replayed_work_equals_fresh_work() {
+    for storage in [DType::F32, DType::BF16] {
+        let device = gpu();
+        let mut used = small(device, storage);
+        for t in 1..=9 {
+            let losses = used.gradients(&micro(t), dropout()).unwrap();
+            let mut fresh = small(device, storage);
+            assert_eq!(fresh.gradients(&micro(t), dropout()).unwrap(), losses, "{storage:?}, batch {t}");
+            assert!(gradient_bits(&fresh) == gradient_bits(&used), "{storage:?}, batch {t}");
+        }
+    }
+}
+
+/// What a broken step leaves in the buffers is multiplied by zero by no later one.
+#[test]
+fn a_broken_step_changes_nothing_and_leaves_nothing() {
+    let device = gpu();
+    let (mut broken, mut fresh) = (small(device, DType::BF16), small(device, DType::BF16));
+    let before = bits(&broken);
+    let (weights, largest) = (broken.params().weights().to_vec::<f32>(), vec![batch(7, &[40, 40], USUAL)]);
+    let mut poisoned = weights.clone();
+    poisoned[..64].fill(f32::INFINITY);
+    broken.params().weights().upload(&poisoned);
+    broken.params().refresh();
+    let step =
+        |model: &mut Pretrainer, micro: &[PretrainBatch]| model.step(micro, &AdamW::default(), 1e-3, 1, 9).unwrap();
+    assert!(step(&mut broken, &largest).skipped, "infinite weights give a gradient that is not finite");
+    broken.params().weights().upload(&weights);
+    broken.params().refresh();
+    assert!(bits(&broken) == before, "a skipped step changes nothing");
+    let own = vec![batch(3, &[4, 13, 7], USUAL)];
+    assert_eq!(step(&mut broken, &own), step(&mut fresh, &own));
+    assert!(bits(&broken) == bits(&fresh));
+}
+
+#[test]
+fn the_same_steps_give_the_same_bits_in_every_order() {
+    let run = |device: Device| {
+        let mut model = small(device, DType::BF16);
+        for t in 1..=4 {
+            assert!(!model.step(&micro(t), &AdamW::default(), 1e-3, t, 9).unwrap().skipped);
+        }
+        bits(&model)
+    };
+    let first = run(gpu());
+    assert!(run(gpu()) == first, "a repeated run differs");
+    if std::env::var("RETROMAE_DEVICE").is_ok_and(|name| name != "emulator") {
+        println!("left out: other orders, which only the emulator can choose");
+        return;
+    }
+    for (seed, asynchronous) in [(1, Asynchronous::Random), (2, Asynchronous::AtIssue)] {
+        let options = Options { seed, asynchronous, threads: 1, ..Options::default() };
+        assert!(run(Device::emulator(options).unwrap()) == first, "{options:?}");
+    }
+}
+
+#[test]
+fn micro_batches_add_up_to_the_merged_one() {
+    let mut model = small(gpu(), DType::F32);
+    let merged = model.gradients(&[batch(3, &[4, 33, 7, 20, 5], USUAL)], dropout()).unwrap();
+    let expected = gradients(&model);
+    let split = [batch(3, &[4, 33], USUAL), batch(5, &[7, 20, 5], USUAL)];
+    for _ in 0..3 {
+        let losses = model.gradients(&split, dropout()).unwrap();
+        assert!((losses.total() / merged.total() - 1.0).abs() < 1e-6);
+        assert_close(&gradients(&model), &expected, 2e-6);
+    }
+}
+
+/// The key of the dropout is read from the device: a replayed step draws new masks.
+#[test]
+fn replayed_steps_draw_new_dropout() {
+    let mut model = small(gpu(), DType::F32);
+    let own = [batch(3, &[4, 33, 7], USUAL)];
+    let mut loss = |step| {
+        let mask = Dropout::new(5, step, 0.1);
+        let masks = retromae_engine::graph::StepDropout { hidden: mask, attention: mask };
+        model.gradients(&own, masks).unwrap().total()
+    };
+    let losses: Vec<f64> = [1, 2, 3, 1, 2, 3].map(&mut loss).to_vec();
+    assert_eq!(losses[..3], losses[3..]);
+    assert!(losses[0] != losses[1] && losses[1] != losses[2]);
+}
+
+#[test]
+fn what_a_gpu_cannot_hold_or_compute_is_one_line() {
+    let device = Device::emulator(Options { memory: 1 << 20, ..Options::default() }).unwrap();
+    let refused = |device, config: &BertConfig, capacity| {
+        Pretrainer::new(device, config, Objective::RetroMae, capacity, DType::BF16).err().unwrap().to_string()
+    };
+    let capacity = Capacity { tokens: 4000, sequences: 100, length: 40, encoder_labels: 4000 };
+    let line = refused(device, &sizes(32, Activation::Gelu), capacity);
+    assert!(line.starts_with("out of memory: ") && line.contains("; use a smaller batch"), "{line}");
+    let odd = BertConfig { num_attention_heads: 1, ..sizes(32, Activation::Gelu) };
+    let odd = BertConfig { hidden_size: 48, ..odd };
+    let line = refused(gpu(), &odd, CAPACITY);
+    assert!(line.contains("attention head is 48") && line.contains("--device cpu"), "{line}");
+    let line = refused(gpu(), &config(32, Activation::Gelu), CAPACITY);
+    assert!(line.contains("intermediate_size is 37"), "{line}");
+}
