@@ -150,15 +150,15 @@ fn run(args: &Arguments) -> Result<()> {
     );
     for line in lines {
         let number = |name: &str| line[name].as_f64().unwrap_or(f64::NAN);
+        let mfu = line["mfu"].as_f64().map_or_else(String::new, |mfu| format!("{mfu:.3}"));
         println!(
-            "| {} | {:.2} | {:.2} | {:.2} | {:.0} | {:.2} | {:.3} |",
+            "| {} | {:.2} | {:.2} | {:.2} | {:.0} | {:.2} | {mfu} |",
             line["workload"].as_str().unwrap_or_default(),
             number("ms"),
             number("ms_p10"),
             number("ms_p90"),
             number("tokens_per_s"),
             number("tflops"),
-            number("mfu"),
         );
     }
     Ok(())

@@ -33,7 +33,7 @@ fn subcommands() -> Vec<String> {
 
 fn demo(folder: &Path, steps: &str, json: &Path) -> Command {
     let mut command = Command::new(BINARY);
-    command.arg("demo").arg("--output").arg(folder).args(["--steps", steps, "--json"]).arg(json);
+    command.args(["demo", "--device", "cpu"]).arg("--output").arg(folder).args(["--steps", steps, "--json"]).arg(json);
     command
 }
 

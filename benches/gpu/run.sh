@@ -24,8 +24,8 @@ out=$(cd "$out" && pwd)
 work=$(mktemp -d)
 raw=$work/raw
 rows=$work/rows
-name=$part${2:+-$2}
-log=$out/$name.log
+title=$part${2:+-$2}
+log=$out/$title.log
 mkdir "$raw"
 : >"$rows"
 : >"$log"

@@ -9,7 +9,9 @@ import sys
 
 
 def lines(path):
-    return [json.loads(line) for line in open(path) if line.startswith("{")]
+    """The objects of a file of JSON lines; none of a file that is not there."""
+    path = pathlib.Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")] if path.is_file() else []
 
 
 def table(head, rows, left=1):
@@ -102,8 +104,7 @@ def kernels(args):
 # ---------------------------------------------------------------- runs
 
 def metrics(folder):
-    path = pathlib.Path(folder) / "metrics.jsonl"
-    return lines(path) if path.is_file() else []
+    return lines(pathlib.Path(folder) / "metrics.jsonl")
 
 
 def runs(args):

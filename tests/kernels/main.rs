@@ -1,5 +1,5 @@
-//! Kernels on the emulator against the CPU's ops: f32 to 1e-5, bf16 within twice the error of a plain bf16 computation, the same bits
-//! in every order that a GPU may choose.
+//! Kernels, in the emulator or on a GPU, against the CPU's ops: f32 to 1e-5, bf16 within twice the error of a plain bf16 computation,
+//! the same bits in every order that a GPU may choose. Then the ops that launch them.
 
 mod activation;
 mod attention;

@@ -113,7 +113,7 @@ impl Place {
     }
 }
 
-/// A GPU, where it is emulated one without scratch memory as yet: then guard pages show who asks for too little.
+/// The GPU; a new one where it is emulated. That has no scratch memory yet, so guard pages show an op that asks for too little.
 fn fresh() -> &'static Gpu {
     match real() {
         Some(_) => gpu(),

@@ -67,6 +67,10 @@ impl World {
             "4",
         ]);
         command.args(["--eval-size", "5", "--eval-every", "8", "--config-file"]).arg(self.path("config.json"));
+        // What a run computes must not depend on what the machine has.
+        if !more.contains(&"--device") {
+            command.args(["--device", "cpu"]);
+        }
         command.arg("--data").arg(self.path("shards")).arg("--output").arg(self.path(out)).args(more);
         if !more.iter().any(|m| m.starts_with("--steps") || m.starts_with("--epochs")) {
             command.args(["--steps", "16"]);

@@ -4,6 +4,7 @@
 check() {
     facts
     try doctor 60 "${libraries[@]}" "$engine" doctor --json "$raw/doctor.json" || true
+    grep -aE '^(ok|--) ' "$said" >>"$work/tables" || true
     tests
     golden
     training

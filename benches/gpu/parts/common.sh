@@ -13,7 +13,8 @@ unpack() {
     fi
     engine=$pack/bin/retromae-engine
     RETROMAE_COMMIT=$(build_fact commit)
-    export RETROMAE_COMMIT RETROMAE_DEVICE=$device PYTHONUNBUFFERED=1
+    # What the driver has compiled from PTX is found again by the next program.
+    export RETROMAE_COMMIT RETROMAE_DEVICE=$device PYTHONUNBUFFERED=1 CUDA_CACHE_PATH=$root/target/gpu-cuda-cache
     # Tests know the checkout and the program by the paths they were built at.
     mkdir -p "$root/target/release"
     [ -e "$root/target/release/retromae-engine" ] || ln -s ../gpu/bin/retromae-engine "$root/target/release/retromae-engine"
@@ -68,7 +69,11 @@ try() {
     case $rc in
         0) row "$what" ok $((SECONDS - began)) "$(detail)" ;;
         124 | 137) row "$what" "TIME UP" $((SECONDS - began)) "after $limit s; $(detail)" ;;
-        *) row "$what" "FAILED ($rc)" $((SECONDS - began)) "$(detail)" ;;
+        *)
+            row "$what" "FAILED ($rc)" $((SECONDS - began)) "$(detail)"
+            # What failing tests said, for those who see only the end of the output.
+            { grep -aE -A 1 'panicked at' "$said" | grep -av '^--$' | cut -c1-200 | head -n 12; } >>"$work/failures" || true
+            ;;
     esac
     return "$rc"
 }
@@ -100,7 +105,7 @@ facts() {
             true
     } >"$raw/facts.txt" 2>&1 || true
     local gpu=emulator
-    [ "$device" != cuda ] || gpu=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader | head -n 1 || echo "no GPU")
+    [ "$device" != cuda ] || gpu=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader 2>/dev/null | head -n 1 || echo "no GPU")
     row machine "$device" 0 "$gpu, commit ${RETROMAE_COMMIT:0:12}${RETROMAE_COMMIT:40}"
 }
 
@@ -108,13 +113,14 @@ facts() {
 finish() {
     local rc=$?
     {
+        [ ! -s "$work/failures" ] || { echo; cat "$work/failures"; }
         [ ! -s "$work/tables" ] || { echo; cat "$work/tables"; }
-        printf '\n%-42s %-12s %5s  %s\n' "$name on $device" result s detail
+        printf '\n%-42s %-12s %5s  %s\n' "$title on $device" result s detail
         awk -F '\t' '{ printf "%-42s %-12s %5s  %s\n", $1, $2, $3, $4 }' "$rows"
         grep -qE $'\t(FAILED|TIME UP|no time)' "$rows" && rc=1
-        echo "$SECONDS s in all; more in $out/$name.log and .tar.gz; exit $rc"
-    } | tee "$out/$name.txt"
-    tar -C "$raw" -czf "$out/$name.tar.gz" .
+        echo "$SECONDS s in all; more in $out/$title.log and .tar.gz; exit $rc"
+    } | tee "$out/$title.txt"
+    tar -C "$raw" -czf "$out/$title.tar.gz" .
     grep -qE $'\t(FAILED|TIME UP|no time)' "$rows" && rc=1
     rm -rf "$work"
     exit "$rc"

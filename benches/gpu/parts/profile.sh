@@ -32,7 +32,7 @@ kernels_of() {
     case $1 in
         "enhanced decoding") echo '^enhanced_decoding' ;;
         "LM head") echo '^cross_entropy' ;;
-        gelu) echo '^(gelu|activation)' ;;
+        gelu) echo '^activation' ;;
         AdamW) echo '^adamw' ;;
         *) echo "^$1" ;;
     esac
