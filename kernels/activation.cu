@@ -1,4 +1,4 @@
-// Activation of the feed-forward layers: y = act(x) with x = u + bias, and dx = dy * act'(x).
+// Activation of the feed-forward layers and of the pooler: y = act(x) with x = u + bias, and dx = dy * act'(x).
 //
 // Storage f32 or bf16, arithmetic f32. `bias` [N] f32 may be null: then u holds it already (a product's epilogue added it). u stays as it
 // is and is what the backward reads, with the same bias. `function` is one of `Activation`.
@@ -12,7 +12,7 @@
 // division, and no library function. The error of each formula stays below 5e-7 of the larger of |x| and 1.
 #include "common.cuh"
 
-enum Activation { GELU = 0, GELU_TANH = 1, QUICK_GELU = 2, RELU = 3, SILU = 4 };
+enum Activation { GELU = 0, GELU_TANH = 1, QUICK_GELU = 2, RELU = 3, SILU = 4, TANH = 5 };
 
 #if !defined(RM_SIGNATURES)
 
@@ -64,13 +64,28 @@ struct Relu {
   static __device__ __forceinline__ float slope(float x) { return x > 0.f ? 1.f : 0.f; }
 };
 
+// With e = exp(-2 |x|), which cannot overflow: tanh |x| = 1 - 2 e / (1 + e), and its series near 0, where that cancels;
+// tanh' = 4 e / (1 + e)^2.
+struct Tanh {
+  static __device__ __forceinline__ float value(float x) {
+    const float z = x * x, e = __expf(-2.f * fabsf(x)), far = 1.f - __fdividef(2.f * e, 1.f + e);
+    const float near = x + x * z * (-0.333333333f + z * (0.133333333f + z * -0.0539682540f));
+    return z < 0.0625f ? near : copysignf(far, x);
+  }
+  static __device__ __forceinline__ float slope(float x) {
+    const float e = __expf(-2.f * fabsf(x)), d = 1.f + e;
+    return __fdividef(4.f * e, d * d);
+  }
+};
+
 template <class Work> __device__ __forceinline__ void by_function(int function, Work work) {
   switch (function) {
     case GELU: return work(Gelu());
     case GELU_TANH: return work(Swish<TanhInner>());
     case QUICK_GELU: return work(Swish<QuickInner>());
     case RELU: return work(Relu());
-    default: return work(Swish<SiluInner>());
+    case SILU: return work(Swish<SiluInner>());
+    default: return work(Tanh());
   }
 }
 

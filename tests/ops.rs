@@ -19,6 +19,10 @@ mod embed;
 mod enhanced_decoding;
 #[path = "ops/gather.rs"]
 mod gather;
+#[path = "ops/group_loss.rs"]
+mod group_loss;
+#[path = "ops/group_scores.rs"]
+mod group_scores;
 #[path = "ops/layernorm.rs"]
 mod layernorm;
 #[path = "ops/linear.rs"]

@@ -1,4 +1,4 @@
-//! Activation of the feed-forward layers: `y = act(u)`, `du = dy · act'(u)`. The pre-activation `u` is what is saved.
+//! Activation of the feed-forward layers and of the pooler: `y = act(u)`, `du = dy · act'(u)`. The pre-activation `u` is what is saved.
 //!
 //! GELU: x·Φ(x) (Hendrycks & Gimpel, arXiv 1606.08415), its tanh form, and the other functions that `hidden_act` may name.
 
@@ -18,6 +18,8 @@ pub enum Function {
     Relu,
     /// x·σ(x).
     Silu,
+    /// tanh(x), of the pooler; no `hidden_act`.
+    Tanh,
 }
 
 /// `y = act(u)` for rows of `width` elements.
@@ -120,6 +122,12 @@ mod cpu {
                 #[inline(always)]
                 |x, _| x * sigmoid(x),
             ),
+            Function::Tanh => map(
+                u,
+                y,
+                #[inline(always)]
+                |x, _| x.tanh(),
+            ),
         }
     }
 
@@ -157,6 +165,15 @@ mod cpu {
                 #[inline(always)]
                 |x, d| d * swish_derivative(x, F::ONE),
             ),
+            Function::Tanh => map(
+                u,
+                dy,
+                #[inline(always)]
+                |x, d| {
+                    let t = x.tanh();
+                    d * (F::ONE - t * t)
+                },
+            ),
         }
     }
 }
@@ -182,6 +199,7 @@ mod gpu {
             Function::QuickGelu => 2,
             Function::Relu => 3,
             Function::Silu => 4,
+            Function::Tanh => 5,
         }
     }
 

@@ -13,6 +13,8 @@ pub mod embed;
 pub mod enhanced_decoding;
 pub mod gather;
 mod gpu;
+pub mod group_loss;
+pub mod group_scores;
 pub mod layernorm;
 pub mod linear;
 pub mod optimizer;

@@ -9,6 +9,7 @@ mod device;
 mod embed;
 mod enhanced_decoding;
 mod gather;
+mod group;
 mod harness;
 mod layernorm;
 mod ops;

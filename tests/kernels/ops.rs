@@ -4,6 +4,7 @@
 //! recorded work has it. These hold NaN, so that whoever reads one without need shows.
 
 mod attention;
+mod groups;
 mod losses;
 mod rows;
 

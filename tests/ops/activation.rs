@@ -5,7 +5,8 @@ use retromae_engine::ops::activation::{Function, backward, forward};
 
 use super::common::{CPU, Lab, Op, check, normal, values};
 
-const ALL: [Function; 5] = [Function::Gelu, Function::GeluTanh, Function::QuickGelu, Function::Relu, Function::Silu];
+const ALL: [Function; 6] =
+    [Function::Gelu, Function::GeluTanh, Function::QuickGelu, Function::Relu, Function::Silu, Function::Tanh];
 
 struct Case {
     function: Function,

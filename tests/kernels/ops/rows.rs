@@ -134,7 +134,7 @@ fn activations_agree() {
     use activation::Function::*;
     // The last block of 2048 elements is not full.
     let width = 272;
-    for function in [Gelu, GeluTanh, QuickGelu, Relu, Silu] {
+    for function in [Gelu, GeluTanh, QuickGelu, Relu, Silu, Tanh] {
         check(&format!("{function:?}"), |place| {
             let (n, room, number) = (ROWS * width, SPARE * width, place.number(ROWS));
             let [u, dy] = [1, 2].map(|name| place.matrix(&normal(n, name), room));
