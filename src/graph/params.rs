@@ -244,8 +244,8 @@ impl Params {
 /// Elements that are rounded as one row; arenas consist of whole ones.
 const COPY_ROW: usize = 64;
 
-/// Copies f32 values to a tensor of f32 or f64.
-fn upload_f32(to: &Tensor, values: &[f32]) {
+/// Copies f32 values to the first elements of a tensor of f32 or f64.
+pub fn upload_f32(to: &Tensor, values: &[f32]) {
     match to.dtype() {
         DType::F64 => to.upload(&values.iter().map(|&x| f64::from(x)).collect::<Vec<_>>()),
         _ => to.upload(values),

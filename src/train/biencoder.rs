@@ -13,12 +13,12 @@ use crate::error::{Error, Result};
 use crate::graph::activations::{Activations, Plan, Slot};
 use crate::graph::biencoder::{self, Tower, TowerInputs};
 use crate::graph::extent::{Bounds, Extent};
-use crate::graph::params::{Params, Table, to_f32};
+use crate::graph::params::{Params, Table, to_f32, upload_f32};
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
 use crate::ops::cross_entropy::{self, Scale};
 use crate::ops::optimizer::AdamW;
-use crate::ops::{contrastive, gather};
+use crate::ops::{contrastive, gather, group_loss, group_scores};
 use crate::rng::Dropout;
 use crate::train::records::Records;
 use crate::train::step::Footprint;
@@ -33,6 +33,26 @@ pub struct Options {
     pub untied: bool,
     /// τ: scores are divided by it.
     pub temperature: f32,
+    /// What a teacher's scores are for, where batches have them.
+    pub distillation: Option<Distillation>,
+}
+
+/// Learning from a teacher's scores of the passages of each query's own group.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Distillation {
+    /// How scores are compared.
+    pub loss: DistillLoss,
+    /// Weight of the contrastive loss beside it.
+    pub contrastive_weight: f64,
+}
+
+/// How a student's scores are compared with a teacher's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DistillLoss {
+    /// Kullback-Leibler divergence of the softmax over the group, as mean over all B g scores.
+    Kl,
+    /// Squared differences of the margins between the positive and each negative, as mean over all B (g − 1).
+    MarginMse,
 }
 
 /// The largest batch, and how it is divided.
@@ -70,12 +90,28 @@ pub struct Losses {
     pub contrastive: f64,
     /// Queries whose own passage scores highest of all.
     pub correct: f64,
+    /// Weight of the contrastive loss.
+    pub contrastive_weight: f64,
+    /// Sum of the distillation losses, and of how many terms.
+    pub distill: f64,
+    /// Terms of the sum; 0 without a teacher.
+    pub distill_terms: usize,
 }
 
 impl Losses {
-    /// Mean loss.
-    pub fn total(&self) -> f64 {
+    /// Mean contrastive loss.
+    pub fn contrastive_loss(&self) -> f64 {
         self.contrastive / self.queries.max(1) as f64
+    }
+
+    /// Mean distillation loss.
+    pub fn distill_loss(&self) -> f64 {
+        self.distill / self.distill_terms.max(1) as f64
+    }
+
+    /// What is minimised.
+    pub fn total(&self) -> f64 {
+        self.distill_loss() + self.contrastive_weight * self.contrastive_loss()
     }
 }
 
@@ -104,7 +140,7 @@ enum Piece {
     Zero { gradients: bool },
     Forward { tower: usize, bounds: Bounds, dropout: [u32; 2] },
     Backward { tower: usize, bounds: Bounds, dropout: [u32; 2], again: bool },
-    Loss { gradients: bool, hidden: bool },
+    Loss { gradients: bool, hidden: bool, group: usize, distill: Option<DistillLoss> },
     Update,
 }
 
@@ -118,14 +154,19 @@ struct Head {
     targets: Tensor,
     hidden: Tensor,
     correct: Tensor,
-    /// `[1]` f32: what the loss of a query is weighted with, and the same here.
-    scale: Tensor,
-    scale_here: f64,
+    /// Weights of a query's contrastive loss and of its distillation loss, here and, each `[1]` f32, on the device.
+    weights: [f64; 2],
+    both: Tensor,
+    each: [Tensor; 2],
     /// `[Q', W]` embeddings of queries and `[P, W]` of passages behind them, and their gradients; Q' is Q rounded up.
     all: Arena,
     d_all: Arena,
     loss: Slot,
     lse: Slot,
+    /// `[P]`: scores of each query's own group, their gradients, the teacher's.
+    scores: Slot,
+    d_scores: Slot,
+    teacher: Slot,
 }
 
 impl Head {
@@ -133,6 +174,7 @@ impl Head {
         let u32s = |len| device.zeros(DType::U32, len);
         let q = room.queries;
         let sides = [room.first_passage(), room.passages].map(|rows| rows * width);
+        let both = device.zeros(DType::F32, 2);
         Head {
             width,
             temperature,
@@ -142,17 +184,32 @@ impl Head {
             targets: u32s(q),
             hidden: u32s(q * room.passages.div_ceil(32)),
             correct: u32s(q),
-            scale: device.zeros(DType::F32, 1),
-            scale_here: 0.0,
+            weights: [0.0; 2],
+            each: [both.slice(0..1), both.slice(1..2)],
+            both,
             all: Arena::zeros(device, storage, sides),
             d_all: Arena::zeros(device, storage, sides),
             loss: plan.add_wide("loss", q, 1),
             lse: plan.add_wide("lse", q, 3),
+            scores: plan.add_wide("scores", room.passages, 1),
+            d_scores: plan.add_wide("d_scores", room.passages, 1),
+            teacher: plan.add_wide("teacher", room.passages, 1),
         }
     }
 
+    /// What a query's losses are weighted with: the contrastive one, and that of distillation.
+    fn weigh(&mut self, losses: &Losses) {
+        let inverse = |n: usize| 1.0 / n.max(1) as f64;
+        self.weights = [losses.contrastive_weight * inverse(losses.queries), inverse(losses.distill_terms)];
+        self.both.upload(&self.weights.map(|x| x as f32));
+    }
+
+    fn weight(&self, part: usize) -> Scale<'_> {
+        Scale { value: self.weights[part], on_device: Some(&self.each[part]) }
+    }
+
     /// Uploads what the loss of a batch needs besides the embeddings.
-    fn set(&mut self, batch: &ContrastiveBatch) {
+    fn set(&mut self, batch: &ContrastiveBatch, teacher: &Tensor) {
         let (q, p) = (batch.queries.samples.len(), batch.passages.samples.len());
         self.queries.set(q, self.room.queries);
         self.passages.set(p, self.room.passages);
@@ -166,10 +223,13 @@ impl Head {
             }
             self.hidden.upload(&rows);
         }
+        if let Some(scores) = &batch.teacher {
+            upload_f32(teacher, scores);
+        }
     }
 
     /// Adds the losses to `sums_acc`, and leaves the gradients of all embeddings.
-    fn run(&self, p: &Pass<'_>, hidden: bool, gradients: bool, sums_acc: &Tensor) {
+    fn contrast(&self, p: &Pass<'_>, hidden: bool, gradients: bool, sums_acc: &Tensor) {
         let (q, passages) = (self.all.tensor(0), self.all.tensor(1));
         let shape = contrastive::Shape {
             queries: self.queries.get(),
@@ -184,9 +244,39 @@ impl Head {
         cross_entropy::sums(p.device, self.queries.get(), loss, correct, sums_acc);
         if gradients {
             let (dq, dp) = (self.d_all.tensor(0), self.d_all.tensor(1));
-            let scale = Scale { value: self.scale_here, on_device: Some(&self.scale) };
+            let scale = self.weight(0);
             let backward = contrastive::Backward { shape, scale, q, p: passages, lse, dq, dp };
             contrastive::backward(p.device, &backward);
+        }
+    }
+
+    /// The same for the distillation loss, whose gradients are added.
+    fn distill(&self, p: &Pass<'_>, loss: DistillLoss, group: usize, gradients: bool, sums_acc: &Tensor) {
+        let (q, passages, queries) = (self.all.tensor(0), self.all.tensor(1), self.queries.get());
+        let shape = group_scores::Shape { queries, group, width: self.width, temperature: self.temperature };
+        let (scores, ds, teacher) = (p.b(self.scores), p.b(self.d_scores), p.b(self.teacher));
+        group_scores::forward(p.device, &group_scores::Forward { shape, q, p: passages, s: scores });
+        let kind = match loss {
+            DistillLoss::Kl => group_loss::Kind::Kl { teacher },
+            DistillLoss::MarginMse => group_loss::Kind::MarginMse { teacher },
+        };
+        let scale = self.weight(1);
+        group_loss::run(
+            p.device,
+            &group_loss::GroupLoss {
+                shape: group_loss::Shape { queries, group, stride: 1, temperature: 1.0 },
+                kind,
+                scores,
+                loss: p.b(self.loss),
+                correct: &self.correct,
+                sums_acc,
+                gradient: gradients.then_some(group_loss::Gradient { scale, ds }),
+            },
+        );
+        if gradients {
+            let (dq_acc, dp_acc) = (self.d_all.tensor(0), self.d_all.tensor(1));
+            let backward = group_scores::Backward { shape, q, p: passages, ds, dq_acc, dp_acc };
+            group_scores::backward(p.device, &backward);
         }
     }
 }
@@ -202,7 +292,7 @@ pub struct BiEncoder {
     inputs: Vec<TowerInputs>,
     head: Head,
     optimizer: Optimizer,
-    /// `[2]` f64: losses and correct queries; `[1]` ‖g‖².
+    /// f64: `[2]` contrastive losses and correct queries, `[2]` the same of distillation, `[1]` ‖g‖².
     results: Tensor,
     records: Records<Piece>,
 }
@@ -276,7 +366,7 @@ impl BiEncoder {
             inputs: inputs.map(|&c| TowerInputs::new(device, config, c, options.shape.pooling)).collect(),
             head,
             optimizer: Optimizer::new(device, &params),
-            results: device.zeros(DType::F64, 3),
+            results: device.zeros(DType::F64, 5),
             records: Records::default(),
             params,
         };
@@ -357,9 +447,8 @@ impl BiEncoder {
         gradients: bool,
         update: bool,
     ) -> Result<(Losses, f64)> {
-        let queries: usize = micro.iter().map(|batch| batch.queries.samples.len()).sum();
-        self.head.scale_here = 1.0 / queries.max(1) as f64;
-        self.head.scale.upload(&[self.head.scale_here as f32]);
+        let mut losses = self.terms(micro)?;
+        self.head.weigh(&losses);
         if let Device::Gpu(gpu) = self.device {
             gpu.set_dropout_key(dropout.hidden.key);
         }
@@ -370,13 +459,33 @@ impl BiEncoder {
         }
         if update {
             records.run(self.device, Piece::Update, || {
-                self.optimizer.update(&self.params, &self.results.slice(2..3));
+                self.optimizer.update(&self.params, &self.results.slice(4..5));
             });
         }
         self.records = records;
         let x: Vec<f64> = self.results.to_vec();
         self.device.check()?;
-        Ok((Losses { queries, contrastive: x[0], correct: x[1] }, x[2]))
+        (losses.contrastive, losses.correct, losses.distill) = (x[0], x[1], x[2]);
+        Ok((losses, x[4]))
+    }
+
+    /// How many terms the losses of `micro` have.
+    fn terms(&self, micro: &[ContrastiveBatch]) -> Result<Losses> {
+        let queries = |batch: &ContrastiveBatch| batch.queries.samples.len();
+        let mut losses =
+            Losses { queries: micro.iter().map(queries).sum(), contrastive_weight: 1.0, ..Losses::default() };
+        if let Some(Distillation { loss, contrastive_weight }) = self.options.distillation {
+            if micro.iter().any(|batch| batch.teacher.is_none()) {
+                return Err(Error::refused("a batch has no scores of a teacher").remedy("report this as a defect"));
+            }
+            let terms = |batch: &ContrastiveBatch| match loss {
+                DistillLoss::Kl => batch.group,
+                DistillLoss::MarginMse => batch.group - 1,
+            };
+            losses.contrastive_weight = contrastive_weight;
+            losses.distill_terms = micro.iter().map(|batch| queries(batch) * terms(batch)).sum();
+        }
+        Ok(losses)
     }
 
     fn zero(&self, gradients: bool) {
@@ -401,10 +510,15 @@ impl BiEncoder {
                 self.towers[tower].forward(&p, &self.inputs[tower], self.head.all.whole());
             });
         }
-        self.head.set(batch);
-        let hidden = batch.hidden.is_some();
-        records.run(device, Piece::Loss { gradients, hidden }, || {
-            self.head.run(&self.pass(dropout), hidden, gradients, &self.results.slice(0..2));
+        self.head.set(batch, self.buffers.tensor(self.head.teacher));
+        let (hidden, group) = (batch.hidden.is_some(), batch.group);
+        let distill = self.options.distillation.map(|d| d.loss);
+        records.run(device, Piece::Loss { gradients, hidden, group, distill }, || {
+            let p = self.pass(dropout);
+            self.head.contrast(&p, hidden, gradients, &self.results.slice(0..2));
+            if let Some(loss) = distill {
+                self.head.distill(&p, loss, group, gradients, &self.results.slice(2..4));
+            }
         });
         if !gradients {
             return;

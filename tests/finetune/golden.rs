@@ -10,7 +10,7 @@ use retromae_engine::graph::params::Params;
 use retromae_engine::model::config::BertConfig;
 use retromae_engine::model::weights::Checkpoint;
 use retromae_engine::ops::pool::Pooling;
-use retromae_engine::train::biencoder::{BiEncoder, Options, Room};
+use retromae_engine::train::biencoder::{BiEncoder, DistillLoss, Distillation, Options, Room};
 use retromae_engine::train::contract::BatchFile;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -130,6 +130,10 @@ fn bi_encoder(golden: &Golden, device: Device, storage: DType, chunk: Option<usi
         },
         untied: o["untied"] == true,
         temperature: o["temperature"].as_f64().unwrap_or(1.0) as f32,
+        distillation: (o["teacher"] == true).then(|| Distillation {
+            loss: DistillLoss::Kl,
+            contrastive_weight: o["contrastive_loss_weight"].as_f64().unwrap(),
+        }),
     };
     let room =
         Room { queries: batch.queries.samples.len(), passages: batch.passages.samples.len(), lengths: [16, 48], chunk };
@@ -164,14 +168,17 @@ fn check(name: &str, device: Device, storage: DType, chunk: Option<usize>, allow
         let [q, p] = model.embeddings(&batch);
         for (name, x) in [("query_embeddings", q), ("passage_embeddings", p)] {
             let off = error(name, &x, &golden.floats(name), 0.0);
-            println!("{name} {storage:?}: error {off:.2e}");
             assert!(off <= 1e-5, "{name}: error {off:.2e}");
         }
     }
-    compare(&golden, model.params(), &[("loss", losses.total()), ("loss.contrastive", losses.total())], allowed);
+    let mut named = vec![("loss", losses.total()), ("loss.contrastive", losses.contrastive_loss())];
+    if golden.options["teacher"] == true {
+        named.push(("loss.distill", losses.distill_loss()));
+    }
+    compare(&golden, model.params(), &named, allowed);
 }
 
-const CASES: [&str; 3] = ["contrastive", "contrastive_mean_normalized", "untied_projection"];
+const CASES: [&str; 4] = ["contrastive", "contrastive_mean_normalized", "untied_projection", "distill"];
 
 #[test]
 fn bi_encoders_on_the_cpu() {
