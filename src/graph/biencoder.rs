@@ -36,8 +36,10 @@ impl Shape {
 
 /// Texts of a chunk on the device.
 pub struct TowerInputs {
-    tokens: TokenInputs,
-    rows: Rows,
+    /// Their tokens.
+    pub tokens: TokenInputs,
+    /// Rows needed of the encoder's last layer.
+    pub rows: Rows,
     /// `[S]` row of each text among all embeddings of the step.
     places: Tensor,
     /// Texts.

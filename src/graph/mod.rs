@@ -9,6 +9,7 @@
 pub mod activations;
 pub mod biencoder;
 pub mod block;
+pub mod cross_encoder;
 pub mod encoder;
 pub mod extent;
 pub mod inference;

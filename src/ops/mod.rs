@@ -9,6 +9,7 @@ pub mod activation;
 pub mod attention;
 pub mod contrastive;
 pub mod cross_entropy;
+pub mod dropout;
 pub mod embed;
 pub mod enhanced_decoding;
 pub mod gather;

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use crate::data::batch::{DecoderBatch, PretrainBatch, Visibility};
-use crate::data::pairs::batch::{ContrastiveBatch, TextBatch};
+use crate::data::pairs::batch::{ContrastiveBatch, CrossBatch, TextBatch};
 use crate::error::{Error, Result};
 use crate::files::{self, Disk};
 use crate::graph::params::Params;
@@ -145,6 +145,16 @@ impl BatchFile {
         };
         let targets = (0..q).map(|b| (b * group) as u32).collect();
         Ok(ContrastiveBatch { queries, passages, group, targets, hidden: None, teacher })
+    }
+
+    /// The batch of a cross-encoder whose queries have `group` pairs each.
+    pub fn cross(&self, group: usize, config: &BertConfig) -> Result<CrossBatch> {
+        let pairs = self.texts("", config.vocab_size, (config.max_position_embeddings, config.type_vocab_size))?;
+        if !pairs.samples.len().is_multiple_of(group) {
+            let cause = format!("holds {} pairs, no multiple of {group}", pairs.samples.len());
+            return Err(self.refuse("input_ids", cause));
+        }
+        Ok(CrossBatch { pairs, group })
     }
 }
 

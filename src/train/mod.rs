@@ -24,6 +24,7 @@ pub mod batches;
 pub mod biencoder;
 pub mod checkpoint;
 pub mod contract;
+pub mod cross_encoder;
 pub mod export;
 pub mod flops;
 mod manifest;

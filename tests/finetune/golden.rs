@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 
 use retromae_engine::data::pairs::batch::ContrastiveBatch;
 use retromae_engine::device::{DType, Device};
-use retromae_engine::graph::StepDropout;
 use retromae_engine::graph::biencoder::Shape;
 use retromae_engine::graph::params::Params;
+use retromae_engine::graph::{Capacity, StepDropout};
 use retromae_engine::model::config::BertConfig;
 use retromae_engine::model::weights::Checkpoint;
 use retromae_engine::ops::pool::Pooling;
 use retromae_engine::train::biencoder::{BiEncoder, DistillLoss, Distillation, Options, Room};
 use retromae_engine::train::contract::BatchFile;
+use retromae_engine::train::cross_encoder::Ranker;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -176,6 +177,39 @@ fn check(name: &str, device: Device, storage: DType, chunk: Option<usize>, allow
         named.push(("loss.distill", losses.distill_loss()));
     }
     compare(&golden, model.params(), &named, allowed);
+}
+
+fn check_cross(device: Device, storage: DType, allowed: impl Fn(&str) -> f64) {
+    let golden = Golden::open("cross_encoder");
+    let config = golden.config();
+    let batch = BatchFile::open(&golden.dir.join("batch.safetensors"), "").unwrap();
+    let batch = batch.cross(golden.group(), &config).unwrap();
+    let (tokens, sequences) = (batch.pairs.ids.len(), batch.pairs.samples.len());
+    let capacity = Capacity { tokens, sequences, length: 48, encoder_labels: 0 };
+    let mut model = Ranker::new(device, &config, 1.0, capacity, storage).unwrap();
+    let weights = Checkpoint::open(golden.dir.join("model")).unwrap();
+    let fresh = model.params().load(0, 0.0, |name, shape, out| weights.read_f32(name, shape, out).map(|()| true));
+    assert_eq!(fresh.unwrap(), Vec::<String>::new());
+    let losses = model.gradients(std::slice::from_ref(&batch), StepDropout::OFF).unwrap();
+    compare(&golden, model.params(), &[("loss", losses.total())], allowed);
+    // The scores are those that the loss is made of.
+    for _ in 0..3 {
+        let scores = model.scores(&batch).unwrap();
+        let loss = |group: &[f32]| {
+            let sum: f64 = group.iter().map(|&s| f64::from(s - group[0]).exp()).sum();
+            sum.ln()
+        };
+        let mean = scores.chunks(golden.group()).map(loss).sum::<f64>() / losses.queries as f64;
+        assert!((mean / losses.total() - 1.0).abs() < 1e-5, "{mean} and {}", losses.total());
+    }
+}
+
+#[test]
+fn cross_encoders() {
+    check_cross(Device::Cpu, DType::F32, fixed(1e-5, 1e-4));
+    check_cross(Device::Cpu, DType::F64, fixed(2e-7, 2e-6));
+    check_cross(gpu(), DType::F32, fixed(1e-5, 1e-4));
+    check_cross(gpu(), DType::BF16, twice_plain(&Golden::open("cross_encoder")));
 }
 
 const CASES: [&str; 4] = ["contrastive", "contrastive_mean_normalized", "untied_projection", "distill"];

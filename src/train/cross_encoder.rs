@@ -1,0 +1,292 @@
+//! One training step of a cross-encoder: pairs of query and passage in, a score each out, and the cross entropy of the positive among the
+//! scores of its query's group.
+
+use crate::data::pairs::batch::CrossBatch;
+use crate::device::{DType, Device, Tensor};
+use crate::error::Result;
+use crate::graph::activations::{Activations, Plan, Slot};
+use crate::graph::biencoder::TowerInputs;
+use crate::graph::cross_encoder::{COLUMNS, CrossEncoder};
+use crate::graph::extent::{Bounds, Extent};
+use crate::graph::params::{Params, Table, to_f32};
+use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
+use crate::model::config::BertConfig;
+use crate::ops::cross_entropy::Scale;
+use crate::ops::optimizer::AdamW;
+use crate::ops::pool::Pooling;
+use crate::ops::{gather, group_loss};
+use crate::rng::Dropout;
+use crate::train::records::Records;
+use crate::train::step::Footprint;
+use crate::train::updates::Optimizer;
+
+/// Sums over the queries of one or more batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Losses {
+    /// Queries.
+    pub queries: usize,
+    /// Sum of their losses.
+    pub sum: f64,
+    /// Queries whose positive scores highest of its group.
+    pub correct: f64,
+}
+
+impl Losses {
+    /// Mean loss.
+    pub fn total(&self) -> f64 {
+        self.sum / self.queries.max(1) as f64
+    }
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepOutcome {
+    /// Sums over the step's queries.
+    pub losses: Losses,
+    /// ‖g‖ before clipping.
+    pub grad_norm: f64,
+    /// The norm was not finite and nothing was changed.
+    pub skipped: bool,
+}
+
+/// What makes pieces of work equal.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Segment {
+    bounds: Bounds,
+    group: usize,
+    first: bool,
+    gradients: bool,
+    update: bool,
+    /// Scores only.
+    scores: bool,
+    dropout: [u32; 2],
+}
+
+/// A cross-encoder in training: parameters, buffers, optimizer.
+pub struct Ranker {
+    device: Device,
+    config: BertConfig,
+    temperature: f32,
+    params: Params,
+    buffers: Activations,
+    graph: CrossEncoder,
+    inputs: TowerInputs,
+    queries: Extent,
+    /// `[Q]` loss of each query, and whether it is correct.
+    loss: Slot,
+    correct: Tensor,
+    /// What a query's loss is weighted with, here and, `[1]` f32, on the device.
+    weight: f64,
+    scale: Tensor,
+    optimizer: Optimizer,
+    /// f64: `[2]` losses and correct queries, `[1]` ‖g‖².
+    results: Tensor,
+    records: Records<Segment>,
+}
+
+impl Ranker {
+    /// The graph and its tables, for batches up to `capacity` pairs.
+    fn parts(config: &BertConfig, capacity: Capacity) -> (Table, Plan, CrossEncoder, Slot) {
+        let (mut table, mut plan) = (Table::default(), Plan::default());
+        let graph = CrossEncoder::new(&mut table, &mut plan, config, capacity);
+        let loss = plan.add_wide("loss", capacity.sequences, 1);
+        (table, plan, graph, loss)
+    }
+
+    /// Memory that [`Self::new`] would take with `storage`.
+    pub fn footprint(config: &BertConfig, capacity: Capacity, storage: DType) -> Footprint {
+        let (table, plan, ..) = Self::parts(config, capacity);
+        Footprint::of(&table, &plan, storage)
+    }
+
+    /// Allocates everything for batches up to `capacity` (sequences are pairs); weights are zero until [`Params::load`].
+    ///
+    /// # Errors
+    /// Not enough memory, or a model whose sizes the kernels do not have.
+    pub fn new(
+        device: Device,
+        config: &BertConfig,
+        temperature: f32,
+        capacity: Capacity,
+        storage: DType,
+    ) -> Result<Self> {
+        if device.is_gpu() {
+            check_gpu(config)?;
+        }
+        let capacity = Capacity { length: capacity.length.min(config.max_position_embeddings), ..capacity };
+        let (table, plan, graph, loss) = Self::parts(config, capacity);
+        let params = table.allocate(device, storage);
+        let model = Ranker {
+            device,
+            config: config.clone(),
+            temperature,
+            buffers: plan.allocate(device, storage),
+            graph,
+            inputs: TowerInputs::new(device, config, capacity, Pooling::Cls),
+            queries: Extent::new(device),
+            loss,
+            correct: device.zeros(DType::U32, capacity.sequences),
+            weight: 0.0,
+            scale: device.zeros(DType::F32, 1),
+            optimizer: Optimizer::new(device, &params),
+            results: device.zeros(DType::F64, 3),
+            records: Records::default(),
+            params,
+        };
+        device.check().map(|()| model)
+    }
+
+    /// Where it is trained.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Weights and gradients.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The flat first and second moments.
+    pub fn moments(&self) -> (&Tensor, &Tensor) {
+        self.optimizer.moments()
+    }
+
+    /// One optimizer step: gradients of all micro-batches, clipping, AdamW number `t` (from 1) at learning rate `lr`. Dropout is that
+    /// of (`seed`, `t`).
+    ///
+    /// # Errors
+    /// A failure of the GPU. The step is then lost.
+    pub fn step(&mut self, micro: &[CrossBatch], adamw: &AdamW, lr: f64, t: u64, seed: u64) -> Result<StepOutcome> {
+        let dropout = StepDropout {
+            hidden: Dropout::new(seed, t, self.config.hidden_dropout_prob),
+            attention: Dropout::new(seed, t, self.config.attention_probs_dropout_prob),
+        };
+        if self.optimizer.prepare(adamw, lr, t) {
+            self.records.clear();
+        }
+        let (losses, squared_norm) = self.run(micro, dropout, true, true)?;
+        let grad_norm = squared_norm.sqrt();
+        Ok(StepOutcome { losses, grad_norm, skipped: !grad_norm.is_finite() })
+    }
+
+    /// Gradients of the mean loss over all queries of `micro`, in the gradient arena.
+    ///
+    /// # Errors
+    /// A failure of the GPU.
+    pub fn gradients(&mut self, micro: &[CrossBatch], dropout: StepDropout) -> Result<Losses> {
+        Ok(self.run(micro, dropout, true, false)?.0)
+    }
+
+    /// Losses without dropout and without gradients.
+    ///
+    /// # Errors
+    /// A failure of the GPU.
+    pub fn evaluate(&mut self, batch: &CrossBatch) -> Result<Losses> {
+        Ok(self.run(std::slice::from_ref(batch), StepDropout::OFF, false, false)?.0)
+    }
+
+    /// The score of each pair, without dropout.
+    ///
+    /// # Errors
+    /// A failure of the GPU.
+    pub fn scores(&mut self, batch: &CrossBatch) -> Result<Vec<f32>> {
+        let segment = Segment {
+            bounds: self.set(batch, false),
+            group: 1,
+            first: false,
+            gradients: false,
+            update: false,
+            scores: true,
+            dropout: [0; 2],
+        };
+        let mut records = std::mem::take(&mut self.records);
+        records.run(self.device, segment, || self.graph.forward(&self.pass(StepDropout::OFF), &self.inputs));
+        self.records = records;
+        let pairs = batch.pairs.samples.len();
+        let all = to_f32(&self.buffers.tensor(self.graph.scores()).slice(0..pairs * COLUMNS));
+        self.device.check().map(|()| all.into_iter().step_by(COLUMNS).collect())
+    }
+
+    fn pass(&self, dropout: StepDropout) -> Pass<'_> {
+        Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout }
+    }
+
+    /// Uploads a batch.
+    fn set(&mut self, batch: &CrossBatch, gradients: bool) -> Bounds {
+        let places: Vec<u32> = (0..batch.pairs.samples.len() as u32).collect();
+        self.inputs.set(&batch.pairs, &places, gradients)
+    }
+
+    fn run(
+        &mut self,
+        micro: &[CrossBatch],
+        dropout: StepDropout,
+        gradients: bool,
+        update: bool,
+    ) -> Result<(Losses, f64)> {
+        let queries = |batch: &CrossBatch| batch.pairs.samples.len() / batch.group;
+        let total: usize = micro.iter().map(queries).sum();
+        self.weight = 1.0 / total.max(1) as f64;
+        self.scale.upload(&[self.weight as f32]);
+        if let Device::Gpu(gpu) = self.device {
+            gpu.set_dropout_key(dropout.hidden.key);
+        }
+        let mut records = std::mem::take(&mut self.records);
+        for (i, batch) in micro.iter().enumerate() {
+            let bounds = self.set(batch, gradients);
+            // Whole groups of what the pairs' work is laid out for.
+            self.queries.set(queries(batch), (bounds.sequences / batch.group).max(queries(batch)));
+            let segment = Segment {
+                bounds,
+                group: batch.group,
+                first: i == 0,
+                gradients,
+                update: update && i + 1 == micro.len(),
+                scores: false,
+                dropout: [dropout.hidden.threshold, dropout.attention.threshold],
+            };
+            records.run(self.device, segment, || self.segment(segment, dropout));
+        }
+        self.records = records;
+        let x: Vec<f64> = self.results.to_vec();
+        self.device.check()?;
+        Ok((Losses { queries: total, sum: x[0], correct: x[1] }, x[2]))
+    }
+
+    /// All work between the upload of a micro-batch and that of the next.
+    fn segment(&self, segment: Segment, dropout: StepDropout) {
+        if segment.first {
+            gather::zero(self.device, &self.results, self.results.len());
+            if segment.gradients {
+                gather::zero(self.device, self.params.gradients(), self.params.gradients().len());
+            }
+        }
+        let p = self.pass(dropout);
+        self.graph.forward(&p, &self.inputs);
+        let scale = Scale { value: self.weight, on_device: Some(&self.scale) };
+        let ds = p.b(self.graph.score_gradient());
+        group_loss::run(
+            self.device,
+            &group_loss::GroupLoss {
+                shape: group_loss::Shape {
+                    queries: self.queries.get(),
+                    group: segment.group,
+                    stride: COLUMNS,
+                    temperature: self.temperature,
+                },
+                kind: group_loss::Kind::CrossEntropy,
+                scores: p.b(self.graph.scores()),
+                loss: p.b(self.loss),
+                correct: &self.correct,
+                sums_acc: &self.results.slice(0..2),
+                gradient: segment.gradients.then_some(group_loss::Gradient { scale, ds }),
+            },
+        );
+        if segment.gradients {
+            self.graph.backward(&p, &self.inputs);
+        }
+        if segment.update {
+            self.optimizer.update(&self.params, &self.results.slice(2..3));
+        }
+    }
+}
