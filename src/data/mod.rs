@@ -6,6 +6,7 @@ mod draws;
 pub mod loader;
 pub mod masking;
 pub mod order;
+pub mod pairs;
 pub mod picture;
 pub mod shard;
 pub mod source;

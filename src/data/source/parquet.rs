@@ -195,6 +195,6 @@ fn find_columns(schema: &SchemaDescriptor) -> Result<[Option<usize>; 3]> {
     Ok([find(&json::ID), find(&[json::TITLE]), Some(text)])
 }
 
-fn unreadable(e: &ParquetError) -> Error {
+pub(in crate::data) fn unreadable(e: &ParquetError) -> Error {
     Error::refused(format!("cannot be read as Parquet: {e}")).remedy("restore the file, or name the right --format")
 }
