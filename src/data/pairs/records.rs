@@ -74,17 +74,34 @@ fn rows(opened: Opened) -> Result<Records> {
 
 #[cfg(feature = "parquet")]
 fn rows(opened: Opened) -> Result<Records> {
-    use crate::data::source::parquet::unreadable;
-    use parquet::file::reader::SerializedFileReader;
+    use crate::data::source::parquet::{reader, unreadable};
+    use parquet::errors::ParquetError;
     use parquet::record::reader::RowIter;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
 
     let path = opened.path.clone();
-    let file = SerializedFileReader::new(opened.into_file()?).map_err(|e| unreadable(&e).path(&path))?;
-    let rows = RowIter::from_file_into(Box::new(file)).zip(1u64..);
-    Ok(Box::new(rows.map(move |(row, number)| {
-        let row = row.map_err(|e| unreadable(&e).path(&path).line(number))?;
-        let fields = row.into_columns().into_iter().map(|(name, field)| (name, value(field)));
-        Ok((number, Raw::Row(Value::Object(fields.collect()))))
+    let file = reader(opened)?;
+    let (mut rows, mut number) = (Some(RowIter::from_file_into(Box::new(file))), 0);
+    Ok(Box::new(std::iter::from_fn(move || {
+        let open = rows.as_mut()?;
+        // The crate's record reader panics at some damaged files; it is not used again after that.
+        let row = catch_unwind(AssertUnwindSafe(|| open.next()))
+            .unwrap_or_else(|_| Some(Err(ParquetError::General("the file is damaged".into()))));
+        number += 1;
+        match row {
+            Some(Ok(row)) => {
+                let fields = row.into_columns().into_iter().map(|(name, field)| (name, value(field)));
+                Some(Ok((number, Raw::Row(Value::Object(fields.collect())))))
+            }
+            Some(Err(e)) => {
+                rows = None;
+                Some(Err(unreadable(&e).path(&path).line(number)))
+            }
+            None => {
+                rows = None;
+                None
+            }
+        }
     })))
 }
 
