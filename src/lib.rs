@@ -22,7 +22,7 @@
 //! | 1 | [`device`]: tensors and where they lie; [`data`]: from text to packed batches. They do not know each other |
 //! | 2 | [`ops`]: one operation a file, forward and backward |
 //! | 3 | [`model`]: configurations, checkpoints' names and formats, export; [`graph`]: the transformer out of ops |
-//! | 4 | [`train`]: the step, and the run around it |
+//! | 4 | [`train`]: the step, and the run around it; [`eval`]: metrics of ranked lists |
 //! | 5 | [`cli`]: one file for each subcommand |
 //!
 //! # Invariants
@@ -52,6 +52,7 @@ pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod eval;
 pub mod files;
 pub mod graph;
 pub mod model;

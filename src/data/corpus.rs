@@ -44,6 +44,12 @@ impl MemoryCorpus {
         self.ends.push(self.ids.len());
     }
 
+    /// The tokens of text `i`, where they lie.
+    pub fn tokens(&self, i: u64) -> Result<Tokens<'_>> {
+        let range = self.range(i)?;
+        Ok(Tokens { ids: &self.ids[range.clone()], word_start: &self.word_start[range] })
+    }
+
     fn range(&self, i: u64) -> Result<std::ops::Range<usize>> {
         let at = usize::try_from(i).ok().filter(|&at| at < self.ends.len());
         let at = at.ok_or_else(|| Error::refused(format!("text {i} of {} does not exist", self.ends.len())))?;

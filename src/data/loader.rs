@@ -1,8 +1,9 @@
-//! Builds the batches of coming steps while the present one is computed.
+//! Builds the batches of coming steps while the present one is computed, whatever the batches are.
 //!
 //! One thread walks the plan and builds batches in a small pool of its own, so that the threads of the training step never wait for a
 //! mask; a bounded channel keeps it a few steps ahead at most. Dropping the loader stops and joins the thread.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -18,14 +19,29 @@ use crate::error::{Error, Result};
 
 /// The micro-batches of one step of one rank.
 #[derive(Clone, Debug, PartialEq)]
-pub struct StepBatches {
+pub struct StepBatches<T = PretrainBatch> {
     /// The micro-batches, `accumulation` of them; at the end of the data some may be empty.
-    pub micro: Vec<PretrainBatch>,
+    pub micro: Vec<T>,
     /// The cursor after the step, over all ranks: what a checkpoint stores.
     pub next: u64,
 }
 
-/// Everything a [`Loader`] needs.
+/// Which steps a [`Loader`] builds ahead, and how.
+#[derive(Clone, Debug)]
+pub struct Ahead {
+    /// The steps.
+    pub plan: Plan,
+    /// Where to begin: 0, or what a checkpoint stored.
+    pub cursor: u64,
+    /// This process among the plan's ranks.
+    pub rank: u64,
+    /// Steps to build ahead, at least 1.
+    pub steps: usize,
+    /// Threads that build, at least 1.
+    pub threads: usize,
+}
+
+/// Everything a [`Loader`] of pre-training needs.
 pub struct LoaderSettings {
     /// The steps.
     pub plan: Plan,
@@ -42,42 +58,60 @@ pub struct LoaderSettings {
 }
 
 /// An iterator over the steps' batches, built ahead.
-pub struct Loader {
+pub struct Loader<T = PretrainBatch> {
     /// `None` once the data ended or failed, and while dropping.
-    steps: Option<Receiver<Result<StepBatches>>>,
+    steps: Option<Receiver<Result<StepBatches<T>>>>,
     thread: Option<JoinHandle<()>>,
     waited: Duration,
 }
 
-impl Loader {
-    /// Starts building.
+impl Loader<PretrainBatch> {
+    /// Starts building batches of pre-training.
     pub fn start(corpus: Arc<dyn Corpus>, settings: LoaderSettings) -> Result<Self> {
-        let ranks = settings.plan.batching().ranks;
-        if settings.rank >= ranks {
-            return Err(Error::usage(format!("rank {} of {ranks} does not exist", settings.rank))
+        let LoaderSettings { plan, rules, cursor, rank, ahead: steps, threads } = settings;
+        let builder = Builder::new(rules, plan.order().clone(), plan.part(), plan.batching().max_length);
+        let texts = corpus.clone();
+        let ahead = Ahead { plan, cursor, rank, steps, threads };
+        Self::build_ahead(corpus, ahead, move |samples| builder.build(&*texts, samples))
+    }
+}
+
+impl<T: Send + 'static> Loader<T> {
+    /// Starts building with `build`, which gets the samples of a micro-batch; it is called inside a pool of the loader's own.
+    /// `corpus` is what a plan of batches by tokens looks up lengths in.
+    pub fn build_ahead(
+        corpus: Arc<dyn Corpus>,
+        ahead: Ahead,
+        build: impl Fn(Range<u64>) -> Result<T> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let ranks = ahead.plan.batching().ranks;
+        if ahead.rank >= ranks {
+            return Err(Error::usage(format!("rank {} of {ranks} does not exist", ahead.rank))
                 .remedy("check the launcher's variables"));
         }
         let pool = ThreadPoolBuilder::new()
-            .num_threads(settings.threads.max(1))
+            .num_threads(ahead.threads.max(1))
             .thread_name(|i| format!("masks-{i}"))
             .build()
             .map_err(|e| cannot_start(&e))?;
-        let (send, receive) = sync_channel(settings.ahead.max(1));
+        let (send, receive) = sync_channel(ahead.steps.max(1));
         let thread = std::thread::Builder::new()
             .name("batches".into())
-            .spawn(move || produce(&*corpus, &settings, &pool, &send))
+            .spawn(move || produce(&*corpus, &ahead, &pool, &build, &send))
             .map_err(|e| cannot_start(&e))?;
         Ok(Loader { steps: Some(receive), thread: Some(thread), waited: Duration::ZERO })
     }
+}
 
+impl<T> Loader<T> {
     /// Time spent so far waiting for batches.
     pub fn waited(&self) -> Duration {
         self.waited
     }
 }
 
-impl Iterator for Loader {
-    type Item = Result<StepBatches>;
+impl<T> Iterator for Loader<T> {
+    type Item = Result<StepBatches<T>>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let steps = self.steps.as_ref()?;
@@ -100,7 +134,7 @@ impl Iterator for Loader {
     }
 }
 
-impl Drop for Loader {
+impl<T> Drop for Loader<T> {
     fn drop(&mut self) {
         // Without a receiver the thread's next send fails and it returns.
         self.steps = None;
@@ -112,10 +146,15 @@ impl Drop for Loader {
 }
 
 /// Sends step after step until the end, an error, or until nobody listens.
-fn produce(corpus: &dyn Corpus, settings: &LoaderSettings, pool: &ThreadPool, send: &SyncSender<Result<StepBatches>>) {
-    let plan = &settings.plan;
-    let builder = Builder::new(settings.rules, plan.order().clone(), plan.part(), plan.batching().max_length);
-    let mut cursor = settings.cursor;
+fn produce<T: Send>(
+    corpus: &dyn Corpus,
+    ahead: &Ahead,
+    pool: &ThreadPool,
+    build: &(dyn Fn(Range<u64>) -> Result<T> + Sync),
+    send: &SyncSender<Result<StepBatches<T>>>,
+) {
+    let plan = &ahead.plan;
+    let mut cursor = ahead.cursor;
     loop {
         let step = match plan.step(corpus, cursor) {
             Ok(Some(step)) => step,
@@ -125,11 +164,8 @@ fn produce(corpus: &dyn Corpus, settings: &LoaderSettings, pool: &ThreadPool, se
                 return;
             }
         };
-        let micro: Result<Vec<PretrainBatch>> = pool.install(|| {
-            step.of_rank(settings.rank, plan.batching().ranks)
-                .map(|samples| builder.build(corpus, samples.clone()))
-                .collect()
-        });
+        let micro: Result<Vec<T>> =
+            pool.install(|| step.of_rank(ahead.rank, plan.batching().ranks).cloned().map(build).collect());
         cursor = step.next;
         let batches = micro.map(|micro| StepBatches { micro, next: cursor });
         let failed = batches.is_err();

@@ -284,22 +284,32 @@ fn encode_chunk(encoder: &mut Encoder<'_>, options: &Options, sep: u32, chunk: C
             Packing::Docs => out.tokens.len() + options.max_length as usize - 1,
             Packing::Blocks => usize::MAX,
         };
-        let text = document.text.as_str();
-        match (options.title_sep, document.title.as_deref().map(str::trim).filter(|t| !t.is_empty())) {
-            (TitleSep::None, _) | (_, None) => encoder.encode(text, limit, &mut out.tokens)?,
-            (TitleSep::Space, Some(title)) => {
-                let joined = format!("{title} {text}");
-                encoder.encode(joined.trim_end(), limit, &mut out.tokens)?;
-            }
-            (TitleSep::Sep, Some(title)) => {
-                encoder.encode(title, limit, &mut out.tokens)?;
-                out.tokens.push(Token::new(sep, true));
-                encoder.encode(text, limit, &mut out.tokens)?;
-            }
-        }
+        let (title, text) = (document.title.as_deref(), document.text.as_str());
+        encode_document(encoder, options.title_sep, title, text, limit, sep, &mut out.tokens)?;
         out.documents.push(Extent { id: document.id.unwrap_or_default(), end: out.tokens.len() });
     }
     Ok(out)
+}
+
+/// Appends the tokens of a document, its title joined, without [CLS] and the last [SEP], until `out` holds `limit` tokens or more.
+pub(super) fn encode_document(
+    encoder: &mut Encoder<'_>,
+    title_sep: TitleSep,
+    title: Option<&str>,
+    text: &str,
+    limit: usize,
+    sep: u32,
+    out: &mut Vec<Token>,
+) -> Result<()> {
+    match (title_sep, title.map(str::trim).filter(|t| !t.is_empty())) {
+        (TitleSep::None, _) | (_, None) => encoder.encode(text, limit, out),
+        (TitleSep::Space, Some(title)) => encoder.encode(format!("{title} {text}").trim_end(), limit, out),
+        (TitleSep::Sep, Some(title)) => {
+            encoder.encode(title, limit, out)?;
+            out.push(Token::new(sep, true));
+            encoder.encode(text, limit, out)
+        }
+    }
 }
 
 /// Writes the chunks in the order of their numbers, until the encoders stop.

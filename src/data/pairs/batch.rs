@@ -1,40 +1,289 @@
-//! Packed batches of fine-tuning. Glossary: S sequences, T tokens of all sequences together, B queries, P passages, g passages a query.
+//! Packed batches of fine-tuning: queries and passages apart for a bi-encoder, together for a cross-encoder.
 
-/// A packed token stream.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct TextBatch {
-    /// `[S + 1]` first token of every sequence; the last entry is T.
-    pub cu_seqlens: Vec<u32>,
-    /// `[S]` name of each sequence's dropout.
-    pub samples: Vec<u64>,
-    /// `[T]` token ids.
-    pub ids: Vec<u32>,
-    /// `[T]` token types.
-    pub types: Vec<u32>,
+use std::ops::Range;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use crate::data::corpus::Corpus;
+use crate::data::loader::{Ahead, Loader};
+use crate::error::{Error, Result};
+
+use super::Pairs;
+use super::groups::{Group, Groups};
+use super::texts::{Scratch, TextBatch, TextRules, Texts, pack};
+
+/// What happens to passages of a batch that would be wrong negatives of a query.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Duplicates {
+    /// They are no candidates of that query.
+    #[default]
+    Mask,
+    /// They stay, as in the published code.
+    Keep,
 }
 
-/// One batch of a bi-encoder.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// One batch of a bi-encoder. B queries, `P = B · group` passages.
+#[derive(Clone, Debug, PartialEq)]
 pub struct ContrastiveBatch {
-    /// B texts.
+    /// The queries.
     pub queries: TextBatch,
-    /// P = B g texts, those of a query side by side, its positive first.
+    /// The passages: those of the first query, of the second, …; of each its positive first.
     pub passages: TextBatch,
-    /// g.
+    /// Passages of a query.
     pub group: usize,
-    /// `[B]` each query's positive among the passages.
+    /// `[B]` index of each query's own positive among the passages.
     pub targets: Vec<u32>,
-    /// `[B, ⌈P / 32⌉]` bit p of row b: passage p is no candidate of query b.
+    /// `[B, ⌈P / 32⌉]` bit `p % 32` of word `p / 32` of row b: passage p is no candidate of query b, since it is another of its
+    /// positives or has the same text as one. Never set for the target. `None` where no bit is.
     pub hidden: Option<Vec<u32>>,
-    /// `[B, g]` scores of a teacher.
+    /// `[B, group]` the teacher's scores.
     pub teacher: Option<Vec<f32>>,
+    /// `[B]` rows of the queries in [`Pairs`], for messages.
+    pub rows: Vec<u32>,
+    /// `[B, group]` numbers of the passages' texts, for messages.
+    pub members: Vec<u32>,
 }
 
-/// One batch of a cross-encoder.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// One batch of a cross-encoder: B queries, each with the passages of its group.
+#[derive(Clone, Debug, PartialEq)]
 pub struct CrossBatch {
-    /// B g pairs of query and passage, those of a query side by side, its positive first.
+    /// `[B · group]` sequences `[CLS] query [SEP] passage [SEP]`; of each query its positive first.
     pub pairs: TextBatch,
-    /// g.
+    /// Passages of a query.
     pub group: usize,
+    /// `[B, group]` the teacher's scores.
+    pub teacher: Option<Vec<f32>>,
+    /// `[B]` rows of the queries in [`Pairs`], for messages.
+    pub rows: Vec<u32>,
+    /// `[B, group]` numbers of the passages' texts, for messages.
+    pub members: Vec<u32>,
+}
+
+/// The name of a member of a sample: its dropout belongs to it.
+pub fn member_name(sample: u64, member: usize) -> u64 {
+    sample << 16 | member as u64
+}
+
+/// Builds [`ContrastiveBatch`]es. The result depends on nothing but the samples.
+#[derive(Clone)]
+pub struct ContrastiveBuilder {
+    groups: Groups,
+    queries: Arc<Texts>,
+    passages: Arc<Texts>,
+    duplicates: Duplicates,
+}
+
+impl ContrastiveBuilder {
+    /// A builder for the samples of `pairs` under `seed`.
+    pub fn new(
+        seed: u64,
+        pairs: Arc<Pairs>,
+        queries: TextRules,
+        passages: TextRules,
+        duplicates: Duplicates,
+    ) -> Result<Self> {
+        let queries = Arc::new(Texts::new(pairs.queries().corpus.clone(), queries)?);
+        let passages = Arc::new(Texts::new(pairs.passages().corpus.clone(), passages)?);
+        let groups = Groups::new(seed, pairs, passages.clone())?;
+        Ok(ContrastiveBuilder { groups, queries, passages, duplicates })
+    }
+
+    /// What the samples are.
+    pub fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// The batch of these samples, in their order.
+    pub fn build(&self, samples: Range<u64>) -> Result<ContrastiveBatch> {
+        let chosen = Chosen::of(&self.groups, samples)?;
+        let queries: Vec<(u64, u32)> =
+            chosen.groups.iter().map(|(sample, g)| (member_name(*sample, 0), g.query)).collect();
+        let queries = self.queries.pack(&queries)?;
+        let passages: Vec<(u64, u32)> = chosen.members().map(|(name, _, passage)| (name, passage)).collect();
+        let passages = self.passages.pack(&passages)?;
+        let (group, members) = (chosen.size, chosen.passages());
+        let hidden = match self.duplicates {
+            Duplicates::Mask => self.hidden(&chosen, &members)?,
+            Duplicates::Keep => None,
+        };
+        Ok(ContrastiveBatch {
+            targets: (0..chosen.groups.len()).map(|b| (b * group) as u32).collect(),
+            hidden,
+            teacher: chosen.teacher(),
+            rows: chosen.rows(),
+            queries,
+            passages,
+            group,
+            members,
+        })
+    }
+
+    /// The bits of passages that are no candidates. A positive of a query and any text equal to it have one hash, so that the
+    /// hashes of the query's positives find all of them.
+    fn hidden(&self, chosen: &Chosen, members: &[u32]) -> Result<Option<Vec<u32>>> {
+        let hash = |scratch: &mut Scratch, &passage: &u32| self.passages.hash_with(passage, scratch);
+        let hashes: Vec<Result<u64>> = members.par_iter().map_init(Scratch::default, hash).collect();
+        let mut places = Vec::with_capacity(members.len());
+        for (place, hash) in hashes.into_iter().enumerate() {
+            places.push((hash?, place));
+        }
+        places.sort_unstable();
+        let (words, pairs) = (members.len().div_ceil(32), self.groups.pairs());
+        let row_bits = |scratch: &mut Scratch, (b, (_, group)): (usize, &(u64, Group))| {
+            let mut bits = vec![0u32; words];
+            for &positive in pairs.positives(group.row as usize) {
+                let hash = self.passages.hash_with(positive, scratch)?;
+                let first = places.partition_point(|&(h, _)| h < hash);
+                for &(_, place) in places[first..].iter().take_while(|&&(h, _)| h == hash) {
+                    bits[place / 32] |= 1 << (place % 32);
+                }
+            }
+            let target = b * chosen.size;
+            bits[target / 32] &= !(1 << (target % 32));
+            Ok(bits)
+        };
+        let rows: Vec<Result<Vec<u32>>> =
+            chosen.groups.par_iter().enumerate().map_init(Scratch::default, row_bits).collect();
+        let mut all = Vec::with_capacity(rows.len() * words);
+        for row in rows {
+            all.extend(row?);
+        }
+        Ok(all.iter().any(|&word| word != 0).then_some(all))
+    }
+
+    /// The batches of a plan's steps, built ahead.
+    pub fn load(self, ahead: Ahead) -> Result<Loader<ContrastiveBatch>> {
+        let queries = self.groups.queries_for(&ahead)?;
+        Loader::build_ahead(queries, ahead, move |samples| self.build(samples))
+    }
+}
+
+/// Builds [`CrossBatch`]es. The result depends on nothing but the samples.
+#[derive(Clone)]
+pub struct CrossBuilder {
+    groups: Groups,
+    texts: Arc<PairTexts>,
+}
+
+impl CrossBuilder {
+    /// A builder for the samples of `pairs` under `seed`; the other arguments are those of [`PairTexts::new`].
+    pub fn new(seed: u64, pairs: Arc<Pairs>, query: TextRules, prefix: Vec<u32>, max_length: usize) -> Result<Self> {
+        let (queries, passages) = (pairs.queries().corpus.clone(), pairs.passages().corpus.clone());
+        let texts = Arc::new(PairTexts::new(queries, passages, query, prefix, max_length)?);
+        let groups = Groups::new(seed, pairs, texts.passages.clone())?;
+        Ok(CrossBuilder { groups, texts })
+    }
+
+    /// What the samples are.
+    pub fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// The batch of these samples, in their order.
+    pub fn build(&self, samples: Range<u64>) -> Result<CrossBatch> {
+        let chosen = Chosen::of(&self.groups, samples)?;
+        let pairs: Vec<(u64, u32, u32)> = chosen.members().collect();
+        let pairs = self.texts.pack(&pairs)?;
+        let (group, teacher) = (chosen.size, chosen.teacher());
+        Ok(CrossBatch { pairs, group, teacher, rows: chosen.rows(), members: chosen.passages() })
+    }
+
+    /// The batches of a plan's steps, built ahead.
+    pub fn load(self, ahead: Ahead) -> Result<Loader<CrossBatch>> {
+        let queries = self.groups.queries_for(&ahead)?;
+        Loader::build_ahead(queries, ahead, move |samples| self.build(samples))
+    }
+}
+
+/// Queries and passages as a cross-encoder gets them: `[CLS] query [SEP] passage [SEP]`.
+pub struct PairTexts {
+    queries: Texts,
+    passages: Arc<Texts>,
+    max_length: usize,
+}
+
+impl PairTexts {
+    /// A query is cut to `query.max_length` tokens, [CLS] and [SEP] included; then the passage alone, below `prefix`, so that the pair
+    /// has at most `max_length`.
+    pub fn new(
+        queries: Arc<dyn Corpus>,
+        passages: Arc<dyn Corpus>,
+        query: TextRules,
+        prefix: Vec<u32>,
+        max_length: usize,
+    ) -> Result<PairTexts> {
+        let least = query.max_length + prefix.len() + 2;
+        if max_length < least {
+            let cause =
+                format!("pairs of {max_length} tokens do not hold a query of {} and a passage", query.max_length);
+            return Err(Error::usage(cause).remedy(format!("raise the length to {least}, or lower that of queries")));
+        }
+        let queries = Texts::new(queries, query)?;
+        let passages = Arc::new(Texts::new(passages, TextRules { max_length, prefix })?);
+        Ok(PairTexts { queries, passages, max_length })
+    }
+
+    /// The pairs `(name, query, passage)` in this order as one stream.
+    pub fn pack(&self, pairs: &[(u64, u32, u32)]) -> Result<TextBatch> {
+        let names = pairs.iter().map(|&(name, ..)| name).collect();
+        pack(
+            names,
+            |k| {
+                let (_, query, passage) = pairs[k];
+                // The passage without its [CLS].
+                let passage = self.passages.length(passage)? - 1;
+                Ok((self.queries.length(query)? + passage).min(self.max_length))
+            },
+            |k, scratch, ids, types| {
+                let (_, query, passage) = pairs[k];
+                let first = self.queries.read(query, scratch)?;
+                let (head, rest) = ids.split_at_mut(first.len());
+                head.copy_from_slice(first);
+                types[head.len()..].fill(1);
+                let second = &self.passages.read(passage, scratch)?[1..];
+                let inner = rest.len() - 1;
+                rest[..inner].copy_from_slice(&second[..inner]);
+                rest[inner] = second[second.len() - 1];
+                Ok(())
+            },
+        )
+    }
+}
+
+/// The groups of the samples of a batch.
+struct Chosen {
+    groups: Vec<(u64, Group)>,
+    size: usize,
+}
+
+impl Chosen {
+    fn of(groups: &Groups, samples: Range<u64>) -> Result<Chosen> {
+        let size = groups.pairs().settings().group;
+        let made: Vec<Result<(u64, Group)>> =
+            samples.into_par_iter().map(|sample| Ok((sample, groups.group(sample)?))).collect();
+        // Errors in sample order: the same one is reported whatever the threads did.
+        Ok(Chosen { groups: made.into_iter().collect::<Result<_>>()?, size })
+    }
+
+    /// Name, query and passage of every member.
+    fn members(&self) -> impl Iterator<Item = (u64, u32, u32)> + '_ {
+        self.groups.iter().flat_map(|(sample, group)| {
+            let named = group.passages.iter().enumerate();
+            named.map(|(m, &passage)| (member_name(*sample, m + 1), group.query, passage))
+        })
+    }
+
+    fn passages(&self) -> Vec<u32> {
+        self.groups.iter().flat_map(|(_, g)| g.passages.iter().copied()).collect()
+    }
+
+    fn rows(&self) -> Vec<u32> {
+        self.groups.iter().map(|(_, g)| g.row).collect()
+    }
+
+    fn teacher(&self) -> Option<Vec<f32>> {
+        let scores: Option<Vec<&Vec<f32>>> = self.groups.iter().map(|(_, g)| g.scores.as_ref()).collect();
+        scores.filter(|s| !s.is_empty()).map(|s| s.into_iter().flatten().copied().collect())
+    }
 }

@@ -4,11 +4,11 @@
 //! and standard input. What a file is gets detected from its name and first bytes. Files are read as streams: memory is bounded by
 //! the longest record, and no record may be longer than [`LONGEST`].
 
-mod bytes;
+pub(super) mod bytes;
 mod json;
 mod lines;
 #[cfg(feature = "parquet")]
-mod parquet;
+pub(super) mod parquet;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -50,7 +50,7 @@ impl Rows {
     /// Reads the file's description and finds the columns.
     pub fn open(opened: Opened, read: Arc<AtomicU64>) -> Result<Rows> {
         let path = opened.path.clone();
-        let file = SerializedFileReader::new(opened.into_file()?).map_err(|e| unreadable(&e).path(&path))?;
+        let file = reader(opened)?;
         let meta = file.metadata().file_metadata();
         let columns = find_columns(meta.schema_descr()).map_err(|e| e.path(&path))?;
         let rows = u64::try_from(meta.num_rows()).unwrap_or(0);
@@ -195,6 +195,24 @@ fn find_columns(schema: &SchemaDescriptor) -> Result<[Option<usize>; 3]> {
     Ok([find(&json::ID), find(&[json::TITLE]), Some(text)])
 }
 
-fn unreadable(e: &ParquetError) -> Error {
+/// Reads a file's description; one that places columns outside the file is refused, since the crate trusts it.
+pub(in crate::data) fn reader(opened: Opened) -> Result<SerializedFileReader<File>> {
+    let path = opened.path.clone();
+    let file = opened.into_file()?;
+    let bytes = file.metadata().map_or(0, |m| m.len());
+    let reader = SerializedFileReader::new(file).map_err(|e| unreadable(&e).path(&path))?;
+    for column in reader.metadata().row_groups().iter().flat_map(|group| group.columns()) {
+        let start = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
+        let (start, size) = (u64::try_from(start).ok(), u64::try_from(column.compressed_size()).ok());
+        let end = start.zip(size).and_then(|(start, size)| start.checked_add(size));
+        if end.is_none_or(|end| end > bytes) {
+            let e = ParquetError::General("a column lies outside the file".into());
+            return Err(unreadable(&e).path(&path));
+        }
+    }
+    Ok(reader)
+}
+
+pub(in crate::data) fn unreadable(e: &ParquetError) -> Error {
     Error::refused(format!("cannot be read as Parquet: {e}")).remedy("restore the file, or name the right --format")
 }
