@@ -14,8 +14,11 @@ fn read(text: &str, format: Option<RunFormat>) -> (RunFormat, Listed) {
     (run.format(), run.queries().iter().enumerate().map(|(i, q)| (q.clone(), hits(i))).collect())
 }
 
-fn listed(lists: &[(&str, &[(&str, u32, f32)])]) -> Listed {
-    let hits = |list: &[(&str, u32, f32)]| list.iter().map(|&(id, rank, score)| (id.into(), rank, score)).collect();
+/// Id, rank and score.
+type Hit<'a> = (&'a str, u32, f32);
+
+fn listed(lists: &[(&str, &[Hit<'_>])]) -> Listed {
+    let hits = |list: &[Hit<'_>]| list.iter().map(|&(id, rank, score)| (id.into(), rank, score)).collect();
     lists.iter().map(|&(query, list)| (query.into(), hits(list))).collect()
 }
 

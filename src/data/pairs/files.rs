@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::data::shard::{Packing, ShardSet};
 use crate::data::source::Input;
 use crate::error::{Error, Result};
@@ -10,7 +12,7 @@ use super::findings::Findings;
 use super::ids::{Finder, IdIndex};
 use super::negatives::{self, SystemRules};
 use super::qrels::{self, QrelsFormat};
-use super::{Draft, Pairs, PairsSettings, Side, teacher};
+use super::{Draft, Pairs, PairsSettings, Sealed, Side, teacher};
 
 /// The files that say what belongs to what.
 #[derive(Clone, Debug)]
@@ -76,100 +78,170 @@ pub fn from_files(
     let index = |set: &Arc<ShardSet>| IdIndex::new(set.clone()).map_err(|e| e.path(set.dir()));
     let (query_ids, passage_ids) = (index(&queries)?, index(&passages)?);
     let mut reading = Reading::new(&query_ids, &passage_ids, settings.depth);
-    reading.draft.findings.duplicate_ids.count = query_ids.duplicates() + passage_ids.duplicates();
+    reading.pairs.findings.duplicate_ids.count = query_ids.duplicates() + passage_ids.duplicates();
     for input in &files.qrels {
         reading.qrels(input, files)?;
     }
     for input in &files.negatives {
         reading.negatives(input, &files.systems, files.qrels.is_empty())?;
     }
+    let side = |set: &Arc<ShardSet>| Side { corpus: set.clone(), ids: Some(set.clone()) };
+    let mut reading = reading.seal(side(&queries), side(&passages), settings)?;
     for input in &files.teacher {
         reading.teacher(input)?;
     }
-    let draft = reading.draft;
-    let side = |set: Arc<ShardSet>| Side { corpus: set.clone(), ids: Some(set) };
-    draft.finish(side(queries), side(passages), settings)
+    reading.pairs.finish()
 }
+
+/// Passages looked up at once, in parallel: a look-up is a few misses of the cache, and files have a hundred million of them.
+const BLOCK: usize = 1 << 16;
 
 /// Turns the files' ids into numbers.
-struct Reading<'a> {
-    draft: Draft,
+struct Reading<'a, P> {
+    pairs: P,
     queries: Finder<'a>,
     passages: &'a IdIndex,
-    positive: Finder<'a>,
+    waiting: Waiting,
 }
 
-/// Which of the findings counts a passage that is not there.
-type Unknown = fn(&mut Findings) -> &mut super::findings::Tally;
+/// What a passage is to a query.
+#[derive(Clone, Copy)]
+enum Role {
+    Positive,
+    Negative,
+    Scored(f32),
+}
 
-impl<'a> Reading<'a> {
-    fn new(queries: &'a IdIndex, passages: &'a IdIndex, depth: usize) -> Self {
-        Reading { draft: Draft::new(depth), queries: Finder::new(queries), passages, positive: Finder::new(passages) }
+/// Passages to be looked up, in the order of the file.
+#[derive(Default)]
+struct Waiting {
+    ids: String,
+    passages: Vec<Passage>,
+}
+
+struct Passage {
+    /// Where the id ends in `ids`; it begins where the one before ends.
+    end: usize,
+    query: u32,
+    role: Role,
+    line: u64,
+}
+
+/// Where the facts go: lists first, then, when these are final, scores.
+trait Facts {
+    fn findings(&mut self) -> &mut Findings;
+    fn add(&mut self, query: u32, passage: u32, role: Role);
+}
+
+impl Facts for Draft {
+    fn findings(&mut self) -> &mut Findings {
+        &mut self.findings
     }
 
-    fn opened(&mut self, input: &Input, what: &'static str) {
-        self.draft.findings.files.push((input.path.clone(), what));
-    }
-
-    fn query(&mut self, input: &Input, line: u64, id: &str) -> Result<Option<u32>> {
-        let found = self.queries.find(id)?;
-        if found.is_none() {
-            self.draft.findings.unknown_queries.add(|| place(&input.path, line, id));
+    fn add(&mut self, query: u32, passage: u32, role: Role) {
+        match role {
+            Role::Positive => self.positive(query, passage),
+            Role::Negative => self.negative(query, passage),
+            Role::Scored(score) => self.score(query, passage, score),
         }
-        Ok(found)
+    }
+}
+
+impl Facts for Sealed {
+    fn findings(&mut self) -> &mut Findings {
+        Sealed::findings(self)
     }
 
-    fn unknown(&mut self, input: &Input, line: u64, id: &str, tally: Unknown) {
-        tally(&mut self.draft.findings).add(|| place(&input.path, line, id));
+    fn add(&mut self, query: u32, passage: u32, role: Role) {
+        if let Role::Scored(score) = role {
+            self.score(query, passage, score);
+        }
+    }
+}
+
+impl<P: Facts> Reading<'_, P> {
+    /// One line's passage of a query.
+    fn add(&mut self, input: &Input, line: u64, query: &str, passage: &str, role: Role) -> Result<()> {
+        let Some(query) = self.queries.find(query)? else {
+            self.pairs.findings().unknown_queries.add(|| place(&input.path, line, query));
+            return Ok(());
+        };
+        self.waiting.ids.push_str(passage);
+        self.waiting.passages.push(Passage { end: self.waiting.ids.len(), query, role, line });
+        if self.waiting.passages.len() == BLOCK { self.look_up(input) } else { Ok(()) }
+    }
+
+    /// Looks up what is waiting and puts it on its list.
+    fn look_up(&mut self, input: &Input) -> Result<()> {
+        let Waiting { ids, passages } = &mut self.waiting;
+        let start = |k: usize| if k == 0 { 0 } else { passages[k - 1].end };
+        let find = |k: usize| self.passages.find(&ids[start(k)..passages[k].end]);
+        let found: Vec<Result<Option<u32>>> = (0..passages.len()).into_par_iter().map(find).collect();
+        for (k, found) in found.into_iter().enumerate() {
+            let Passage { end, query, role, line } = passages[k];
+            if let Some(passage) = found? {
+                self.pairs.add(query, passage, role);
+                continue;
+            }
+            let findings = self.pairs.findings();
+            let tally = match role {
+                Role::Positive => &mut findings.unknown_positives,
+                Role::Negative => &mut findings.unknown_negatives,
+                Role::Scored(_) => &mut findings.unknown_scored,
+            };
+            tally.add(|| place(&input.path, line, &ids[start(k)..end]));
+        }
+        ids.clear();
+        passages.clear();
+        Ok(())
+    }
+
+    /// The end of a file.
+    fn read(&mut self, input: &Input, what: &'static str) -> Result<()> {
+        self.pairs.findings().files.push((input.path.clone(), what));
+        self.look_up(input)
+    }
+}
+
+impl<'a> Reading<'a, Draft> {
+    fn new(queries: &'a IdIndex, passages: &'a IdIndex, depth: usize) -> Self {
+        Reading { pairs: Draft::new(depth), queries: Finder::new(queries), passages, waiting: Waiting::default() }
+    }
+
+    fn seal(self, queries: Side, passages: Side, settings: PairsSettings) -> Result<Reading<'a, Sealed>> {
+        let pairs = self.pairs.seal(queries, passages, settings)?;
+        Ok(Reading { pairs, queries: self.queries, passages: self.passages, waiting: self.waiting })
     }
 
     fn qrels(&mut self, input: &Input, files: &PairFiles) -> Result<()> {
-        let format = qrels::read(input, files.qrels_format, |j| {
-            if j.grade < files.least_grade {
-                return Ok(());
-            }
-            let Some(query) = self.query(input, j.line, j.query)? else { return Ok(()) };
-            match self.passages.find(j.passage)? {
-                Some(passage) => self.draft.positive(query, passage),
-                None => self.unknown(input, j.line, j.passage, |f| &mut f.unknown_positives),
-            }
-            Ok(())
+        let format = qrels::read(input, files.qrels_format, |j| match j.grade >= files.least_grade {
+            true => self.add(input, j.line, j.query, j.passage, Role::Positive),
+            false => Ok(()),
         })?;
-        self.opened(input, format.describe());
-        Ok(())
+        self.read(input, format.describe())
     }
 
     fn negatives(&mut self, input: &Input, rules: &SystemRules, positives_too: bool) -> Result<()> {
-        let format = negatives::read(input, rules, |c| {
-            if c.positive && !positives_too {
-                return Ok(());
-            }
-            let Some(query) = self.query(input, c.line, c.query)? else { return Ok(()) };
+        let mut last = (String::new(), String::new());
+        let format = negatives::read(input, rules, |c| match c.positive {
+            true if !positives_too => Ok(()),
             // Triples name a positive again and again.
-            let found = if c.positive { self.positive.find(c.passage)? } else { self.passages.find(c.passage)? };
-            match (found, c.positive) {
-                (Some(passage), true) => self.draft.positive(query, passage),
-                (Some(passage), false) => self.draft.negative(query, passage),
-                (None, true) => self.unknown(input, c.line, c.passage, |f| &mut f.unknown_positives),
-                (None, false) => self.unknown(input, c.line, c.passage, |f| &mut f.unknown_negatives),
+            true if last.0 == c.query && last.1 == c.passage => Ok(()),
+            true => {
+                c.query.clone_into(&mut last.0);
+                c.passage.clone_into(&mut last.1);
+                self.add(input, c.line, c.query, c.passage, Role::Positive)
             }
-            Ok(())
+            false => self.add(input, c.line, c.query, c.passage, Role::Negative),
         })?;
-        self.opened(input, format.describe());
-        Ok(())
+        self.read(input, format.describe())
     }
+}
 
+impl Reading<'_, Sealed> {
     fn teacher(&mut self, input: &Input) -> Result<()> {
-        teacher::read(input, |s| {
-            let Some(query) = self.query(input, s.line, s.query)? else { return Ok(()) };
-            match self.passages.find(s.passage)? {
-                Some(passage) => self.draft.score(query, passage, s.score),
-                None => self.unknown(input, s.line, s.passage, |f| &mut f.unknown_scored),
-            }
-            Ok(())
-        })?;
-        self.opened(input, "the teacher's scores");
-        Ok(())
+        teacher::read(input, |s| self.add(input, s.line, s.query, s.passage, Role::Scored(s.score)))?;
+        self.read(input, "the teacher's scores")
     }
 }
 

@@ -3,7 +3,7 @@
 use ahash::AHashSet;
 use rayon::prelude::*;
 
-/// Pairs between two compactions, at least.
+/// Pairs between two merges, at least.
 const SLACK: usize = 1 << 22;
 
 /// One list for each of many keys, in one array.
@@ -15,6 +15,16 @@ pub struct Lists {
 }
 
 impl Lists {
+    /// Room for so many items.
+    pub fn with_capacity(items: usize) -> Lists {
+        Lists { ends: Vec::new(), items: Vec::with_capacity(items) }
+    }
+
+    /// Items of all lists together.
+    pub fn items(&self) -> usize {
+        self.items.len()
+    }
+
     /// Number of lists.
     pub fn len(&self) -> usize {
         self.ends.len()
@@ -47,102 +57,67 @@ impl Lists {
     }
 }
 
-/// A passage on a query's list.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Pair {
-    pub query: u32,
-    pub passage: u32,
+/// Lists of some keys, ascending by key.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Keyed {
+    pub keys: Vec<u32>,
+    pub lists: Lists,
 }
 
-/// Collects pairs. A query's passages keep the order they came in; repeated ones and those past `cap` are dropped on the way, so that
-/// hundreds of millions of lines take no more memory than what is kept of them, twice.
+/// Collects the lists of queries. A query's passages keep the order they came in; repeated ones and those past `cap` are dropped on the
+/// way, so that hundreds of millions of lines take little more memory than what is kept of them.
 #[derive(Clone, Debug)]
 pub(super) struct Ranked {
-    pairs: Vec<Pair>,
+    kept: Keyed,
+    /// Query and passage, as they came.
+    new: Vec<(u32, u32)>,
     cap: usize,
-    compact: usize,
 }
 
 impl Ranked {
     /// Keeps the first `cap` passages of a query.
     pub fn new(cap: usize) -> Ranked {
-        Ranked { pairs: Vec::new(), cap, compact: 0 }
+        Ranked { kept: Keyed::default(), new: Vec::new(), cap }
     }
 
     pub fn push(&mut self, query: u32, passage: u32) {
-        self.pairs.push(Pair { query, passage });
-        if self.pairs.len() > 2 * self.compact + SLACK {
-            self.compact();
+        self.new.push((query, passage));
+        if self.new.len() >= SLACK.max(self.kept.lists.items() / 8) {
+            self.merge();
         }
     }
 
-    /// All pairs by query; those of one query as they came.
-    pub fn finish(mut self) -> Vec<Pair> {
-        self.compact();
-        self.pairs
+    /// The lists.
+    pub fn finish(mut self) -> Keyed {
+        self.merge();
+        self.kept
     }
 
-    fn compact(&mut self) {
+    /// Puts what is new behind what is kept.
+    fn merge(&mut self) {
         // Stable: the order within a query is the order of the ranks.
-        self.pairs.par_sort_by_key(|pair| pair.query);
-        let (mut seen, mut query) = (AHashSet::new(), None);
-        let cap = self.cap;
-        self.pairs.retain(|pair| {
-            if query != Some(pair.query) {
-                query = Some(pair.query);
-                seen.clear();
+        self.new.par_sort_by_key(|&(query, _)| query);
+        let old = std::mem::take(&mut self.kept);
+        let mut to = Keyed { keys: Vec::new(), lists: Lists::with_capacity(old.lists.items() + self.new.len()) };
+        let (mut rest, mut next, mut seen) = (self.new.as_slice(), 0, AHashSet::new());
+        loop {
+            let (kept, new) = (old.keys.get(next).copied(), rest.first().map(|&(query, _)| query));
+            let Some(query) = kept.into_iter().chain(new).min() else { break };
+            let list = if kept == Some(query) { old.lists.get(next) } else { &[] };
+            next += usize::from(kept == Some(query));
+            let count = rest.iter().take_while(|&&(q, _)| q == query).count();
+            let (more, after) = rest.split_at(count);
+            rest = after;
+            to.keys.push(query);
+            if more.is_empty() || list.len() >= self.cap {
+                to.lists.push(list.iter().copied());
+                continue;
             }
-            seen.len() < cap && seen.insert(pair.passage)
-        });
-        self.compact = self.pairs.len();
+            seen.clear();
+            let all = list.iter().copied().chain(more.iter().map(|&(_, passage)| passage));
+            to.lists.push(all.filter(|&passage| seen.insert(passage)).take(self.cap));
+        }
+        self.kept = to;
+        self.new.clear();
     }
-}
-
-/// A teacher's score of a pair.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Score {
-    pub query: u32,
-    pub passage: u32,
-    pub score: f32,
-}
-
-/// Scores by pair, 12 bytes each.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Scores {
-    all: Vec<Score>,
-}
-
-impl Scores {
-    pub fn push(&mut self, query: u32, passage: u32, score: f32) {
-        self.all.push(Score { query, passage, score });
-    }
-
-    /// Sorts by pair. Of several scores of one pair the last stays; gives how many others said something else.
-    pub fn sort(&mut self) -> u64 {
-        let key = |s: &Score| (s.query, s.passage);
-        self.all.par_sort_by_key(key);
-        let mut conflicts = 0;
-        self.all.dedup_by(|later, kept| {
-            let same = key(later) == key(kept);
-            if same {
-                conflicts += u64::from(later.score != kept.score);
-                *kept = *later;
-            }
-            same
-        });
-        self.all.shrink_to_fit();
-        conflicts
-    }
-
-    /// The scores of a query; after [`Scores::sort`].
-    pub fn of(&self, query: u32) -> &[Score] {
-        let start = self.all.partition_point(|s| s.query < query);
-        let count = self.all[start..].partition_point(|s| s.query == query);
-        &self.all[start..start + count]
-    }
-}
-
-/// The score of a passage among those of one query.
-pub(super) fn find(scores: &[Score], passage: u32) -> Option<f32> {
-    scores.binary_search_by_key(&passage, |s| s.passage).ok().map(|at| scores[at].score)
 }

@@ -9,6 +9,7 @@
 //! - [`findings`]: what was left out and why
 
 pub mod batch;
+mod draft;
 pub mod files;
 pub mod findings;
 pub mod groups;
@@ -28,9 +29,10 @@ use std::sync::Arc;
 use crate::data::corpus::Corpus;
 use crate::error::{Error, Result};
 
-use findings::{Findings, Tally};
+pub use draft::{Draft, Sealed};
+use findings::Findings;
 use ids::Ids;
-use lists::{Lists, Pair, Ranked, Score, Scores};
+use lists::Lists;
 
 /// Most passages of a group: a member's number has 16 bits, and 0 is the query.
 pub const LARGEST_GROUP: usize = 65_535;
@@ -173,182 +175,5 @@ impl Pairs {
     pub fn bytes(&self) -> usize {
         let scores = self.scores.iter().flatten().map(Vec::capacity).sum::<usize>();
         4 * self.query.capacity() + self.positives.bytes() + self.negatives.bytes() + 4 * scores
-    }
-}
-
-/// Pairs being collected, by text numbers.
-pub struct Draft {
-    positives: Ranked,
-    negatives: Ranked,
-    scores: Option<Scores>,
-    depth: usize,
-    /// What was noticed so far.
-    pub findings: Findings,
-}
-
-/// Negatives kept beyond the depth: so many may turn out to be positives.
-const SPARE: usize = 32;
-
-impl Draft {
-    /// Keeps the `depth` best ranked negatives of a query.
-    pub fn new(depth: usize) -> Draft {
-        Draft {
-            positives: Ranked::new(usize::MAX),
-            negatives: Ranked::new(depth.saturating_add(SPARE)),
-            scores: None,
-            depth,
-            findings: Findings::default(),
-        }
-    }
-
-    /// `passage` answers `query`.
-    pub fn positive(&mut self, query: u32, passage: u32) {
-        self.positives.push(query, passage);
-    }
-
-    /// `passage` is the next negative of `query`.
-    pub fn negative(&mut self, query: u32, passage: u32) {
-        self.negatives.push(query, passage);
-    }
-
-    /// The teacher's score of a pair.
-    pub fn score(&mut self, query: u32, passage: u32, score: f32) {
-        self.scores.get_or_insert_default().push(query, passage, score);
-    }
-
-    /// Checks everything against everything and makes the lists final. `settings.depth` is that of [`Draft::new`] at most.
-    pub fn finish(mut self, queries: Side, passages: Side, mut settings: PairsSettings) -> Result<Pairs> {
-        settings.depth = settings.depth.min(self.depth);
-        settings.check(passages.corpus.texts())?;
-        if let Some(scores) = &mut self.scores {
-            self.findings.conflicting_scores.count = scores.sort();
-        }
-        self.findings.queries = queries.corpus.texts();
-        self.findings.passages = passages.corpus.texts();
-        let (all, negatives) = (self.positives.finish(), self.negatives.finish());
-        let mut building = Building {
-            scores: self.scores.as_ref(),
-            missing: Tally::default(),
-            pairs: Pairs {
-                queries,
-                passages,
-                settings,
-                query: Vec::new(),
-                positives: Lists::default(),
-                negatives: Lists::default(),
-                scores: self.scores.is_some().then(Default::default),
-                findings: self.findings,
-            },
-        };
-        let (mut rest, mut next) = (negatives.as_slice(), 0);
-        for positives in all.chunk_by(|a, b| a.query == b.query) {
-            let query = positives[0].query;
-            building.skipped(next..query);
-            next = query + 1;
-            rest = &rest[rest.partition_point(|p| p.query < query)..];
-            let count = rest.partition_point(|p| p.query == query);
-            building.add(positives, &rest[..count]);
-            rest = &rest[count..];
-        }
-        building.skipped(next..u32::try_from(building.pairs.queries.corpus.texts()).unwrap_or(u32::MAX));
-        building.finish()
-    }
-}
-
-/// [`Pairs`] being filled query by query.
-struct Building<'a> {
-    pairs: Pairs,
-    scores: Option<&'a Scores>,
-    /// Candidates without a score.
-    missing: Tally,
-}
-
-impl Building<'_> {
-    /// These queries have no positive.
-    fn skipped(&mut self, queries: std::ops::Range<u32>) {
-        if !queries.is_empty() {
-            let tally = &mut self.pairs.findings.without_positive;
-            tally.add(|| self.pairs.queries.name(queries.start));
-            tally.count += queries.len() as u64 - 1;
-        }
-    }
-
-    /// One query with its passages.
-    fn add(&mut self, positives: &[Pair], negatives: &[Pair]) {
-        let query = positives[0].query;
-        let mut positive: Vec<u32> = positives.iter().map(|p| p.passage).collect();
-        positive.sort_unstable();
-        let mut negative = Vec::with_capacity(negatives.len());
-        for pair in negatives {
-            if positive.binary_search(&pair.passage).is_ok() {
-                let (queries, passages) = (&self.pairs.queries, &self.pairs.passages);
-                let name = || format!("{} of query {}", passages.name(pair.passage), queries.name(query));
-                self.pairs.findings.positive_negatives.add(name);
-            } else if negative.len() < self.pairs.settings.depth {
-                negative.push(pair.passage);
-            }
-        }
-        let needed = self.pairs.settings.group - 1;
-        if let Some(scores) = self.scores {
-            let scores = scores.of(query);
-            let known = [&mut positive, &mut negative].map(|list| self.scored(query, list, scores));
-            if positive.is_empty() || negative.len() < needed {
-                self.pairs.findings.too_few_scored.add(|| self.pairs.queries.name(query));
-                return;
-            }
-            if let Some(kept) = &mut self.pairs.scores {
-                kept.iter_mut().zip(known).for_each(|(kept, known)| kept.extend(known));
-            }
-        } else if negative.len() < needed {
-            self.pairs.findings.short_lists.add(|| self.pairs.queries.name(query));
-        }
-        self.pairs.query.push(query);
-        self.pairs.positives.push(positive);
-        self.pairs.negatives.push(negative);
-    }
-
-    /// Drops the passages of a list that have no score and gives the scores of the others.
-    fn scored(&mut self, query: u32, list: &mut Vec<u32>, scores: &[Score]) -> Vec<f32> {
-        let mut known = Vec::with_capacity(list.len());
-        list.retain(|&passage| match lists::find(scores, passage) {
-            Some(score) => {
-                known.push(score);
-                true
-            }
-            None => {
-                let (queries, passages) = (&self.pairs.queries, &self.pairs.passages);
-                self.missing.add(|| format!("query {} and passage {}", queries.name(query), passages.name(passage)));
-                false
-            }
-        });
-        known
-    }
-
-    /// The last checks: whether enough is left.
-    fn finish(mut self) -> Result<Pairs> {
-        let findings = &mut self.pairs.findings;
-        let strict = self.scores.is_some() && self.pairs.settings.missing_score == MissingScore::Error;
-        if strict && let Some(first) = &self.missing.first {
-            let cause = format!("{} pairs have no score of the teacher (first: {first})", self.missing.count);
-            return Err(Error::refused(cause).remedy("score them too, or let missing scores drop their passages"));
-        }
-        if strict && let Some(first) = &findings.too_few_scored.first {
-            let cause = format!(
-                "{} queries have fewer than {} scored negatives (first: {first})",
-                findings.too_few_scored.count,
-                self.pairs.settings.group - 1
-            );
-            return Err(Error::refused(cause)
-                .remedy("score more negatives, choose smaller groups, or let missing scores drop their queries"));
-        }
-        findings.unscored = self.missing;
-        findings.trained = self.pairs.query.len() as u64;
-        if self.pairs.query.is_empty() {
-            let why = findings.lines().join("; ");
-            let why = if why.is_empty() { "no positives are given".into() } else { why };
-            return Err(Error::refused(format!("there is no query to train on: {why}"))
-                .remedy("check that judgements, queries and corpus belong together"));
-        }
-        Ok(self.pairs)
     }
 }
