@@ -10,7 +10,7 @@ use super::extent::{Bounds, Extent};
 use super::inputs::{Rows, TokenInputs};
 use super::params::Table;
 use super::{Capacity, Pass};
-use crate::data::pairs::batch::TextBatch;
+use crate::data::pairs::texts::TextBatch;
 use crate::device::{DType, Device, Output, Tensor};
 use crate::model::config::BertConfig;
 use crate::ops::gather;

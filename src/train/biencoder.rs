@@ -7,7 +7,8 @@
 
 use std::ops::Range;
 
-use crate::data::pairs::batch::{ContrastiveBatch, TextBatch};
+use crate::data::pairs::batch::ContrastiveBatch;
+use crate::data::pairs::texts::TextBatch;
 use crate::device::{ALIGNMENT, Arena, DType, Device, Tensor};
 use crate::error::{Error, Result};
 use crate::graph::activations::{Activations, Plan, Slot};

@@ -6,7 +6,8 @@
 use std::path::Path;
 
 use crate::data::batch::{DecoderBatch, PretrainBatch, Visibility};
-use crate::data::pairs::batch::{ContrastiveBatch, CrossBatch, TextBatch};
+use crate::data::pairs::batch::{ContrastiveBatch, CrossBatch};
+use crate::data::pairs::texts::TextBatch;
 use crate::error::{Error, Result};
 use crate::files::{self, Disk};
 use crate::graph::params::Params;
@@ -144,7 +145,8 @@ impl BatchFile {
             }
         };
         let targets = (0..q).map(|b| (b * group) as u32).collect();
-        Ok(ContrastiveBatch { queries, passages, group, targets, hidden: None, teacher })
+        let (rows, members) = ((0..q as u32).collect(), (0..p as u32).collect());
+        Ok(ContrastiveBatch { queries, passages, group, targets, hidden: None, teacher, rows, members })
     }
 
     /// The batch of a cross-encoder whose queries have `group` pairs each.
@@ -154,7 +156,9 @@ impl BatchFile {
             let cause = format!("holds {} pairs, no multiple of {group}", pairs.samples.len());
             return Err(self.refuse("input_ids", cause));
         }
-        Ok(CrossBatch { pairs, group })
+        let n = pairs.samples.len();
+        let (rows, members) = ((0..(n / group) as u32).collect(), (0..n as u32).collect());
+        Ok(CrossBatch { pairs, group, teacher: None, rows, members })
     }
 }
 

@@ -1,6 +1,7 @@
 //! What must hold of fine-tuning on any batch.
 
-use retromae_engine::data::pairs::batch::{ContrastiveBatch, TextBatch};
+use retromae_engine::data::pairs::batch::ContrastiveBatch;
+use retromae_engine::data::pairs::texts::TextBatch;
 use retromae_engine::device::{DType, Device};
 use retromae_engine::graph::StepDropout;
 use retromae_engine::graph::biencoder::Shape;
@@ -57,6 +58,8 @@ fn batch(first: u64) -> ContrastiveBatch {
         targets: vec![0, 2, 4, 6, 8],
         hidden: Some(vec![0b10_0000_1000, 0, 0b1, 0b11_0000_0000, 0]),
         teacher: Some((0..10).map(|i| ((i * 7) % 5) as f32 - 2.0).collect()),
+        rows: (0..5).collect(),
+        members: (0..10).collect(),
     }
 }
 
