@@ -1,25 +1,35 @@
 //! `step`: one forward and backward on exactly the given inputs, for comparison with PyTorch from outside.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use clap::ValueEnum;
+use serde_json::{Map, json};
 
 use super::{Global, Hardware, say};
+use crate::data::pairs::texts::TextBatch;
 use crate::error::{Error, Result};
+use crate::graph::biencoder::Shape;
+use crate::graph::params::Params;
 use crate::graph::{Capacity, StepDropout};
 use crate::model::config::BertConfig;
+use crate::model::towers::Towers;
 use crate::model::weights::Checkpoint;
 use crate::model::{hub, names};
-use crate::train::contract::{BatchFile, write_gradients};
-use crate::train::settings::Objective;
+use crate::ops::pool::Pooling;
+use crate::train::biencoder::{BiEncoder, DistillLoss, Distillation, Options, Room};
+use crate::train::contract::{BatchFile, Outcome, write_gradients};
+use crate::train::cross_encoder::Ranker;
 use crate::train::step::{self, Pretrainer};
 use crate::train::target::Target;
 
 /// Loss and every gradient of one batch, without dropout
 ///
-/// The batch is a safetensors file of integers: encoder_input_ids, encoder_attention_mask, encoder_labels (all [B, L], -100 = no
-/// label) and for retromae decoder_input_ids, decoder_labels ([B, L]), decoder_attention_mask ([B, L, L], 1 = visible). The output
-/// holds loss, loss.<part> and grad.<parameter> under checkpoint names.
+/// The batch is a safetensors file of integers, padded, with masks of ones and zeros. retromae and mlm: encoder_input_ids,
+/// encoder_attention_mask, encoder_labels (all [B, L], -100 = no label); retromae also decoder_input_ids, decoder_labels ([B, L]) and
+/// decoder_attention_mask ([B, L, L], 1 = visible). contrastive: query.input_ids, query.attention_mask [B, L], passage.input_ids,
+/// passage.attention_mask [B g, L], those of a query side by side and its positive first, and perhaps teacher_score [B, g]. cross-encoder:
+/// input_ids, attention_mask, token_type_ids [B g, L]. The output holds loss, loss.<part>, for contrastive the embeddings, and
+/// grad.<parameter> under checkpoint names.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// What is minimised
@@ -34,20 +44,100 @@ pub struct Arguments {
     /// Where the losses and gradients go; must not exist
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
+    /// Passages of a query
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_535))]
+    group_size: u32,
+    /// What an embedding is made of
+    #[arg(long, value_enum, default_value = "cls")]
+    pooling: PoolingArg,
+    /// Scale embeddings to length 1
+    #[arg(long)]
+    normalize: bool,
+    /// What scores are divided by
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    temperature: f32,
+    /// Weight of the contrastive loss beside distillation, where the batch has scores of a teacher
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    contrastive_loss_weight: f64,
+    /// How scores are compared with a teacher's
+    #[arg(long, value_enum, default_value = "kl")]
+    distill_loss: DistillArg,
     #[command(flatten)]
     hardware: Hardware,
 }
+
+/// What a step can minimise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Objective {
+    Retromae,
+    Mlm,
+    Contrastive,
+    CrossEncoder,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PoolingArg {
+    Cls,
+    Mean,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DistillArg {
+    Kl,
+    MarginMse,
+}
+
+/// Losses by name, as they are printed and written.
+type Losses = Vec<(&'static str, f64)>;
 
 /// Runs the subcommand.
 pub fn run(args: Arguments, global: &Global) -> Result<()> {
     if args.output.exists() {
         return Err(Error::refused("exists already").path(&args.output).remedy("remove it or choose another --output"));
     }
+    if !(args.temperature > 0.0 && args.temperature.is_finite()) {
+        let cause = format!("--temperature {}: scores cannot be divided by it", args.temperature);
+        return Err(Error::usage(cause).remedy("choose a positive number"));
+    }
     let path = hub::resolve(&args.model)?;
-    let folder = if path.is_dir() { path.clone() } else { path.parent().map(PathBuf::from).unwrap_or_default() };
-    let config = BertConfig::read(folder.join("config.json"))?;
-    let weights = Checkpoint::open(&path)?;
-    let objective: step::Objective = args.objective.into();
+    let target = |config: &BertConfig| -> Result<Target> {
+        let target = Target::open(&args.hardware.device, args.hardware.precision)?;
+        target.note.iter().for_each(|note| global.note(note));
+        if target.device.is_gpu() { crate::graph::check_gpu(config).map(|()| target) } else { Ok(target) }
+    };
+    let (losses, gradients) = match args.objective {
+        Objective::Retromae => pretrain(&args, &path, step::Objective::RetroMae, &target)?,
+        Objective::Mlm => pretrain(&args, &path, step::Objective::Mlm, &target)?,
+        Objective::Contrastive => contrastive(&args, &path, &target)?,
+        Objective::CrossEncoder => cross_encoder(&args, &path, &target)?,
+    };
+    let width = losses.iter().map(|(name, _)| name.len()).max().unwrap_or(0).max(12);
+    for (name, value) in &losses {
+        say(&format!("{name:width$}  {value:.7}"))?;
+    }
+    say(&format!("{gradients} gradients in {}", args.output.display()))?;
+    global
+        .write_json(&losses.iter().map(|(name, value)| (name.to_string(), json!(value))).collect::<Map<_, _>>().into())
+}
+
+/// Opens the device for a model, once its inputs are known to be good.
+type Open<'a> = &'a dyn Fn(&BertConfig) -> Result<Target>;
+
+/// Writes the result; gives the number of gradients.
+fn write(
+    args: &Arguments,
+    params: &Params,
+    losses: &Losses,
+    more: Vec<Outcome>,
+    name: impl Fn(&str) -> String,
+) -> Result<usize> {
+    let outcomes: Vec<_> = losses.iter().map(|(name, value)| Outcome::loss(name, *value)).chain(more).collect();
+    write_gradients(&args.output, params, &outcomes, name)?;
+    Ok(params.parts().len())
+}
+
+fn pretrain(args: &Arguments, path: &Path, objective: step::Objective, open: Open<'_>) -> Result<(Losses, usize)> {
+    let (config, weights) = encoder(path)?;
     let with_decoder = objective == step::Objective::RetroMae;
     let mut expected = names::encoder(&config);
     expected.extend(names::mlm_head(&config));
@@ -60,26 +150,89 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     let capacity = Capacity {
         tokens: batch.tokens(),
         sequences: batch.sequences(),
-        length: batch.cu_seqlens.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0),
+        length: longest(&batch.cu_seqlens),
         encoder_labels: batch.encoder_label_ids.len(),
     };
-    let target = Target::open(&args.hardware.device, args.hardware.precision)?;
-    target.note.iter().for_each(|note| global.note(note));
+    let target = open(&config)?;
     let mut model = Pretrainer::new(target.device, &config, objective, capacity, target.storage)?;
     model.params().load(0, 0.0, |name, shape, out| weights.read_f32(name, shape, out).map(|()| true))?;
-    let losses = model.gradients(&[batch], StepDropout::OFF)?;
-    let mut parts = vec![("loss", losses.total())];
+    let done = model.gradients(&[batch], StepDropout::OFF)?;
+    let mut losses = vec![("loss", done.total())];
     if with_decoder {
-        parts.extend([("loss.encoder", losses.encoder_loss()), ("loss.decoder", losses.decoder_loss())]);
+        losses.extend([("loss.encoder", done.encoder_loss()), ("loss.decoder", done.decoder_loss())]);
     }
-    write_gradients(&args.output, model.params(), &parts, str::to_string)?;
-    let mut result = json!({ "loss": losses.total() });
-    say(&format!("loss          {:.7}", losses.total()))?;
-    if with_decoder {
-        let (encoder, decoder) = (losses.encoder_loss(), losses.decoder_loss());
-        say(&format!("loss.encoder  {encoder:.7}\nloss.decoder  {decoder:.7}"))?;
-        result = json!({ "loss": losses.total(), "loss.encoder": encoder, "loss.decoder": decoder });
+    let gradients = write(args, model.params(), &losses, Vec::new(), str::to_string)?;
+    Ok((losses, gradients))
+}
+
+fn contrastive(args: &Arguments, path: &Path, open: Open<'_>) -> Result<(Losses, usize)> {
+    let towers = Towers::open(path)?;
+    let config = &towers.config;
+    let batch = BatchFile::open(&args.batch, "")?.contrastive(args.group_size as usize, config)?;
+    let options = Options {
+        shape: Shape {
+            pooling: match args.pooling {
+                PoolingArg::Cls => Pooling::Cls,
+                PoolingArg::Mean => Pooling::Mean,
+            },
+            projection: towers.projection,
+            normalize: args.normalize,
+        },
+        untied: towers.untied(),
+        temperature: args.temperature,
+        distillation: batch.teacher.is_some().then_some(Distillation {
+            loss: match args.distill_loss {
+                DistillArg::Kl => DistillLoss::Kl,
+                DistillArg::MarginMse => DistillLoss::MarginMse,
+            },
+            contrastive_weight: args.contrastive_loss_weight,
+        }),
+    };
+    let texts = |side: &TextBatch| (side.sequences(), longest(&side.cu_seqlens));
+    let ((queries, query_length), (passages, passage_length)) = (texts(&batch.queries), texts(&batch.passages));
+    let room = Room { queries, passages, lengths: [query_length, passage_length], chunk: None };
+    let target = open(config)?;
+    let mut model = BiEncoder::new(target.device, config, options, room, target.storage)?;
+    model.params().load(0, 0.0, |name, shape, out| towers.read(name, shape, out))?;
+    let done = model.gradients(std::slice::from_ref(&batch), StepDropout::OFF)?;
+    let mut losses = vec![("loss", done.total()), ("loss.contrastive", done.contrastive_loss())];
+    if batch.teacher.is_some() {
+        losses.push(("loss.distill", done.distill_loss()));
     }
-    say(&format!("{} gradients in {}", model.params().parts().len(), args.output.display()))?;
-    global.write_json(&result)
+    let (width, [q, p]) = (options.shape.width(config), model.embeddings(&batch));
+    let more = vec![Outcome::matrix("query_embeddings", q, width), Outcome::matrix("passage_embeddings", p, width)];
+    // Bi-encoders are bare encoders: their parameters have no prefix.
+    let gradients = write(args, model.params(), &losses, more, |name| name.replacen("bert.", "", 1))?;
+    Ok((losses, gradients))
+}
+
+fn cross_encoder(args: &Arguments, path: &Path, open: Open<'_>) -> Result<(Losses, usize)> {
+    let (config, weights) = encoder(path)?;
+    let mut expected = names::encoder(&config);
+    expected.extend(names::pooler(&config));
+    expected.extend(names::classifier(&config, 1));
+    weights.check(&expected)?;
+    let batch = BatchFile::open(&args.batch, "")?.cross(args.group_size as usize, &config)?;
+    let capacity = Capacity {
+        tokens: batch.pairs.ids.len(),
+        sequences: batch.pairs.sequences(),
+        length: longest(&batch.pairs.cu_seqlens),
+        encoder_labels: 0,
+    };
+    let target = open(&config)?;
+    let mut model = Ranker::new(target.device, &config, args.temperature, capacity, target.storage)?;
+    model.params().load(0, 0.0, |name, shape, out| weights.read_f32(name, shape, out).map(|()| true))?;
+    let losses = vec![("loss", model.gradients(&[batch], StepDropout::OFF)?.total())];
+    let gradients = write(args, model.params(), &losses, Vec::new(), str::to_string)?;
+    Ok((losses, gradients))
+}
+
+/// Configuration and weights of a model that is one encoder.
+fn encoder(path: &Path) -> Result<(BertConfig, Checkpoint)> {
+    let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
+    Ok((BertConfig::read(folder.join("config.json"))?, Checkpoint::open(path)?))
+}
+
+fn longest(cu_seqlens: &[u32]) -> usize {
+    cu_seqlens.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0)
 }

@@ -16,4 +16,5 @@ mod small_file;
 pub mod tensor_file;
 mod tokenizer_files;
 mod torch_bin;
+pub mod towers;
 pub mod weights;

@@ -162,23 +162,42 @@ impl BatchFile {
     }
 }
 
-/// Writes the losses by name and `grad.<parameter>` of one forward and backward to the file `path`, which must not exist. `name` turns the
-/// engine's names of parameters into those of the checkpoint.
+/// Something that comes out of a step, by name.
+pub struct Outcome {
+    name: &'static str,
+    shape: Vec<usize>,
+    values: Vec<f32>,
+}
+
+impl Outcome {
+    /// A loss.
+    pub fn loss(name: &'static str, value: f64) -> Self {
+        Outcome { name, shape: Vec::new(), values: vec![value as f32] }
+    }
+
+    /// A matrix of `width` columns.
+    pub fn matrix(name: &'static str, values: Vec<f32>, width: usize) -> Self {
+        Outcome { name, shape: vec![values.len() / width, width], values }
+    }
+}
+
+/// Writes what came out of one forward and backward, and `grad.<parameter>` of every parameter, to the file `path`, which must not exist.
+/// `name` turns the engine's names of parameters into those of the checkpoint.
 pub fn write_gradients(
     path: &Path,
     params: &Params,
-    losses: &[(&str, f64)],
+    outcomes: &[Outcome],
     name: impl Fn(&str) -> String,
 ) -> Result<()> {
     let spec = |name: String, shape: Vec<usize>| Spec { name, info: Info { dtype: Dtype::F32, shape } };
     let (parts, grad) = (params.parts(), |part: &str| format!("grad.{}", name(part)));
-    let specs = losses.iter().map(|(name, _)| spec(name.to_string(), Vec::new()));
+    let specs = outcomes.iter().map(|o| spec(o.name.to_string(), o.shape.clone()));
     let specs = specs.chain(parts.iter().map(|p| spec(grad(&p.name), p.shape.clone()))).collect();
     let temporary = files::sibling(path, &format!(".tmp-{}", std::process::id()))?;
     let disk = Disk::default();
     let written = Writer::create(&temporary, specs, &[]).and_then(|mut writer| {
-        for (name, value) in losses {
-            writer.write_f32(name, &[*value as f32])?;
+        for outcome in outcomes {
+            writer.write_f32(outcome.name, &outcome.values)?;
         }
         for part in parts {
             writer.write_f32(&grad(&part.name), &params.get_gradient(part))?;
