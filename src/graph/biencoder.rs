@@ -112,8 +112,8 @@ pub struct Tower {
 }
 
 impl Tower {
-    /// Adds parameters and buffers to the tables, for chunks up to `capacity`. `(prefix, projection)`: what stands before the names of the encoder's
-    /// parameters, and what the projection is called.
+    /// Adds parameters and buffers to the tables, for chunks up to `capacity`. `(prefix, projection)`: what stands before the names of the
+    /// encoder's parameters, and what the projection is called.
     pub fn new(
         t: &mut Table,
         plan: &mut Plan,

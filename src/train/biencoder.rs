@@ -5,22 +5,20 @@
 //! activations for the backward; of several chunks each is embedded again, with the same dropout, so that memory holds the activations of
 //! one chunk only (gradient caching, arXiv 2101.06983) and loss and gradients are those of the undivided batch.
 
-use std::ops::Range;
-
 use crate::data::pairs::batch::ContrastiveBatch;
 use crate::data::pairs::texts::TextBatch;
-use crate::device::{ALIGNMENT, Arena, DType, Device, Tensor};
+use crate::device::{ALIGNMENT, DType, Device, Tensor};
 use crate::error::{Error, Result};
-use crate::graph::activations::{Activations, Plan, Slot};
+use crate::graph::activations::{Activations, Plan};
 use crate::graph::biencoder::{self, Tower, TowerInputs};
-use crate::graph::extent::{Bounds, Extent};
-use crate::graph::params::{Params, Table, to_f32, upload_f32};
+use crate::graph::extent::Bounds;
+use crate::graph::params::{Params, Table, to_f32};
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
-use crate::ops::cross_entropy::{self, Scale};
+use crate::ops::gather;
 use crate::ops::optimizer::AdamW;
-use crate::ops::{contrastive, gather, group_loss, group_scores};
 use crate::rng::Dropout;
+use crate::train::biencoder_loss::Head;
 use crate::train::records::Records;
 use crate::train::step::Footprint;
 use crate::train::updates::Optimizer;
@@ -71,7 +69,7 @@ pub struct Room {
 
 impl Room {
     /// Row of the first passage among all embeddings: a multiple of what parts of an arena are aligned to, whatever their width.
-    fn first_passage(&self) -> usize {
+    pub(super) fn first_passage(&self) -> usize {
         self.queries.next_multiple_of(ALIGNMENT)
     }
 
@@ -145,143 +143,6 @@ enum Piece {
     Update,
 }
 
-/// The loss's inputs and buffers.
-struct Head {
-    width: usize,
-    temperature: f32,
-    room: Room,
-    queries: Extent,
-    passages: Extent,
-    targets: Tensor,
-    hidden: Tensor,
-    correct: Tensor,
-    /// Weights of a query's contrastive loss and of its distillation loss, here and, each `[1]` f32, on the device.
-    weights: [f64; 2],
-    both: Tensor,
-    each: [Tensor; 2],
-    /// `[Q', W]` embeddings of queries and `[P, W]` of passages behind them, and their gradients; Q' is Q rounded up.
-    all: Arena,
-    d_all: Arena,
-    loss: Slot,
-    lse: Slot,
-    /// `[P]`: scores of each query's own group, their gradients, the teacher's.
-    scores: Slot,
-    d_scores: Slot,
-    teacher: Slot,
-}
-
-impl Head {
-    fn new((device, storage): (Device, DType), plan: &mut Plan, width: usize, temperature: f32, room: Room) -> Self {
-        let u32s = |len| device.zeros(DType::U32, len);
-        let q = room.queries;
-        let sides = [room.first_passage(), room.passages].map(|rows| rows * width);
-        let both = device.zeros(DType::F32, 2);
-        Head {
-            width,
-            temperature,
-            room,
-            queries: Extent::new(device),
-            passages: Extent::new(device),
-            targets: u32s(q),
-            hidden: u32s(q * room.passages.div_ceil(32)),
-            correct: u32s(q),
-            weights: [0.0; 2],
-            each: [both.slice(0..1), both.slice(1..2)],
-            both,
-            all: Arena::zeros(device, storage, sides),
-            d_all: Arena::zeros(device, storage, sides),
-            loss: plan.add_wide("loss", q, 1),
-            lse: plan.add_wide("lse", q, 3),
-            scores: plan.add_wide("scores", room.passages, 1),
-            d_scores: plan.add_wide("d_scores", room.passages, 1),
-            teacher: plan.add_wide("teacher", room.passages, 1),
-        }
-    }
-
-    /// What a query's losses are weighted with: the contrastive one, and that of distillation.
-    fn weigh(&mut self, losses: &Losses) {
-        let inverse = |n: usize| 1.0 / n.max(1) as f64;
-        self.weights = [losses.contrastive_weight * inverse(losses.queries), inverse(losses.distill_terms)];
-        self.both.upload(&self.weights.map(|x| x as f32));
-    }
-
-    fn weight(&self, part: usize) -> Scale<'_> {
-        Scale { value: self.weights[part], on_device: Some(&self.each[part]) }
-    }
-
-    /// Uploads what the loss of a batch needs besides the embeddings.
-    fn set(&mut self, batch: &ContrastiveBatch, teacher: &Tensor) {
-        let (q, p) = (batch.queries.samples.len(), batch.passages.samples.len());
-        self.queries.set(q, self.room.queries);
-        self.passages.set(p, self.room.passages);
-        self.targets.upload(&batch.targets);
-        if let Some(bits) = &batch.hidden {
-            // Rows of bits are as long as the work is laid out for.
-            let (own, laid_out) = (p.div_ceil(32), self.passages.get().rows.div_ceil(32));
-            let mut rows = vec![0u32; q * laid_out];
-            for (to, from) in rows.chunks_exact_mut(laid_out).zip(bits.chunks_exact(own)) {
-                to[..own].copy_from_slice(from);
-            }
-            self.hidden.upload(&rows);
-        }
-        if let Some(scores) = &batch.teacher {
-            upload_f32(teacher, scores);
-        }
-    }
-
-    /// Adds the losses to `sums_acc`, and leaves the gradients of all embeddings.
-    fn contrast(&self, p: &Pass<'_>, hidden: bool, gradients: bool, sums_acc: &Tensor) {
-        let (q, passages) = (self.all.tensor(0), self.all.tensor(1));
-        let shape = contrastive::Shape {
-            queries: self.queries.get(),
-            passages: self.passages.get(),
-            width: self.width,
-            temperature: self.temperature,
-            targets: &self.targets,
-            hidden: hidden.then_some(&self.hidden),
-        };
-        let (loss, lse, correct) = (p.b(self.loss), p.b(self.lse), &self.correct);
-        contrastive::forward(p.device, &contrastive::Forward { shape, q, p: passages, loss, lse, correct });
-        cross_entropy::sums(p.device, self.queries.get(), loss, correct, sums_acc);
-        if gradients {
-            let (dq, dp) = (self.d_all.tensor(0), self.d_all.tensor(1));
-            let scale = self.weight(0);
-            let backward = contrastive::Backward { shape, scale, q, p: passages, lse, dq, dp };
-            contrastive::backward(p.device, &backward);
-        }
-    }
-
-    /// The same for the distillation loss, whose gradients are added.
-    fn distill(&self, p: &Pass<'_>, loss: DistillLoss, group: usize, gradients: bool, sums_acc: &Tensor) {
-        let (q, passages, queries) = (self.all.tensor(0), self.all.tensor(1), self.queries.get());
-        let shape = group_scores::Shape { queries, group, width: self.width, temperature: self.temperature };
-        let (scores, ds, teacher) = (p.b(self.scores), p.b(self.d_scores), p.b(self.teacher));
-        group_scores::forward(p.device, &group_scores::Forward { shape, q, p: passages, s: scores });
-        let kind = match loss {
-            DistillLoss::Kl => group_loss::Kind::Kl { teacher },
-            DistillLoss::MarginMse => group_loss::Kind::MarginMse { teacher },
-        };
-        let scale = self.weight(1);
-        group_loss::run(
-            p.device,
-            &group_loss::GroupLoss {
-                shape: group_loss::Shape { queries, group, stride: 1, temperature: 1.0 },
-                kind,
-                scores,
-                loss: p.b(self.loss),
-                correct: &self.correct,
-                sums_acc,
-                gradient: gradients.then_some(group_loss::Gradient { scale, ds }),
-            },
-        );
-        if gradients {
-            let (dq_acc, dp_acc) = (self.d_all.tensor(0), self.d_all.tensor(1));
-            let backward = group_scores::Backward { shape, q, p: passages, ds, dq_acc, dp_acc };
-            group_scores::backward(p.device, &backward);
-        }
-    }
-}
-
 /// A bi-encoder in training: parameters, buffers, optimizer.
 pub struct BiEncoder {
     device: Device,
@@ -350,7 +211,7 @@ impl BiEncoder {
         if device.is_gpu() {
             check_gpu(config)?;
         }
-        if device.is_gpu() && width % 8 != 0 {
+        if device.is_gpu() && !width.is_multiple_of(8) {
             return Err(Error::refused(format!("embeddings are {width} wide; the GPU's kernels need a multiple of 8"))
                 .remedy("choose another --projection, or --device cpu"));
         }
@@ -555,7 +416,7 @@ impl BiEncoder {
             for start in (0..n).step_by(limit) {
                 let range = start..(start + limit).min(n);
                 let places = range.clone().map(places).collect();
-                chunks.push(Chunk { tower, texts: part(texts, range), places });
+                chunks.push(Chunk { tower, texts: texts.part(range), places });
             }
         };
         let of_passage = |i: usize| (first_passage + i) as u32;
@@ -563,33 +424,9 @@ impl BiEncoder {
             cut(0, &batch.queries, &|i| i as u32, limit(q));
             cut(1, &batch.passages, &of_passage, limit(p));
         } else {
-            let both = joined(&batch.queries, &batch.passages);
+            let both = batch.queries.joined(&batch.passages);
             cut(0, &both, &|i| if i < q { i as u32 } else { of_passage(i - q) }, limit(q + p));
         }
         chunks
-    }
-}
-
-/// Some of the texts.
-fn part(texts: &TextBatch, range: Range<usize>) -> TextBatch {
-    let (first, last) = (texts.cu_seqlens[range.start], texts.cu_seqlens[range.end]);
-    let tokens = first as usize..last as usize;
-    TextBatch {
-        cu_seqlens: texts.cu_seqlens[range.start..=range.end].iter().map(|at| at - first).collect(),
-        samples: texts.samples[range].to_vec(),
-        ids: texts.ids[tokens.clone()].to_vec(),
-        types: texts.types[tokens].to_vec(),
-    }
-}
-
-/// All texts of both.
-fn joined(a: &TextBatch, b: &TextBatch) -> TextBatch {
-    let first = a.ids.len() as u32;
-    let ends = b.cu_seqlens[1..].iter().map(|at| at + first);
-    TextBatch {
-        cu_seqlens: a.cu_seqlens.iter().copied().chain(ends).collect(),
-        samples: [&a.samples[..], &b.samples].concat(),
-        ids: [&a.ids[..], &b.ids].concat(),
-        types: [&a.types[..], &b.types].concat(),
     }
 }

@@ -5,6 +5,7 @@
 //! around a toy of a few numbers, thousands of times.
 //!
 //! - [`records`], [`updates`]: what steps share: recorded work, the optimizer's state
+//! - [`step`], [`biencoder`], [`cross_encoder`]: the steps of pre-training and of fine-tuning
 //! - [`plan`]: what a run will do; [`run`]: the loop; [`workspace`]: the output folder, the lock, and what to resume from
 //! - [`target`]: where, and in which arithmetic; [`settings`]: every knob with its default; [`schedule`]: the learning rate
 //! - [`batches`]: [`Batches`] over a corpus
@@ -22,6 +23,7 @@ use crate::error::Result;
 
 pub mod batches;
 pub mod biencoder;
+mod biencoder_loss;
 pub mod checkpoint;
 pub mod contract;
 pub mod cross_encoder;

@@ -228,7 +228,7 @@ impl Case {
         .expect("a correct kernel raises nothing");
         // A loss below ln 2 leaves no other candidate as much probability as the query's own passage.
         let (correct, loss) = (correct.take(self.queries), loss.take(self.queries));
-        assert!(correct.iter().zip(&loss).all(|(&c, &loss)| c <= 1 && (c == 1 || loss >= 0.6931)));
+        assert!(correct.iter().zip(&loss).all(|(&c, &loss)| c <= 1 && (c == 1 || loss >= 0.693)));
     }
 
     fn backward<T: Kernels>(

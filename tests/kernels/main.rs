@@ -6,6 +6,7 @@ mod attention;
 mod contrastive;
 mod cross_entropy;
 mod device;
+mod dropout;
 mod embed;
 mod enhanced_decoding;
 mod gather;

@@ -2,6 +2,7 @@
 
 use retromae_engine::device::{DType, Matrix, Tensor};
 use retromae_engine::ops::attention;
+use retromae_engine::ops::dropout::apply;
 use retromae_engine::ops::layernorm::{Forward, Shape, forward};
 use retromae_engine::ops::{RowNames, SiteDropout};
 use retromae_engine::rng::Dropout;
@@ -30,6 +31,19 @@ fn masks(rows: usize, width: usize, site: SiteDropout, names: RowNames<'_>) -> V
         },
     );
     z.take()
+}
+
+/// The op by itself drops what LayerNorm's part drops, and off it changes nothing.
+#[test]
+fn rows_alone_have_the_same_masks() {
+    let (names, site) = (Names::all(&[7, 5]), dropout(0.3, 3));
+    let alone = |site| {
+        let x = LAB.in_place(&vec![1.0; 12 * 40]);
+        apply(CPU, site, names.rows(), (12.into(), 40), &x.tensor);
+        x.take()
+    };
+    assert!(equal_bits(&alone(site), &masks(12, 40, site, names.rows())));
+    assert!(alone(dropout(0.0, 3)).iter().all(|&x| x == 1.0));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Texts as the model gets them: with their prefix, cut to their limit, packed into one stream.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -32,6 +33,30 @@ impl TextBatch {
     /// Number of tokens T.
     pub fn tokens(&self) -> usize {
         self.ids.len()
+    }
+
+    /// Some of the sequences.
+    pub fn part(&self, range: Range<usize>) -> TextBatch {
+        let (first, last) = (self.cu_seqlens[range.start], self.cu_seqlens[range.end]);
+        let tokens = first as usize..last as usize;
+        TextBatch {
+            cu_seqlens: self.cu_seqlens[range.start..=range.end].iter().map(|at| at - first).collect(),
+            samples: self.samples[range].to_vec(),
+            ids: self.ids[tokens.clone()].to_vec(),
+            types: self.types[tokens].to_vec(),
+        }
+    }
+
+    /// These sequences and then the others.
+    pub fn joined(&self, others: &TextBatch) -> TextBatch {
+        let first = self.ids.len() as u32;
+        let ends = others.cu_seqlens[1..].iter().map(|at| at + first);
+        TextBatch {
+            cu_seqlens: self.cu_seqlens.iter().copied().chain(ends).collect(),
+            samples: [&self.samples[..], &others.samples].concat(),
+            ids: [&self.ids[..], &others.ids].concat(),
+            types: [&self.types[..], &others.types].concat(),
+        }
     }
 }
 

@@ -60,9 +60,11 @@ fn loss_of(place: Place, queries: usize, stride: usize, training: bool, kind: fn
     results
 }
 
+type OfTeacher = fn(&Tensor) -> Kind<'_>;
+
 #[test]
 fn group_losses_agree() {
-    let kinds: [(&str, fn(&Tensor) -> Kind<'_>); 3] = [
+    let kinds: [(&str, OfTeacher); 3] = [
         ("cross entropy", |_| Kind::CrossEntropy),
         ("divergence", |teacher| Kind::Kl { teacher }),
         ("margins", |teacher| Kind::MarginMse { teacher }),
