@@ -25,6 +25,7 @@ use retromae_engine::train::flops;
 use retromae_engine::train::settings::Precision;
 use retromae_engine::train::step::{Objective, Pretrainer};
 use retromae_engine::train::target::Target;
+use retromae_engine::train::updates::Trainable;
 use retromae_engine::{Error, Result};
 use workload::{Model, Workload};
 

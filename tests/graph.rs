@@ -9,6 +9,7 @@ use retromae_engine::model::config::{Activation, BertConfig};
 use retromae_engine::ops::optimizer::AdamW;
 use retromae_engine::train::contract::BatchFile;
 use retromae_engine::train::step::{Objective, Pretrainer};
+use retromae_engine::train::updates::Trainable;
 use safetensors::SafeTensors;
 
 fn golden(case: &str) -> PathBuf {

@@ -21,6 +21,7 @@ use crate::train::contract::{BatchFile, Outcome, write_gradients};
 use crate::train::cross_encoder::Ranker;
 use crate::train::step::{self, Pretrainer};
 use crate::train::target::Target;
+use crate::train::updates::Trainable;
 
 /// Loss and every gradient of one batch, without dropout
 ///

@@ -17,11 +17,10 @@ use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
 use crate::ops::gather;
 use crate::ops::optimizer::AdamW;
-use crate::rng::Dropout;
 use crate::train::biencoder_loss::Head;
 use crate::train::records::Records;
 use crate::train::step::Footprint;
-use crate::train::updates::Optimizer;
+use crate::train::updates::{Optimizer, Trainable};
 
 /// What is trained, and how it is judged.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -112,17 +111,6 @@ impl Losses {
     pub fn total(&self) -> f64 {
         self.distill_loss() + self.contrastive_weight * self.contrastive_loss()
     }
-}
-
-/// What a step did.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepOutcome {
-    /// Sums over the step's queries.
-    pub losses: Losses,
-    /// ‖g‖ before clipping.
-    pub grad_norm: f64,
-    /// The norm was not finite and nothing was changed.
-    pub skipped: bool,
 }
 
 /// Part of a batch that goes through a tower at once.
@@ -261,76 +249,6 @@ impl BiEncoder {
         [0, 1].map(|i| to_f32(&self.head.all.tensor(i).slice(0..counts[i])))
     }
 
-    /// One optimizer step: gradients of all micro-batches, clipping, AdamW number `t` (from 1) at learning rate `lr`. Dropout is that
-    /// of (`seed`, `t`).
-    ///
-    /// # Errors
-    /// A failure of the GPU. The step is then lost.
-    pub fn step(
-        &mut self,
-        micro: &[ContrastiveBatch],
-        adamw: &AdamW,
-        lr: f64,
-        t: u64,
-        seed: u64,
-    ) -> Result<StepOutcome> {
-        let dropout = StepDropout {
-            hidden: Dropout::new(seed, t, self.config.hidden_dropout_prob),
-            attention: Dropout::new(seed, t, self.config.attention_probs_dropout_prob),
-        };
-        if self.optimizer.prepare(adamw, lr, t) {
-            self.records.clear();
-        }
-        let (losses, squared_norm) = self.run(micro, dropout, true, true)?;
-        let grad_norm = squared_norm.sqrt();
-        Ok(StepOutcome { losses, grad_norm, skipped: !grad_norm.is_finite() })
-    }
-
-    /// Gradients of the mean loss over all queries of `micro`, in the gradient arena.
-    ///
-    /// # Errors
-    /// A failure of the GPU.
-    pub fn gradients(&mut self, micro: &[ContrastiveBatch], dropout: StepDropout) -> Result<Losses> {
-        Ok(self.run(micro, dropout, true, false)?.0)
-    }
-
-    /// Losses without dropout and without gradients.
-    ///
-    /// # Errors
-    /// A failure of the GPU.
-    pub fn evaluate(&mut self, batch: &ContrastiveBatch) -> Result<Losses> {
-        Ok(self.run(std::slice::from_ref(batch), StepDropout::OFF, false, false)?.0)
-    }
-
-    fn run(
-        &mut self,
-        micro: &[ContrastiveBatch],
-        dropout: StepDropout,
-        gradients: bool,
-        update: bool,
-    ) -> Result<(Losses, f64)> {
-        let mut losses = self.terms(micro)?;
-        self.head.weigh(&losses);
-        if let Device::Gpu(gpu) = self.device {
-            gpu.set_dropout_key(dropout.hidden.key);
-        }
-        let mut records = std::mem::take(&mut self.records);
-        records.run(self.device, Piece::Zero { gradients }, || self.zero(gradients));
-        for batch in micro {
-            self.batch(&mut records, batch, dropout, gradients);
-        }
-        if update {
-            records.run(self.device, Piece::Update, || {
-                self.optimizer.update(&self.params, &self.results.slice(4..5));
-            });
-        }
-        self.records = records;
-        let x: Vec<f64> = self.results.to_vec();
-        self.device.check()?;
-        (losses.contrastive, losses.correct, losses.distill) = (x[0], x[1], x[2]);
-        Ok((losses, x[4]))
-    }
-
     /// How many terms the losses of `micro` have.
     fn terms(&self, micro: &[ContrastiveBatch]) -> Result<Losses> {
         let queries = |batch: &ContrastiveBatch| batch.queries.samples.len();
@@ -428,5 +346,49 @@ impl BiEncoder {
             cut(0, &both, &|i| if i < q { i as u32 } else { of_passage(i - q) }, limit(q + p));
         }
         chunks
+    }
+}
+
+impl Trainable for BiEncoder {
+    type Batch = ContrastiveBatch;
+    type Losses = Losses;
+
+    fn config(&self) -> &BertConfig {
+        &self.config
+    }
+
+    fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64) {
+        if self.optimizer.prepare(adamw, lr, t) {
+            self.records.clear();
+        }
+    }
+
+    fn compute(
+        &mut self,
+        micro: &[ContrastiveBatch],
+        dropout: StepDropout,
+        gradients: bool,
+        update: bool,
+    ) -> Result<(Losses, f64)> {
+        let mut losses = self.terms(micro)?;
+        self.head.weigh(&losses);
+        if let Device::Gpu(gpu) = self.device {
+            gpu.set_dropout_key(dropout.hidden.key);
+        }
+        let mut records = std::mem::take(&mut self.records);
+        records.run(self.device, Piece::Zero { gradients }, || self.zero(gradients));
+        for batch in micro {
+            self.batch(&mut records, batch, dropout, gradients);
+        }
+        if update {
+            records.run(self.device, Piece::Update, || {
+                self.optimizer.update(&self.params, &self.results.slice(4..5));
+            });
+        }
+        self.records = records;
+        let x: Vec<f64> = self.results.to_vec();
+        self.device.check()?;
+        (losses.contrastive, losses.correct, losses.distill) = (x[0], x[1], x[2]);
+        Ok((losses, x[4]))
     }
 }

@@ -15,10 +15,9 @@ use crate::ops::cross_entropy::Scale;
 use crate::ops::optimizer::AdamW;
 use crate::ops::pool::Pooling;
 use crate::ops::{gather, group_loss};
-use crate::rng::Dropout;
 use crate::train::records::Records;
 use crate::train::step::Footprint;
-use crate::train::updates::Optimizer;
+use crate::train::updates::{Optimizer, Trainable};
 
 /// Sums over the queries of one or more batches.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -36,17 +35,6 @@ impl Losses {
     pub fn total(&self) -> f64 {
         self.sum / self.queries.max(1) as f64
     }
-}
-
-/// What a step did.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepOutcome {
-    /// Sums over the step's queries.
-    pub losses: Losses,
-    /// ‖g‖ before clipping.
-    pub grad_norm: f64,
-    /// The norm was not finite and nothing was changed.
-    pub skipped: bool,
 }
 
 /// What makes pieces of work equal.
@@ -151,40 +139,6 @@ impl Ranker {
         self.optimizer.moments()
     }
 
-    /// One optimizer step: gradients of all micro-batches, clipping, AdamW number `t` (from 1) at learning rate `lr`. Dropout is that
-    /// of (`seed`, `t`).
-    ///
-    /// # Errors
-    /// A failure of the GPU. The step is then lost.
-    pub fn step(&mut self, micro: &[CrossBatch], adamw: &AdamW, lr: f64, t: u64, seed: u64) -> Result<StepOutcome> {
-        let dropout = StepDropout {
-            hidden: Dropout::new(seed, t, self.config.hidden_dropout_prob),
-            attention: Dropout::new(seed, t, self.config.attention_probs_dropout_prob),
-        };
-        if self.optimizer.prepare(adamw, lr, t) {
-            self.records.clear();
-        }
-        let (losses, squared_norm) = self.run(micro, dropout, true, true)?;
-        let grad_norm = squared_norm.sqrt();
-        Ok(StepOutcome { losses, grad_norm, skipped: !grad_norm.is_finite() })
-    }
-
-    /// Gradients of the mean loss over all queries of `micro`, in the gradient arena.
-    ///
-    /// # Errors
-    /// A failure of the GPU.
-    pub fn gradients(&mut self, micro: &[CrossBatch], dropout: StepDropout) -> Result<Losses> {
-        Ok(self.run(micro, dropout, true, false)?.0)
-    }
-
-    /// Losses without dropout and without gradients.
-    ///
-    /// # Errors
-    /// A failure of the GPU.
-    pub fn evaluate(&mut self, batch: &CrossBatch) -> Result<Losses> {
-        Ok(self.run(std::slice::from_ref(batch), StepDropout::OFF, false, false)?.0)
-    }
-
     /// The score of each pair, without dropout.
     ///
     /// # Errors
@@ -215,42 +169,6 @@ impl Ranker {
     fn set(&mut self, batch: &CrossBatch, gradients: bool) -> Bounds {
         let places: Vec<u32> = (0..batch.pairs.samples.len() as u32).collect();
         self.inputs.set(&batch.pairs, &places, gradients)
-    }
-
-    fn run(
-        &mut self,
-        micro: &[CrossBatch],
-        dropout: StepDropout,
-        gradients: bool,
-        update: bool,
-    ) -> Result<(Losses, f64)> {
-        let queries = |batch: &CrossBatch| batch.pairs.samples.len() / batch.group;
-        let total: usize = micro.iter().map(queries).sum();
-        self.weight = 1.0 / total.max(1) as f64;
-        self.scale.upload(&[self.weight as f32]);
-        if let Device::Gpu(gpu) = self.device {
-            gpu.set_dropout_key(dropout.hidden.key);
-        }
-        let mut records = std::mem::take(&mut self.records);
-        for (i, batch) in micro.iter().enumerate() {
-            let bounds = self.set(batch, gradients);
-            // Whole groups of what the pairs' work is laid out for.
-            self.queries.set(queries(batch), (bounds.sequences / batch.group).max(queries(batch)));
-            let segment = Segment {
-                bounds,
-                group: batch.group,
-                first: i == 0,
-                gradients,
-                update: update && i + 1 == micro.len(),
-                scores: false,
-                dropout: [dropout.hidden.threshold, dropout.attention.threshold],
-            };
-            records.run(self.device, segment, || self.segment(segment, dropout));
-        }
-        self.records = records;
-        let x: Vec<f64> = self.results.to_vec();
-        self.device.check()?;
-        Ok((Losses { queries: total, sum: x[0], correct: x[1] }, x[2]))
     }
 
     /// All work between the upload of a micro-batch and that of the next.
@@ -288,5 +206,56 @@ impl Ranker {
         if segment.update {
             self.optimizer.update(&self.params, &self.results.slice(2..3));
         }
+    }
+}
+
+impl Trainable for Ranker {
+    type Batch = CrossBatch;
+    type Losses = Losses;
+
+    fn config(&self) -> &BertConfig {
+        &self.config
+    }
+
+    fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64) {
+        if self.optimizer.prepare(adamw, lr, t) {
+            self.records.clear();
+        }
+    }
+
+    fn compute(
+        &mut self,
+        micro: &[CrossBatch],
+        dropout: StepDropout,
+        gradients: bool,
+        update: bool,
+    ) -> Result<(Losses, f64)> {
+        let queries = |batch: &CrossBatch| batch.pairs.samples.len() / batch.group;
+        let total: usize = micro.iter().map(queries).sum();
+        self.weight = 1.0 / total.max(1) as f64;
+        self.scale.upload(&[self.weight as f32]);
+        if let Device::Gpu(gpu) = self.device {
+            gpu.set_dropout_key(dropout.hidden.key);
+        }
+        let mut records = std::mem::take(&mut self.records);
+        for (i, batch) in micro.iter().enumerate() {
+            let bounds = self.set(batch, gradients);
+            // Whole groups of what the pairs' work is laid out for.
+            self.queries.set(queries(batch), (bounds.sequences / batch.group).max(queries(batch)));
+            let segment = Segment {
+                bounds,
+                group: batch.group,
+                first: i == 0,
+                gradients,
+                update: update && i + 1 == micro.len(),
+                scores: false,
+                dropout: [dropout.hidden.threshold, dropout.attention.threshold],
+            };
+            records.run(self.device, segment, || self.segment(segment, dropout));
+        }
+        self.records = records;
+        let x: Vec<f64> = self.results.to_vec();
+        self.device.check()?;
+        Ok((Losses { queries: total, sum: x[0], correct: x[1] }, x[2]))
     }
 }

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::ops::optimizer::AdamW;
 use crate::train::settings::{Objective, Settings};
 use crate::train::step::{self, Losses, Pretrainer};
+use crate::train::updates::Trainable;
 use crate::train::{Arena, Engine, EvalPart, EvalReport, ParamInfo, StepReport};
 
 /// A model in pre-training.

@@ -22,9 +22,8 @@ use crate::model::config::BertConfig;
 use crate::ops::cross_entropy::Scale;
 use crate::ops::gather;
 use crate::ops::optimizer::AdamW;
-use crate::rng::Dropout;
 use crate::train::records::Records;
-use crate::train::updates::Optimizer;
+use crate::train::updates::{Optimizer, Trainable};
 
 /// What is pre-trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,17 +73,6 @@ impl Losses {
         let encoder_labels = micro.iter().map(|b| b.encoder_label_ids.len()).sum();
         Losses { encoder_labels, decoder_labels, ..Losses::default() }
     }
-}
-
-/// What a step did.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepOutcome {
-    /// Sums over the step's labels.
-    pub losses: Losses,
-    /// ‖g‖ before clipping.
-    pub grad_norm: f64,
-    /// The norm was not finite and nothing was changed.
-    pub skipped: bool,
 }
 
 /// What the loss of a label is weighted with, 1 / labels of the optimizer step, here and on the device.
@@ -272,76 +260,9 @@ impl Pretrainer {
         self.device
     }
 
-    /// The model's configuration.
-    pub fn config(&self) -> &BertConfig {
-        &self.config
-    }
-
     /// The flat first and second moments.
     pub fn moments(&self) -> (&Tensor, &Tensor) {
         self.optimizer.moments()
-    }
-
-    /// One optimizer step: gradients of all micro-batches, clipping, AdamW number `t` (from 1) at learning rate `lr`. Dropout is that
-    /// of (`seed`, `t`).
-    ///
-    /// # Errors
-    /// A failure of the GPU. The step is then lost.
-    pub fn step(&mut self, micro: &[PretrainBatch], adamw: &AdamW, lr: f64, t: u64, seed: u64) -> Result<StepOutcome> {
-        let dropout = StepDropout {
-            hidden: Dropout::new(seed, t, self.config.hidden_dropout_prob),
-            attention: Dropout::new(seed, t, self.config.attention_probs_dropout_prob),
-        };
-        if self.optimizer.prepare(adamw, lr, t) {
-            self.records.clear();
-        }
-        let (losses, squared_norm) = self.run(micro, dropout, true, true)?;
-        let grad_norm = squared_norm.sqrt();
-        Ok(StepOutcome { losses, grad_norm, skipped: !grad_norm.is_finite() })
-    }
-
-    /// Gradients of the mean loss over all labels of `micro`, in the gradient arena.
-    ///
-    /// # Errors
-    /// A failure of the GPU.
-    pub fn gradients(&mut self, micro: &[PretrainBatch], dropout: StepDropout) -> Result<Losses> {
-        Ok(self.run(micro, dropout, true, false)?.0)
-    }
-
-    /// Losses without dropout and without gradients.
-    ///
-    /// # Errors
-    /// A failure of the GPU.
-    pub fn evaluate(&mut self, batch: &PretrainBatch) -> Result<Losses> {
-        Ok(self.run(std::slice::from_ref(batch), StepDropout::OFF, false, false)?.0)
-    }
-
-    /// Losses, and gradients and an update if asked for. Then the second is ‖g‖².
-    fn run(
-        &mut self,
-        micro: &[PretrainBatch],
-        dropout: StepDropout,
-        gradients: bool,
-        update: bool,
-    ) -> Result<(Losses, f64)> {
-        let labels = Losses::labels(micro, self.objective);
-        self.scales.set(&labels);
-        if let Device::Gpu(gpu) = self.device {
-            gpu.set_dropout_key(dropout.hidden.key);
-        }
-        let mut records = std::mem::take(&mut self.records);
-        for (i, batch) in micro.iter().enumerate() {
-            let segment = Segment {
-                bounds: self.inputs.set(batch),
-                first: i == 0,
-                gradients,
-                update: update && i + 1 == micro.len(),
-                dropout: [dropout.hidden.threshold, dropout.attention.threshold],
-            };
-            records.run(self.device, segment, || self.segment(segment, dropout));
-        }
-        self.records = records;
-        self.results.read(self.device, labels)
     }
 
     /// All work between the upload of a micro-batch and that of the next.
@@ -404,5 +325,47 @@ impl Pretrainer {
     /// What is trained.
     pub fn objective(&self) -> Objective {
         self.objective
+    }
+}
+
+impl Trainable for Pretrainer {
+    type Batch = PretrainBatch;
+    type Losses = Losses;
+
+    fn config(&self) -> &BertConfig {
+        &self.config
+    }
+
+    fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64) {
+        if self.optimizer.prepare(adamw, lr, t) {
+            self.records.clear();
+        }
+    }
+
+    fn compute(
+        &mut self,
+        micro: &[PretrainBatch],
+        dropout: StepDropout,
+        gradients: bool,
+        update: bool,
+    ) -> Result<(Losses, f64)> {
+        let labels = Losses::labels(micro, self.objective);
+        self.scales.set(&labels);
+        if let Device::Gpu(gpu) = self.device {
+            gpu.set_dropout_key(dropout.hidden.key);
+        }
+        let mut records = std::mem::take(&mut self.records);
+        for (i, batch) in micro.iter().enumerate() {
+            let segment = Segment {
+                bounds: self.inputs.set(batch),
+                first: i == 0,
+                gradients,
+                update: update && i + 1 == micro.len(),
+                dropout: [dropout.hidden.threshold, dropout.attention.threshold],
+            };
+            records.run(self.device, segment, || self.segment(segment, dropout));
+        }
+        self.records = records;
+        self.results.read(self.device, labels)
     }
 }

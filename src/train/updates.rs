@@ -1,8 +1,89 @@
-//! The optimizer's side of a step: moments, norm and AdamW over the flat arenas of the parameters.
+//! What every objective's step does around its forward and backward: dropout of the step, clipping, AdamW over the flat arenas.
 
 use crate::device::{Arena, DType, Device, Tensor};
+use crate::error::Result;
+use crate::graph::StepDropout;
 use crate::graph::params::Params;
+use crate::model::config::BertConfig;
 use crate::ops::optimizer::{self, AdamW};
+use crate::rng::Dropout;
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepOutcome<L> {
+    /// Sums over the step's micro-batches.
+    pub losses: L,
+    /// ‖g‖ before clipping.
+    pub grad_norm: f64,
+    /// The norm was not finite and nothing was changed.
+    pub skipped: bool,
+}
+
+/// A model in training.
+pub trait Trainable {
+    /// A micro-batch.
+    type Batch;
+    /// Sums over micro-batches.
+    type Losses;
+
+    /// The encoder's configuration.
+    fn config(&self) -> &BertConfig;
+
+    /// Makes ready update number `t` (from 1) at learning rate `lr`.
+    fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64);
+
+    /// Losses of all micro-batches together, with gradients of their mean and the prepared update if asked for. Then the second is ‖g‖².
+    ///
+    /// # Errors
+    /// A failure of the GPU.
+    fn compute(
+        &mut self,
+        micro: &[Self::Batch],
+        dropout: StepDropout,
+        gradients: bool,
+        update: bool,
+    ) -> Result<(Self::Losses, f64)>;
+
+    /// One optimizer step: gradients of all micro-batches, clipping, AdamW number `t` (from 1) at learning rate `lr`. Dropout is that
+    /// of (`seed`, `t`).
+    ///
+    /// # Errors
+    /// A failure of the GPU. The step is then lost.
+    fn step(
+        &mut self,
+        micro: &[Self::Batch],
+        adamw: &AdamW,
+        lr: f64,
+        t: u64,
+        seed: u64,
+    ) -> Result<StepOutcome<Self::Losses>> {
+        let config = self.config();
+        let dropout = StepDropout {
+            hidden: Dropout::new(seed, t, config.hidden_dropout_prob),
+            attention: Dropout::new(seed, t, config.attention_probs_dropout_prob),
+        };
+        self.prepare(adamw, lr, t);
+        let (losses, squared_norm) = self.compute(micro, dropout, true, true)?;
+        let grad_norm = squared_norm.sqrt();
+        Ok(StepOutcome { losses, grad_norm, skipped: !grad_norm.is_finite() })
+    }
+
+    /// Gradients of the mean loss of `micro`, in the gradient arena.
+    ///
+    /// # Errors
+    /// A failure of the GPU.
+    fn gradients(&mut self, micro: &[Self::Batch], dropout: StepDropout) -> Result<Self::Losses> {
+        Ok(self.compute(micro, dropout, true, false)?.0)
+    }
+
+    /// Losses without dropout and without gradients.
+    ///
+    /// # Errors
+    /// A failure of the GPU.
+    fn evaluate(&mut self, batch: &Self::Batch) -> Result<Self::Losses> {
+        Ok(self.compute(std::slice::from_ref(batch), StepDropout::OFF, false, false)?.0)
+    }
+}
 
 /// AdamW and its state.
 pub struct Optimizer {

@@ -13,6 +13,7 @@ use retromae_engine::ops::pool::Pooling;
 use retromae_engine::train::biencoder::{BiEncoder, DistillLoss, Distillation, Options, Room};
 use retromae_engine::train::contract::BatchFile;
 use retromae_engine::train::cross_encoder::Ranker;
+use retromae_engine::train::updates::Trainable;
 use safetensors::SafeTensors;
 use serde_json::Value;
 

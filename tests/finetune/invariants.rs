@@ -12,6 +12,7 @@ use retromae_engine::rng::{Dropout, Site, Stream};
 use retromae_engine::train::biencoder::{BiEncoder, DistillLoss, Distillation, Options, Room};
 
 use super::golden::gpu;
+use retromae_engine::train::updates::Trainable;
 
 const VOCABULARY: u32 = 41;
 

@@ -5,6 +5,7 @@ use retromae_engine::device::DType;
 use retromae_engine::train::step::{Losses, Objective};
 
 use super::common::{Labels, USUAL, batch, dropout, gradients, small};
+use retromae_engine::train::updates::Trainable;
 
 const NONE: fn(usize, usize) -> bool = |_, _| false;
 

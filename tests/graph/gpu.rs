@@ -11,6 +11,7 @@ use retromae_engine::rng::Dropout;
 use retromae_engine::train::step::{Objective, Pretrainer};
 
 use super::common::{CAPACITY, USUAL, assert_close, batch, config, dropout, fill, gradients};
+use retromae_engine::train::updates::Trainable;
 
 /// The device that `RETROMAE_DEVICE` names; one that is named and not there is a failure.
 fn gpu() -> Device {

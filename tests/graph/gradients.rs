@@ -6,6 +6,7 @@ use retromae_engine::rng::{Site, Stream};
 use retromae_engine::train::step::Objective;
 
 use super::common::{USUAL, batch, config, dropout, gradients, model};
+use retromae_engine::train::updates::Trainable;
 
 /// Differentiates the loss by the element of largest gradient and two others of every tensor.
 fn check(head_size: usize, activation: Activation, objective: Objective) {

@@ -14,6 +14,7 @@ use retromae_engine::ops::gather;
 use retromae_engine::train::step::Objective;
 
 use super::common::{CAPACITY, Labels, USUAL, assert_close, batch, config, dropout, fill, gradients, small};
+use retromae_engine::train::updates::Trainable;
 
 /// The graph put together as `train::step` does it, but with every row of the encoder's last layer.
 struct Full {

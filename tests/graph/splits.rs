@@ -5,6 +5,7 @@ use retromae_engine::ops::optimizer::AdamW;
 use retromae_engine::train::step::{Losses, Objective, Pretrainer};
 
 use super::common::{USUAL, assert_close, batch, dropout, gradients, small};
+use retromae_engine::train::updates::Trainable;
 
 fn pool<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
