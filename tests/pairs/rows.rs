@@ -374,6 +374,22 @@ mod parquet_files {
     }
 
     #[test]
+    fn files_of_pyarrow() {
+        let read = |name: &str| {
+            let path = root().join("tests/golden/rows").join(name);
+            read(&Input { path, bytes: None }).unwrap_or_else(|e| panic!("{e}"))
+        };
+        let expected: [Expected<'_>; 2] = [("red", &["a fox"], &["a house"]), ("blue", &["a sea"], &[])];
+        check_pairs(&read("triplets.parquet"), RowFormat::Tuples, &expected);
+        let expected: [Expected<'_>; 2] = [("red", &["fox a fox"], &["a house"]), ("blue", &["a sea"], &[])];
+        check_pairs(&read("tevatron.parquet"), RowFormat::TevatronTexts, &expected);
+        let pairs = read("flag_embedding.parquet");
+        let found = texts(&pairs);
+        assert_eq!(found[0].2, [("a house".to_string(), Some(-1.0)), ("the sea".to_string(), Some(-2.0))]);
+        assert_eq!((&found[1].1[..], &found[1].2[..]), (&[("a sea".to_string(), Some(2.5))][..], &[][..]));
+    }
+
+    #[test]
     fn damaged_files_are_refused() {
         let (dir, whole) = (Dir::new(), triplets());
         for cut in [4, 9, whole.len() / 2, whole.len() - 1] {
