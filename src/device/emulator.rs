@@ -290,17 +290,7 @@ impl Emulator {
 impl Launcher for Emulator {
     // SAFETY: what callers owe is written at the trait.
     unsafe fn launch(&self, kernel: &Kernel, shape: Shape, params: &[*const c_void]) -> Result<()> {
-        let threads: u64 = shape.block.iter().map(|&n| u64::from(n)).product();
-        if params.len() != kernel.param_sizes.len() || threads > u64::from(kernel.max_threads) {
-            return Err(Error::device(format!(
-                "kernel {}: {} parameters and {threads} threads, it takes {} and at most {}",
-                kernel.name,
-                params.len(),
-                kernel.param_sizes.len(),
-                kernel.max_threads
-            ))
-            .remedy("correct the launch"));
-        }
+        kernel.accepts(shape, params.len())?;
         let launch = RawLaunch {
             grid: shape.grid,
             block: shape.block,

@@ -1,7 +1,7 @@
 //! What a kernel launch is made of, whoever carries it out: kernels, grid shapes, device pointers, and the [`Launcher`] that the NVIDIA
 //! driver and the emulator both are.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
@@ -42,6 +42,23 @@ pub struct Kernel {
     pub max_threads: u32,
     /// The kernel in the emulator that is linked in; `None` for kernels that exist only in a library.
     pub emulated: Option<&'static EmulatedKernel>,
+}
+
+impl Kernel {
+    /// Refuses another number of parameters, and more threads than a block may have.
+    pub(super) fn accepts(&self, shape: Shape, params: usize) -> Result<()> {
+        let threads: u64 = shape.block.iter().map(|&n| u64::from(n)).product();
+        if params == self.param_sizes.len() && threads <= u64::from(self.max_threads) {
+            return Ok(());
+        }
+        Err(Error::device(format!(
+            "kernel {}: {params} parameters and {threads} threads, it takes {} and at most {}",
+            self.name,
+            self.param_sizes.len(),
+            self.max_threads
+        ))
+        .remedy("correct the launch"))
+    }
 }
 
 /// Grid, block and dynamic shared memory of a launch.

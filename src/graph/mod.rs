@@ -124,6 +124,18 @@ impl StepDropout {
     pub fn attention(&self, site: u32) -> SiteDropout {
         SiteDropout { mask: self.attention, site }
     }
+
+    /// What recorded work holds of the masks: how much is dropped of hidden states, and of attention probabilities.
+    pub fn thresholds(&self) -> [u32; 2] {
+        [self.hidden.threshold, self.attention.threshold]
+    }
+
+    /// Uploads what recorded work reads of them: the key, which both share.
+    pub fn announce(&self, device: Device) {
+        if let Device::Gpu(gpu) = device {
+            gpu.set_dropout_key(self.hidden.key);
+        }
+    }
 }
 
 /// What every part of the graph works with during one pass.

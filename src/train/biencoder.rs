@@ -15,12 +15,11 @@ use crate::graph::extent::Bounds;
 use crate::graph::params::{Params, Table, to_f32};
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
-use crate::ops::gather;
 use crate::ops::optimizer::AdamW;
 use crate::train::biencoder_loss::Head;
 use crate::train::records::Records;
 use crate::train::step::Footprint;
-use crate::train::updates::{Optimizer, Trainable};
+use crate::train::updates::{self, Optimizer, Trainable};
 
 /// What is trained, and how it is judged.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -268,16 +267,9 @@ impl BiEncoder {
         Ok(losses)
     }
 
-    fn zero(&self, gradients: bool) {
-        gather::zero(self.device, &self.results, self.results.len());
-        if gradients {
-            gather::zero(self.device, self.params.gradients(), self.params.gradients().len());
-        }
-    }
-
     /// Losses and gradients of one batch.
     fn batch(&mut self, records: &mut Records<Piece>, batch: &ContrastiveBatch, dropout: StepDropout, gradients: bool) {
-        let (device, thresholds) = (self.device, [dropout.hidden.threshold, dropout.attention.threshold]);
+        let (device, thresholds) = (self.device, dropout.thresholds());
         let chunks = self.chunks(batch);
         // Activations of the forward are still there for the backward when each tower sees one chunk.
         let again = chunks.len() > self.towers.len();
@@ -372,11 +364,11 @@ impl Trainable for BiEncoder {
     ) -> Result<(Losses, f64)> {
         let mut losses = self.terms(micro)?;
         self.head.weigh(&losses);
-        if let Device::Gpu(gpu) = self.device {
-            gpu.set_dropout_key(dropout.hidden.key);
-        }
+        dropout.announce(self.device);
         let mut records = std::mem::take(&mut self.records);
-        records.run(self.device, Piece::Zero { gradients }, || self.zero(gradients));
+        records.run(self.device, Piece::Zero { gradients }, || {
+            updates::zero(self.device, &self.results, &self.params, gradients);
+        });
         for batch in micro {
             self.batch(&mut records, batch, dropout, gradients);
         }

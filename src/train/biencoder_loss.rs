@@ -6,9 +6,10 @@ use crate::graph::Pass;
 use crate::graph::activations::{Plan, Slot};
 use crate::graph::extent::Extent;
 use crate::graph::params::upload_f32;
-use crate::ops::cross_entropy::{self, Scale};
+use crate::ops::cross_entropy;
 use crate::ops::{contrastive, group_loss, group_scores};
 use crate::train::biencoder::{DistillLoss, Losses, Room};
+use crate::train::updates::{Scales, one_of};
 
 /// The loss's inputs and buffers.
 pub(super) struct Head {
@@ -20,10 +21,8 @@ pub(super) struct Head {
     targets: Tensor,
     hidden: Tensor,
     correct: Tensor,
-    /// Weights of a query's contrastive loss and of its distillation loss, here and, each `[1]` f32, on the device.
-    weights: [f64; 2],
-    both: Tensor,
-    each: [Tensor; 2],
+    /// Of a query's contrastive loss and of a term of the distillation loss.
+    scales: Scales<2>,
     /// `[Q', W]` embeddings of queries and `[P, W]` of passages behind them, and their gradients; Q' is Q rounded up.
     pub all: Arena,
     pub d_all: Arena,
@@ -46,7 +45,6 @@ impl Head {
         let u32s = |len| device.zeros(DType::U32, len);
         let q = room.queries;
         let sides = [room.first_passage(), room.passages].map(|rows| rows * width);
-        let both = device.zeros(DType::F32, 2);
         Head {
             width,
             temperature,
@@ -56,9 +54,7 @@ impl Head {
             targets: u32s(q),
             hidden: u32s(q * room.passages.div_ceil(32)),
             correct: u32s(q),
-            weights: [0.0; 2],
-            each: [both.slice(0..1), both.slice(1..2)],
-            both,
+            scales: Scales::new(device),
             all: Arena::zeros(device, storage, sides),
             d_all: Arena::zeros(device, storage, sides),
             loss: plan.add_wide("loss", q, 1),
@@ -71,13 +67,7 @@ impl Head {
 
     /// What a query's losses are weighted with: the contrastive one, and that of distillation.
     pub fn weigh(&mut self, losses: &Losses) {
-        let inverse = |n: usize| 1.0 / n.max(1) as f64;
-        self.weights = [losses.contrastive_weight * inverse(losses.queries), inverse(losses.distill_terms)];
-        self.both.upload(&self.weights.map(|x| x as f32));
-    }
-
-    fn weight(&self, part: usize) -> Scale<'_> {
-        Scale { value: self.weights[part], on_device: Some(&self.each[part]) }
+        self.scales.set([losses.contrastive_weight * one_of(losses.queries), one_of(losses.distill_terms)]);
     }
 
     /// Uploads what the loss of a batch needs besides the embeddings.
@@ -116,7 +106,7 @@ impl Head {
         cross_entropy::sums(p.device, self.queries.get(), loss, correct, sums_acc);
         if gradients {
             let (dq, dp) = (self.d_all.tensor(0), self.d_all.tensor(1));
-            let scale = self.weight(0);
+            let scale = self.scales.get(0);
             let backward = contrastive::Backward { shape, scale, q, p: passages, lse, dq, dp };
             contrastive::backward(p.device, &backward);
         }
@@ -132,7 +122,7 @@ impl Head {
             DistillLoss::Kl => group_loss::Kind::Kl { teacher },
             DistillLoss::MarginMse => group_loss::Kind::MarginMse { teacher },
         };
-        let scale = self.weight(1);
+        let scale = self.scales.get(1);
         group_loss::run(
             p.device,
             &group_loss::GroupLoss {

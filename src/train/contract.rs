@@ -102,9 +102,7 @@ impl BatchFile {
             cu_seqlens: packing.cu_seqlens,
         })
     }
-}
 
-impl BatchFile {
     /// Padded texts `<prefix>input_ids`, `<prefix>attention_mask` and, where they are there, `<prefix>token_type_ids`. Dropout is off, so
     /// the texts need no names that differ between sides.
     fn texts(&self, prefix: &str, vocabulary: usize, (positions, types): (usize, usize)) -> Result<TextBatch> {

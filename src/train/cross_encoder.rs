@@ -11,13 +11,12 @@ use crate::graph::extent::{Bounds, Extent};
 use crate::graph::params::{Params, Table, to_f32};
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
-use crate::ops::cross_entropy::Scale;
+use crate::ops::group_loss;
 use crate::ops::optimizer::AdamW;
 use crate::ops::pool::Pooling;
-use crate::ops::{gather, group_loss};
 use crate::train::records::Records;
 use crate::train::step::Footprint;
-use crate::train::updates::{Optimizer, Trainable};
+use crate::train::updates::{self, Optimizer, Scales, Trainable, one_of};
 
 /// Sums over the queries of one or more batches.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -63,9 +62,8 @@ pub struct Ranker {
     /// `[Q]` loss of each query, and whether it is correct.
     loss: Slot,
     correct: Tensor,
-    /// What a query's loss is weighted with, here and, `[1]` f32, on the device.
-    weight: f64,
-    scale: Tensor,
+    /// Of a query.
+    scales: Scales<1>,
     optimizer: Optimizer,
     /// f64: `[2]` losses and correct queries, `[1]` ‖g‖².
     results: Tensor,
@@ -114,8 +112,7 @@ impl Ranker {
             queries: Extent::new(device),
             loss,
             correct: device.zeros(DType::U32, capacity.sequences),
-            weight: 0.0,
-            scale: device.zeros(DType::F32, 1),
+            scales: Scales::new(device),
             optimizer: Optimizer::new(device, &params),
             results: device.zeros(DType::F64, 3),
             records: Records::default(),
@@ -174,15 +171,11 @@ impl Ranker {
     /// All work between the upload of a micro-batch and that of the next.
     fn segment(&self, segment: Segment, dropout: StepDropout) {
         if segment.first {
-            gather::zero(self.device, &self.results, self.results.len());
-            if segment.gradients {
-                gather::zero(self.device, self.params.gradients(), self.params.gradients().len());
-            }
+            updates::zero(self.device, &self.results, &self.params, segment.gradients);
         }
         let p = self.pass(dropout);
         self.graph.forward(&p, &self.inputs);
-        let scale = Scale { value: self.weight, on_device: Some(&self.scale) };
-        let ds = p.b(self.graph.score_gradient());
+        let (scale, ds) = (self.scales.get(0), p.b(self.graph.score_gradient()));
         group_loss::run(
             self.device,
             &group_loss::GroupLoss {
@@ -232,16 +225,13 @@ impl Trainable for Ranker {
     ) -> Result<(Losses, f64)> {
         let queries = |batch: &CrossBatch| batch.pairs.samples.len() / batch.group;
         let total: usize = micro.iter().map(queries).sum();
-        self.weight = 1.0 / total.max(1) as f64;
-        self.scale.upload(&[self.weight as f32]);
-        if let Device::Gpu(gpu) = self.device {
-            gpu.set_dropout_key(dropout.hidden.key);
-        }
+        self.scales.set([one_of(total)]);
+        dropout.announce(self.device);
         let mut records = std::mem::take(&mut self.records);
         for (i, batch) in micro.iter().enumerate() {
             let bounds = self.set(batch, gradients);
             // Whole groups of what the pairs' work is laid out for.
-            self.queries.set(queries(batch), (bounds.sequences / batch.group).max(queries(batch)));
+            self.queries.set(queries(batch), bounds.sequences / batch.group);
             let segment = Segment {
                 bounds,
                 group: batch.group,
@@ -249,7 +239,7 @@ impl Trainable for Ranker {
                 gradients,
                 update: update && i + 1 == micro.len(),
                 scores: false,
-                dropout: [dropout.hidden.threshold, dropout.attention.threshold],
+                dropout: dropout.thresholds(),
             };
             records.run(self.device, segment, || self.segment(segment, dropout));
         }

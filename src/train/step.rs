@@ -19,11 +19,10 @@ use crate::graph::params::{Params, Table};
 use crate::graph::retromae::EnhancedDecoder;
 use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
-use crate::ops::cross_entropy::Scale;
 use crate::ops::gather;
 use crate::ops::optimizer::AdamW;
 use crate::train::records::Records;
-use crate::train::updates::{Optimizer, Trainable};
+use crate::train::updates::{self, Optimizer, Scales, Trainable, one_of};
 
 /// What is pre-trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,29 +71,6 @@ impl Losses {
         };
         let encoder_labels = micro.iter().map(|b| b.encoder_label_ids.len()).sum();
         Losses { encoder_labels, decoder_labels, ..Losses::default() }
-    }
-}
-
-/// What the loss of a label is weighted with, 1 / labels of the optimizer step, here and on the device.
-struct Scales {
-    values: [f64; 2],
-    both: Tensor,
-    parts: [Tensor; 2],
-}
-
-impl Scales {
-    fn new(device: Device) -> Self {
-        let both = device.zeros(DType::F32, 2);
-        Scales { values: [0.0; 2], parts: [both.slice(0..1), both.slice(1..2)], both }
-    }
-
-    fn set(&mut self, labels: &Losses) {
-        self.values = [labels.encoder_labels, labels.decoder_labels].map(|n| 1.0 / n.max(1) as f64);
-        self.both.upload(&self.values.map(|x| x as f32));
-    }
-
-    fn get(&self, part: usize) -> Scale<'_> {
-        Scale { value: self.values[part], on_device: Some(&self.parts[part]) }
     }
 }
 
@@ -149,7 +125,8 @@ pub struct Pretrainer {
     decoder: Option<EnhancedDecoder>,
     inputs: Inputs,
     optimizer: Optimizer,
-    scales: Scales,
+    /// Of the encoder's labels and of the decoder's.
+    scales: Scales<2>,
     results: Results,
     records: Records<Segment>,
 }
@@ -268,10 +245,7 @@ impl Pretrainer {
     /// All work between the upload of a micro-batch and that of the next.
     fn segment(&self, segment: Segment, dropout: StepDropout) {
         if segment.first {
-            gather::zero(self.device, &self.results.all, self.results.all.len());
-            if segment.gradients {
-                gather::zero(self.device, self.params.gradients(), self.params.gradients().len());
-            }
+            updates::zero(self.device, &self.results.all, &self.params, segment.gradients);
         }
         self.forward_backward(dropout, segment.gradients);
         if segment.update {
@@ -350,10 +324,8 @@ impl Trainable for Pretrainer {
         update: bool,
     ) -> Result<(Losses, f64)> {
         let labels = Losses::labels(micro, self.objective);
-        self.scales.set(&labels);
-        if let Device::Gpu(gpu) = self.device {
-            gpu.set_dropout_key(dropout.hidden.key);
-        }
+        self.scales.set([labels.encoder_labels, labels.decoder_labels].map(one_of));
+        dropout.announce(self.device);
         let mut records = std::mem::take(&mut self.records);
         for (i, batch) in micro.iter().enumerate() {
             let segment = Segment {
@@ -361,7 +333,7 @@ impl Trainable for Pretrainer {
                 first: i == 0,
                 gradients,
                 update: update && i + 1 == micro.len(),
-                dropout: [dropout.hidden.threshold, dropout.attention.threshold],
+                dropout: dropout.thresholds(),
             };
             records.run(self.device, segment, || self.segment(segment, dropout));
         }

@@ -5,6 +5,8 @@ use crate::error::Result;
 use crate::graph::StepDropout;
 use crate::graph::params::Params;
 use crate::model::config::BertConfig;
+use crate::ops::cross_entropy::Scale;
+use crate::ops::gather;
 use crate::ops::optimizer::{self, AdamW};
 use crate::rng::Dropout;
 
@@ -82,6 +84,46 @@ pub trait Trainable {
     /// A failure of the GPU.
     fn evaluate(&mut self, batch: &Self::Batch) -> Result<Self::Losses> {
         Ok(self.compute(std::slice::from_ref(batch), StepDropout::OFF, false, false)?.0)
+    }
+}
+
+/// What a term of each of `N` losses is weighted with, here and on the device.
+pub struct Scales<const N: usize> {
+    values: [f64; N],
+    all: Tensor,
+    /// `[1]` f32 each.
+    parts: [Tensor; N],
+}
+
+impl<const N: usize> Scales<N> {
+    /// Zero yet.
+    pub fn new(device: Device) -> Self {
+        let all = device.zeros(DType::F32, N);
+        Scales { values: [0.0; N], parts: std::array::from_fn(|i| all.slice(i..i + 1)), all }
+    }
+
+    /// For the coming work.
+    pub fn set(&mut self, values: [f64; N]) {
+        self.values = values;
+        self.all.upload(&values.map(|x| x as f32));
+    }
+
+    /// Of one loss.
+    pub fn get(&self, part: usize) -> Scale<'_> {
+        Scale { value: self.values[part], on_device: Some(&self.parts[part]) }
+    }
+}
+
+/// The weight of a term in a mean of `n`; 1 where there is none.
+pub fn one_of(n: usize) -> f64 {
+    1.0 / n.max(1) as f64
+}
+
+/// The start of a step: results and, if asked for, gradients are zero.
+pub fn zero(device: Device, results: &Tensor, params: &Params, gradients: bool) {
+    gather::zero(device, results, results.len());
+    if gradients {
+        gather::zero(device, params.gradients(), params.gradients().len());
     }
 }
 

@@ -69,17 +69,7 @@ impl Modules {
     /// # Safety
     /// As for [`crate::device::launch::Launcher::launch`].
     pub unsafe fn launch(&self, queue: &Queue, kernel: &Kernel, shape: Shape, params: &[*const c_void]) -> Result<()> {
-        let threads: u64 = shape.block.iter().map(|&n| u64::from(n)).product();
-        if params.len() != kernel.param_sizes.len() || threads > u64::from(kernel.max_threads) {
-            return Err(Error::device(format!(
-                "kernel {}: {} parameters and {threads} threads, it takes {} and at most {}",
-                kernel.name,
-                params.len(),
-                kernel.param_sizes.len(),
-                kernel.max_threads
-            ))
-            .remedy("correct the launch"));
-        }
+        kernel.accepts(shape, params.len())?;
         let stream = queue.enter()?;
         let function = self.prepare(kernel, shape.shared_bytes)?;
         let Shape { grid: [gx, gy, gz], block: [bx, by, bz], shared_bytes } = shape;
