@@ -22,8 +22,10 @@
 //! | 1 | [`device`]: tensors and where they lie; [`data`]: from text to packed batches. They do not know each other |
 //! | 2 | [`ops`]: one operation a file, forward and backward |
 //! | 3 | [`model`]: configurations, checkpoints' names and formats, export; [`graph`]: the transformer out of ops |
-//! | 4 | [`train`]: the step, and the run around it; [`eval`]: metrics of ranked lists |
-//! | 5 | [`cli`]: one file for each subcommand |
+//! | 4 | [`eval`]: metrics of ranked lists |
+//! | 5 | [`retrieve`]: encode, search, mine, rerank |
+//! | 6 | [`train`]: the step, and the run around it, which judges a dev set by what lies below |
+//! | 7 | [`cli`]: one file for each subcommand |
 //!
 //! # Invariants
 //!
@@ -57,6 +59,7 @@ pub mod files;
 pub mod graph;
 pub mod model;
 pub mod ops;
+pub mod retrieve;
 pub mod rng;
 pub mod train;
 

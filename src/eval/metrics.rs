@@ -176,7 +176,7 @@ pub fn evaluate(run: &Run, qrels: &Qrels, metrics: &[Metric], rules: &EvalRules)
         .par_iter()
         .map(|&(query, judged, place)| {
             let grades = place.map(|place| grades(run, place, judged, rules.rules, ignore)).unwrap_or_default();
-            let ideal = Ideal::of(judged);
+            let ideal = Ideal::of(judged.values().copied());
             (query.to_owned(), metrics.iter().map(|m| m.of(&grades, &ideal)).collect())
         })
         .collect();
@@ -213,14 +213,20 @@ struct Ideal {
 }
 
 impl Ideal {
-    fn of(judged: &Judged) -> Ideal {
-        let mut grades: Vec<i32> = judged.values().copied().filter(|&grade| grade > 0).collect();
+    fn of(judged: impl IntoIterator<Item = i32>) -> Ideal {
+        let mut grades: Vec<i32> = judged.into_iter().filter(|&grade| grade > 0).collect();
         grades.sort_unstable_by(|a, b| b.cmp(a));
         Ideal { grades }
     }
 }
 
 impl Metric {
+    /// The figure of one query: `grades` of its list in order (0: not relevant, or not judged), `judged` all grades that the query's
+    /// judgements give.
+    pub fn figure(self, grades: &[i32], judged: impl IntoIterator<Item = i32>) -> f64 {
+        self.of(grades, &Ideal::of(judged))
+    }
+
     /// The figure of a list with these grades.
     fn of(self, grades: &[i32], ideal: &Ideal) -> f64 {
         let relevant = ideal.grades.len() as f64;

@@ -16,6 +16,7 @@ pub mod inference;
 pub mod inputs;
 pub mod mlm;
 pub mod params;
+pub mod records;
 pub mod retromae;
 
 use crate::device::{Device, Tensor};

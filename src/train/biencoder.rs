@@ -13,11 +13,11 @@ use crate::graph::activations::{Activations, Plan};
 use crate::graph::biencoder::{self, Tower, TowerInputs};
 use crate::graph::extent::Bounds;
 use crate::graph::params::{Params, Table, to_f32};
+use crate::graph::records::Records;
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
 use crate::ops::optimizer::AdamW;
 use crate::train::biencoder_loss::Head;
-use crate::train::records::Records;
 use crate::train::step::Footprint;
 use crate::train::updates::{self, Optimizer, Trainable};
 

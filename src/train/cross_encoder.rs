@@ -9,12 +9,12 @@ use crate::graph::biencoder::TowerInputs;
 use crate::graph::cross_encoder::{COLUMNS, CrossEncoder};
 use crate::graph::extent::{Bounds, Extent};
 use crate::graph::params::{Params, Table, to_f32};
+use crate::graph::records::Records;
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
 use crate::ops::group_loss;
 use crate::ops::optimizer::AdamW;
 use crate::ops::pool::Pooling;
-use crate::train::records::Records;
 use crate::train::step::Footprint;
 use crate::train::updates::{self, Optimizer, Scales, Trainable, one_of};
 

@@ -4,7 +4,7 @@
 //! They know the model only through [`Engine`] and the data only through [`Batches`], so the reliability tests run the same loop
 //! around a toy of a few numbers, thousands of times.
 //!
-//! - [`records`], [`updates`]: what steps share: recorded work, the optimizer's state
+//! - [`updates`]: what steps share: the trait, the optimizer's state
 //! - [`step`], [`biencoder`], [`cross_encoder`]: the steps of pre-training and of fine-tuning
 //! - [`plan`]: what a run will do; [`run`]: the loop; [`workspace`]: the output folder, the lock, and what to resume from
 //! - [`target`]: where, and in which arithmetic; [`settings`]: every knob with its default; [`schedule`]: the learning rate
@@ -36,7 +36,6 @@ pub mod parts;
 pub mod plan;
 pub mod pretrain;
 pub mod progress;
-pub mod records;
 pub mod run;
 pub mod schedule;
 pub mod settings;

@@ -16,12 +16,12 @@ use crate::graph::extent::Bounds;
 use crate::graph::inputs::Inputs;
 use crate::graph::mlm::{LossSums, MlmHead};
 use crate::graph::params::{Params, Table};
+use crate::graph::records::Records;
 use crate::graph::retromae::EnhancedDecoder;
 use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
 use crate::ops::gather;
 use crate::ops::optimizer::AdamW;
-use crate::train::records::Records;
 use crate::train::updates::{self, Optimizer, Scales, Trainable, one_of};
 
 /// What is pre-trained.
