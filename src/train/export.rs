@@ -14,7 +14,7 @@ use crate::model::element::Dtype;
 use crate::model::export::{ExportKind, ExportSpec, export_on};
 use crate::model::names;
 use crate::model::weights;
-use crate::train::checkpoint::{Checkpoint, Opened, State, WEIGHTS};
+use crate::train::checkpoint::{Checkpoint, LOSS, Opened, State, WEIGHTS};
 use crate::train::origin::{self, About, Kept};
 use crate::train::store::{self, Store};
 
@@ -149,6 +149,10 @@ fn provenance(state: &State) -> Map<String, Value> {
     put("seed", Some(json!(state.seed)));
     put("data", setting("data"));
     put("engine", Some(json!(state.engine)));
-    put("lowest held-out loss", state.best.as_ref().map(|best| json!(best.loss)));
+    if let Some(best) = &state.best {
+        let name =
+            if best.metric == LOSS { "lowest held-out loss".into() } else { format!("best dev {}", best.metric) };
+        put(&name, Some(json!(best.value)));
+    }
     map
 }
