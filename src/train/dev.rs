@@ -89,7 +89,9 @@ impl DevSet {
         for input in source::expand(&settings.dev_qrels)? {
             let (one, _) = Qrels::read(&input, None)?;
             for (query, judged) in one.queries() {
-                judged.iter().for_each(|(passage, grade)| drop(qrels.insert(query, passage, *grade)));
+                for (passage, grade) in judged {
+                    qrels.insert(query, passage, *grade);
+                }
             }
         }
         let own_ids_count = qrels.judges_own_ids();

@@ -20,6 +20,7 @@ use crate::train::settings::{Objective, Settings};
 use crate::train::step::{self, Pretrainer};
 use crate::train::target::Target;
 use crate::train::trainer::Trainer;
+use crate::train::updates::Trainable;
 use crate::train::workspace::Workspace;
 use crate::train::{About, Batches};
 
