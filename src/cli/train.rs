@@ -5,6 +5,7 @@ mod pairs;
 
 use std::path::PathBuf;
 
+use clap::builder::BoolishValueParser;
 use clap::{ArgMatches, Args, FromArgMatches};
 use serde::Serialize;
 use toml::Table;
@@ -145,7 +146,7 @@ struct Flags {
     #[arg(long, value_name = "N")]
     patience: Option<u64>,
     /// Keep the checkpoint of the best evaluation and export that one [default: true with a dev set]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", value_parser = BoolishValueParser::new())]
     keep_best: Option<bool>,
     #[command(flatten)]
     #[serde(flatten)]

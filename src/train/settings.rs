@@ -176,7 +176,7 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub negatives: Vec<String>,
     /// Negatives by system: least distance to the lowest positive, of the cross-encoder's scores.
-    pub ce_margin: Option<f32>,
+    pub ce_margin: Option<f64>,
     /// Negatives by system: how many of each.
     pub per_system: Option<usize>,
     /// Negatives by system: which systems; all when empty.
@@ -204,7 +204,7 @@ pub struct Settings {
     /// Whether embeddings are scaled to length 1; as the model's own when absent, else not.
     pub normalize: Option<bool>,
     /// What scores are divided by.
-    pub temperature: Option<f32>,
+    pub temperature: Option<f64>,
     /// Whether queries and passages have an encoder each.
     pub untied: Option<bool>,
     /// Width of a projection after pooling.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::BoolishValueParser;
 use serde::Serialize;
 
 use crate::data::pairs::MissingScore;
@@ -40,7 +41,7 @@ pub(super) struct Flags {
     negatives: Vec<String>,
     /// Negatives by system: take those whose cross-encoder score is this far below that of the lowest positive [default: 3]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    ce_margin: Option<f32>,
+    ce_margin: Option<f64>,
     /// Negatives by system: take this many of each [default: all]
     #[arg(long, value_name = "N")]
     per_system: Option<usize>,
@@ -87,13 +88,13 @@ pub(super) struct Flags {
     #[arg(long, value_enum)]
     pooling: Option<Pooling>,
     /// Scale embeddings to length 1 [default: as the model does, else false]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", value_parser = BoolishValueParser::new())]
     normalize: Option<bool>,
     /// What scores are divided by [default: 1, or 0.05 where embeddings have length 1]
     #[arg(long, value_name = "X")]
-    temperature: Option<f32>,
+    temperature: Option<f64>,
     /// Train an encoder each for queries and passages [default: as the model has]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", value_parser = BoolishValueParser::new())]
     untied: Option<bool>,
     /// Project embeddings to this width [default: as the model does]
     #[arg(long, value_name = "N")]

@@ -29,7 +29,7 @@ use crate::train::{About, Batches};
 /// Weight of the contrastive loss beside distillation, as published.
 const CONTRASTIVE_WEIGHT: f64 = 1e-4;
 /// What scores are divided by when nothing is said: dot products, and cosines.
-const TEMPERATURES: [f32; 2] = [1.0, 0.05];
+const TEMPERATURES: [f64; 2] = [1.0, 0.05];
 
 /// Data and model of a bi-encoder's run.
 pub struct BiEncoderJob {
@@ -71,6 +71,7 @@ impl BiEncoderJob {
             data.rules("queries", settings.query_length, settings.query_prefix.as_deref(), &config, &mut notes)?,
             data.rules("passages", settings.passage_length, settings.passage_prefix.as_deref(), &config, &mut notes)?,
         ];
+        (settings.query_length, settings.passage_length) = (Some(rules[0].max_length), Some(rules[1].max_length));
         let [queries, passages] = rules.clone();
         let duplicates = settings.duplicates.unwrap_or_default();
         let builder = ContrastiveBuilder::new(settings.seed, data.pairs.clone(), queries, passages, duplicates)?;
@@ -167,7 +168,8 @@ fn options(settings: &mut Settings, towers: Option<&Towers>, data: &PairData) ->
         }
         None
     };
-    Ok(Options { shape: Shape { pooling, projection, normalize }, untied, temperature, distillation })
+    let shape = Shape { pooling, projection, normalize };
+    Ok(Options { shape, untied, temperature: temperature as f32, distillation })
 }
 
 fn open_dev(

@@ -40,6 +40,11 @@ impl PairData {
             depth: settings.negatives_depth.unwrap_or(usize::MAX),
             missing_score: settings.missing_teacher.unwrap_or_default(),
         };
+        if let Some(rows) = settings.data.as_deref().filter(|rows| ShardSet::is_set(rows)) {
+            return Err(Error::usage("holds shards, not rows of queries and passages")
+                .path(rows)
+                .remedy("give it as --queries or --corpus, or name files of rows"));
+        }
         let corpus = settings.corpus.as_deref().map(|dir| ShardSet::open(dir).map(Arc::new)).transpose()?;
         let queries = settings.queries.as_deref().map(|dir| ShardSet::open(dir).map(Arc::new)).transpose()?;
         let sets: Vec<&Arc<ShardSet>> = queries.iter().chain(&corpus).collect();
@@ -113,7 +118,7 @@ fn files(settings: &Settings) -> Result<PairFiles> {
         least_grade: settings.least_grade.unwrap_or(1),
         negatives: source::expand(&settings.negatives)?,
         systems: SystemRules {
-            margin: settings.ce_margin.unwrap_or(systems.margin),
+            margin: settings.ce_margin.map_or(systems.margin, |x| x as f32),
             per_system: settings.per_system.unwrap_or(systems.per_system),
             systems: settings.systems.clone(),
         },
@@ -128,11 +133,6 @@ fn from_settings_rows(
     corpus: Option<Arc<ShardSet>>,
     pairs: PairsSettings,
 ) -> Result<Pairs> {
-    if ShardSet::is_set(rows) {
-        return Err(Error::usage("holds shards, not rows of queries and passages")
-            .path(rows)
-            .remedy("give it as --queries or --corpus, or name files of rows"));
-    }
     let longest = settings.max_length.map_or(LONGEST_TEXT, |n| n as usize);
     let rules = RowRules {
         format: settings.row_format,

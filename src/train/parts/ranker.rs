@@ -60,7 +60,7 @@ impl RankerJob {
             weights.check(&names::encoder(&config))?;
         }
 
-        let [query, pair] = [
+        let [mut query, pair] = [
             data.rules("queries", settings.query_length, settings.query_prefix.as_deref(), &config, &mut notes)?,
             data.rules(
                 "pairs",
@@ -71,6 +71,11 @@ impl RankerJob {
             )?,
         ];
         let (length, prefix) = (pair.max_length, pair.prefix);
+        if query.max_length + prefix.len() + 2 > length && length < settings.max_length.map_or(0, |n| n as usize) {
+            // The model has fewer positions than the lengths were chosen for.
+            query.max_length = length / 2;
+        }
+        (settings.query_length, settings.max_length) = (Some(query.max_length), Some(length as u32));
         let temperature = settings.temperature.unwrap_or(1.0);
         settings.temperature = Some(temperature);
         let builder = CrossBuilder::new(settings.seed, data.pairs.clone(), query.clone(), prefix.clone(), length)?
@@ -146,7 +151,7 @@ impl Job for RankerJob {
     }
 
     fn engine(&mut self, say: &mut dyn FnMut(String)) -> Result<Trainer<Ranker>> {
-        let temperature = self.settings.temperature.unwrap_or(1.0);
+        let temperature = self.settings.temperature.unwrap_or(1.0) as f32;
         let (device, storage) = (self.target.device, self.target.storage);
         let model = Ranker::new(device, &self.config, temperature, self.capacity, storage)?;
         let fresh = model.params().load(self.settings.seed, self.config.initializer_range, |name, shape, out| {

@@ -261,7 +261,7 @@ impl Settings {
                 self.passage_length.is_none_or(|n| n >= 3),
                 "must be at least 3: [CLS], one token, [SEP]",
             ),
-            ("temperature", positive(self.temperature.map(f64::from)), "must be positive"),
+            ("temperature", positive(self.temperature), "must be positive"),
             ("projection", self.projection != Some(0), "must be at least 1"),
             ("chunk", self.chunk != Some(0), "must be at least 1"),
             (
@@ -269,7 +269,7 @@ impl Settings {
                 self.contrastive_loss_weight.is_none_or(|x| x >= 0.0 && x.is_finite()),
                 "must be at least 0",
             ),
-            ("ce-margin", self.ce_margin.is_none_or(f32::is_finite), "must be a number"),
+            ("ce-margin", self.ce_margin.is_none_or(f64::is_finite), "must be a number"),
             (
                 "dev-queries",
                 !dev || self.dev_queries.is_some(),
