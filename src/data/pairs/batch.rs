@@ -224,6 +224,12 @@ impl PairTexts {
         Ok(PairTexts { queries, passages, max_length })
     }
 
+    /// Tokens of a pair.
+    pub fn length(&self, query: u32, passage: u32) -> Result<usize> {
+        // The passage without its [CLS].
+        Ok((self.queries.length(query)? + self.passages.length(passage)? - 1).min(self.max_length))
+    }
+
     /// The pairs `(name, query, passage)` in this order as one stream.
     pub fn pack(&self, pairs: &[(u64, u32, u32)]) -> Result<TextBatch> {
         let names = pairs.iter().map(|&(name, ..)| name).collect();
@@ -231,9 +237,7 @@ impl PairTexts {
             names,
             |k| {
                 let (_, query, passage) = pairs[k];
-                // The passage without its [CLS].
-                let passage = self.passages.length(passage)? - 1;
-                Ok((self.queries.length(query)? + passage).min(self.max_length))
+                self.length(query, passage)
             },
             |k, scratch, ids, types| {
                 let (_, query, passage) = pairs[k];
