@@ -8,6 +8,7 @@ mod doctor;
 mod export;
 mod inspect;
 mod progress;
+mod rerank;
 mod step;
 mod tokenize;
 mod train;
@@ -79,6 +80,8 @@ enum Command {
     Train(Box<train::Arguments>),
     /// Make a checkpoint of a run a model that others load
     Export(export::Arguments),
+    /// Put the passages on a run's lists in the order of a cross-encoder's scores
+    Rerank(rerank::Arguments),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -95,6 +98,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(args, global),
         Command::Train(args) => train::run(*args, global),
         Command::Export(args) => export::run(args, global),
+        Command::Rerank(args) => rerank::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

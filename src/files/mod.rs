@@ -7,6 +7,7 @@
 //! - [`disk`]: single file operations, which tests can make fail or kill the process at
 //! - [`lock`]: one writer to a folder
 //! - [`output`]: a folder that gets its name when it is complete
+//! - [`unfinished`]: what has been computed so far of a file that takes long
 
 use std::ffi::OsString;
 use std::io::{self, BufWriter};
@@ -17,6 +18,7 @@ use crate::error::{Error, Result};
 pub mod disk;
 pub mod lock;
 pub mod output;
+pub mod unfinished;
 
 pub use disk::Disk;
 pub use lock::Lock;

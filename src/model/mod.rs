@@ -5,6 +5,7 @@
 
 pub mod card;
 pub mod config;
+pub mod digest;
 pub mod element;
 pub mod export;
 pub mod hub;
