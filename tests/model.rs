@@ -14,6 +14,8 @@ mod python;
 mod safetensors;
 #[path = "model/torch_bin.rs"]
 mod torch_bin;
+#[path = "model/towers.rs"]
+mod towers;
 #[path = "model/weights.rs"]
 mod weights;
 

@@ -2,14 +2,41 @@
 
 use super::export::{ExportKind, ExportSpec};
 use super::hub::is_hub_name;
+use super::towers::SIDES;
 use serde_json::Value;
 use std::fmt::Write;
 use std::path::Path;
 
-/// The card of the folder `target`.
+/// The card of the encoder in the folder `target`.
 pub(super) fn render(spec: &ExportSpec, target: &Path) -> String {
+    let name = name_of(target);
+    page(spec, &name, &usage(spec, &quoted(&name)))
+}
+
+/// The card of the folder `target` of two encoders.
+pub(super) fn of_two(spec: &ExportSpec, target: &Path) -> String {
+    let name = name_of(target);
+    let [queries, passages] = SIDES.map(|side| format!("{}/{side}", quoted(&name)));
+    let usage = format!(
+        "from sentence_transformers import SentenceTransformer\n\nqueries = SentenceTransformer(\"{queries}\")\n\
+         passages = SentenceTransformer(\"{passages}\")\n\
+         print(queries.similarity(queries.encode([\"a query\"]), passages.encode([\"a passage\"])))\n"
+    );
+    page(spec, &name, &usage)
+}
+
+/// The name of a folder as a card shows it.
+fn name_of(target: &Path) -> String {
     let name = target.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
-    let name: String = name.chars().filter(|c| !c.is_control()).collect();
+    name.chars().filter(|c| !c.is_control()).collect()
+}
+
+/// Text inside a Python string: a quote or backslash in a folder's name must not break out of it.
+fn quoted(name: &str) -> String {
+    name.replace('\\', "\\\\").replace('"', "\\\"")
+}
+
+fn page(spec: &ExportSpec, name: &str, usage: &str) -> String {
     let (what, task, library, tag) = match spec.kind {
         ExportKind::MaskedLm => ("RetroMAE pre-trained encoder", "fill-mask", "transformers", "retromae"),
         ExportKind::BiEncoder { .. } => {
@@ -29,7 +56,7 @@ pub(super) fn render(spec: &ExportSpec, target: &Path) -> String {
         c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.vocab_size, spec.max_seq_length,
     );
     card.push_str("\n## Use\n\n```python\n");
-    card.push_str(&usage(spec, &name));
+    card.push_str(usage);
     card.push_str("```\n\n## Training\n\nTrained with retromae-engine. The whole record is in `retromae_run.json`.\n");
     let facts: Vec<String> = spec
         .provenance
@@ -44,8 +71,6 @@ pub(super) fn render(spec: &ExportSpec, target: &Path) -> String {
 }
 
 fn usage(spec: &ExportSpec, name: &str) -> String {
-    // A quote or backslash in a folder's name must not break out of the Python string.
-    let name = name.replace('\\', "\\\\").replace('"', "\\\"");
     let sentence = format!(
         "from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer(\"{name}\")\n\
          embeddings = model.encode([\"a query\", \"a passage\"])\nprint(model.similarity(embeddings[:1], embeddings[1:]))\n"
@@ -57,10 +82,17 @@ fn usage(spec: &ExportSpec, name: &str) -> String {
              # or, with the state of the first token as the embedding:\n{sentence}"
         ),
         ExportKind::BiEncoder { .. } => sentence,
-        ExportKind::CrossEncoder => format!(
-            "from sentence_transformers import CrossEncoder\n\nmodel = CrossEncoder(\"{name}\")\n\
-             print(model.predict([(\"a query\", \"a passage\")]))\n"
-        ),
+        ExportKind::CrossEncoder => {
+            // The tokenizer's files may name another length: they are the source's own.
+            let longest = match spec.max_seq_length {
+                n if n < spec.config.max_position_embeddings => format!(", max_length={n}"),
+                _ => String::new(),
+            };
+            format!(
+                "from sentence_transformers import CrossEncoder\n\nmodel = CrossEncoder(\"{name}\"{longest})\n\
+                 print(model.predict([(\"a query\", \"a passage\")]))\n"
+            )
+        }
     }
 }
 

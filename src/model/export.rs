@@ -4,6 +4,8 @@
 //! Which file must hold what, and why, was found out by loading such folders in both generations of those libraries; the constants of
 //! `layout` keep those findings. A folder is written beside its final place and renamed: it is whole or not there. Its manifest
 //! (`retromae_run.json`) holds size and checksum of every file but the model card, which people edit.
+//!
+//! Two encoders that differ are two complete folders inside one, named as [`SIDES`] and under one manifest.
 
 mod layout;
 pub(crate) mod staging;
@@ -16,6 +18,7 @@ use super::safetensors::writer::{Spec, Writer};
 use super::small_file;
 use super::tensor_file::Info;
 use super::tokenizer_files;
+use super::towers::{PROJECTION, PROJECTIONS, SIDES};
 use super::weights::ENHANCED_DECODER;
 use crate::error::{Error, IoContext, Result};
 use crate::files::Disk;
@@ -23,6 +26,8 @@ use serde_json::{Map, Value, json};
 use staging::Staging;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
+
+pub use crate::ops::pool::Pooling;
 
 /// Manifest and provenance of an exported folder.
 pub const MANIFEST: &str = "retromae_run.json";
@@ -32,26 +37,6 @@ const DIGEST_PREFIX: &str = "crc32c:";
 /// Largest manifest that is read.
 const MAX_MANIFEST: u64 = 16 << 20;
 const AGAIN: &str = "export the model again";
-
-/// How token states become one embedding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pooling {
-    /// State of the first token.
-    Cls,
-    /// Mean over the tokens of the text.
-    Mean,
-}
-
-/// A linear layer after pooling.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Dense {
-    /// Width of its output.
-    pub out_features: usize,
-    /// Name under which the source hands out its weight, `[out, C]`.
-    pub weight: String,
-    /// Name under which the source hands out its bias, `[out]`, if it has one.
-    pub bias: Option<String>,
-}
 
 /// What the model is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,8 +49,10 @@ pub enum ExportKind {
         pooling: Pooling,
         /// Whether embeddings are scaled to length 1.
         normalize: bool,
-        /// Optional projection.
-        dense: Option<Dense>,
+        /// Width of the projection after pooling, where there is one: [`PROJECTION`] among the source's parameters, or [`PROJECTIONS`].
+        projection: Option<usize>,
+        /// Whether queries and passages have an encoder each; the source has the names of [`SIDES`] before those of its parameters.
+        untied: bool,
     },
     /// Reranker with one logit.
     CrossEncoder,
@@ -82,9 +69,10 @@ pub struct ExportSpec {
     pub dtype: Dtype,
     /// Folder (or `tokenizer.json` / `vocab.txt` file) the tokenizer is copied from.
     pub tokenizer: PathBuf,
-    /// Longest input of the sentence encoder, in tokens.
+    /// Longest input, in tokens. Other programs take that of a reranker from the tokenizer, whose files are copied as they are: there
+    /// it is written only where they do not say it, and to the model card.
     pub max_seq_length: usize,
-    /// Whether the source has the pooler of the model it began from, which is then passed on untouched.
+    /// Whether the source has the pooler of the model it began from (of each of two encoders), which is then passed on untouched.
     pub pooler: bool,
     /// Whether the source has the enhanced decoder.
     pub enhanced_decoder: bool,
@@ -119,7 +107,7 @@ impl ExportSpec {
         }
     }
 
-    /// The parameters that go into the model's own weights, under canonical names.
+    /// The parameters that go into the weights of the model, or of either encoder, under canonical names.
     pub fn params(&self) -> Vec<Param> {
         let mut params = names::encoder(&self.config);
         let cross = self.kind == ExportKind::CrossEncoder;
@@ -133,6 +121,18 @@ impl ExportSpec {
             params.extend(names::classifier(&self.config, 1));
         }
         params
+    }
+
+    /// The encoders of the folder.
+    fn sides(&self) -> Vec<Side> {
+        match self.kind {
+            ExportKind::BiEncoder { untied: true, .. } => {
+                let side =
+                    |i: usize| Side { folder: SIDES[i], prefix: format!("{}.", SIDES[i]), projection: PROJECTIONS[i] };
+                (0..SIDES.len()).map(side).collect()
+            }
+            _ => vec![Side { folder: "", prefix: String::new(), projection: PROJECTION }],
+        }
     }
 
     fn check(&self) -> Result<()> {
@@ -150,7 +150,17 @@ impl ExportSpec {
     }
 }
 
-/// Hands out the parameter with the canonical name, as f32: replaces the contents of the vector.
+/// One of the encoders of a folder.
+struct Side {
+    /// Its folder inside the exported one; empty for that itself.
+    folder: &'static str,
+    /// What stands before the names of its parameters in the source.
+    prefix: String,
+    /// What the source calls its projection.
+    projection: &'static str,
+}
+
+/// Hands out the parameter with this name, canonical but for the side before it, as f32: replaces the contents of the vector.
 pub type Source<'a> = dyn FnMut(&str, &mut Vec<f32>) -> Result<()> + 'a;
 
 /// Writes the folder `target`. One tensor is held at a time.
@@ -168,34 +178,51 @@ pub fn export(spec: &ExportSpec, target: impl AsRef<Path>, source: &mut Source<'
 pub fn export_on(disk: &Disk, spec: &ExportSpec, target: &Path, source: &mut Source<'_>) -> Result<()> {
     spec.check()?;
     let mut staging = Staging::begin(disk, target, spec.replace, MANIFEST)?;
-    let text = pretty(&Value::Object(layout::config(spec)));
-    staging.write("config.json", text.as_bytes())?;
-    tokenizer_files::write(&spec.tokenizer, spec.config.max_position_embeddings, &mut staging)?;
-    for (name, contents) in layout::sentence_transformer_files(spec) {
-        staging.write(name, pretty(&contents).as_bytes())?;
+    for side in spec.sides() {
+        staging.enter(side.folder);
+        write_model(spec, &side, &mut staging, source)?;
+        staging.write(CARD, card::render(spec, &target.join(side.folder)).as_bytes())?;
     }
-    write_weights(spec, &mut staging, source)?;
-    if let ExportKind::BiEncoder { dense: Some(dense), .. } = &spec.kind {
-        write_dense(spec, dense, &mut staging, source)?;
-    }
+    staging.enter("");
     if spec.enhanced_decoder {
         // f32 whatever the model's type: only this engine reads it, to train on.
-        let params = names::enhanced_decoder(&spec.config);
-        let named = params.iter().map(|p| (p.name.clone(), p)).collect();
+        let named = names::enhanced_decoder(&spec.config).into_iter().map(|p| (p.name.clone(), p)).collect();
         write_file(&mut staging, ENHANCED_DECODER, Dtype::F32, named, source)?;
     }
-    staging.write(CARD, card::render(spec, target).as_bytes())?;
+    if !staging.has(CARD) {
+        staging.write(CARD, card::of_two(spec, target).as_bytes())?;
+    }
     let manifest = manifest(spec, &staging, target)?;
     staging.write(MANIFEST, manifest.as_bytes())?;
     staging.commit()
 }
 
-/// The model's weights, in one file or several.
-fn write_weights(spec: &ExportSpec, staging: &mut Staging, source: &mut Source<'_>) -> Result<()> {
+/// Everything of one encoder.
+fn write_model(spec: &ExportSpec, side: &Side, staging: &mut Staging, source: &mut Source<'_>) -> Result<()> {
+    let text = pretty(&Value::Object(layout::config(spec)));
+    staging.write("config.json", text.as_bytes())?;
+    let longest = match spec.kind {
+        ExportKind::CrossEncoder => spec.max_seq_length,
+        _ => spec.config.max_position_embeddings,
+    };
+    tokenizer_files::write(&spec.tokenizer, longest, staging)?;
+    for (name, contents) in layout::sentence_transformer_files(spec) {
+        staging.write(name, pretty(&contents).as_bytes())?;
+    }
+    write_weights(spec, side, staging, source)?;
+    if let ExportKind::BiEncoder { projection: Some(width), .. } = spec.kind {
+        write_dense(spec, (side.projection, width), staging, source)?;
+    }
+    Ok(())
+}
+
+/// The weights of an encoder, in one file or several.
+fn write_weights(spec: &ExportSpec, side: &Side, staging: &mut Staging, source: &mut Source<'_>) -> Result<()> {
     let params = spec.params();
+    let named = |p: &Param| Param { name: format!("{}{}", side.prefix, p.name), shape: p.shape.clone() };
     let bare = matches!(spec.kind, ExportKind::BiEncoder { .. });
     let file_name = |p: &Param| if bare { names::without_prefix(&p.name).to_string() } else { p.name.clone() };
-    let mut shards: Vec<Vec<(String, &Param)>> = vec![Vec::new()];
+    let mut shards: Vec<Vec<(String, Param)>> = vec![Vec::new()];
     let (mut held, mut total) = (0, 0);
     for param in &params {
         let bytes = (param.len() * spec.dtype.size()) as u64;
@@ -206,7 +233,7 @@ fn write_weights(spec: &ExportSpec, staging: &mut Staging, source: &mut Source<'
         held += bytes;
         total += bytes;
         if let Some(shard) = shards.last_mut() {
-            shard.push((file_name(param), param));
+            shard.push((file_name(param), named(param)));
         }
     }
     let count = shards.len();
@@ -223,12 +250,12 @@ fn write_weights(spec: &ExportSpec, staging: &mut Staging, source: &mut Source<'
     staging.write("model.safetensors.index.json", pretty(&index).as_bytes())
 }
 
-/// One safetensors file; each parameter comes with the name it has in the file.
+/// One safetensors file; each parameter, named as the source has it, comes with the name it has in the file.
 fn write_file(
     staging: &mut Staging,
     relative: &str,
     dtype: Dtype,
-    params: Vec<(String, &Param)>,
+    params: Vec<(String, Param)>,
     source: &mut Source<'_>,
 ) -> Result<()> {
     let specs = params
@@ -246,12 +273,15 @@ fn write_file(
     Ok(())
 }
 
-fn write_dense(spec: &ExportSpec, dense: &Dense, staging: &mut Staging, source: &mut Source<'_>) -> Result<()> {
-    let weight = Param { name: dense.weight.clone(), shape: vec![dense.out_features, spec.config.hidden_size] };
-    let bias = dense.bias.as_ref().map(|name| Param { name: name.clone(), shape: vec![dense.out_features] });
-    let mut params = vec![("linear.weight".to_string(), &weight)];
-    params.extend(bias.iter().map(|p| ("linear.bias".to_string(), p)));
-    write_file(staging, "2_Dense/model.safetensors", spec.dtype, params, source)
+fn write_dense(
+    spec: &ExportSpec,
+    (projection, width): (&str, usize),
+    staging: &mut Staging,
+    source: &mut Source<'_>,
+) -> Result<()> {
+    let parts = [("weight", vec![width, spec.config.hidden_size]), ("bias", vec![width])];
+    let named = |(part, shape)| (format!("linear.{part}"), Param { name: format!("{projection}.{part}"), shape });
+    write_file(staging, "2_Dense/model.safetensors", spec.dtype, parts.map(named).into(), source)
 }
 
 /// The manifest with its own digest filled in.
@@ -259,7 +289,7 @@ fn manifest(spec: &ExportSpec, staging: &Staging, target: &Path) -> Result<Strin
     let files: Map<String, Value> = staging
         .files()
         .iter()
-        .filter(|(name, _)| *name != CARD)
+        .filter(|(name, _)| Path::new(name).file_name().is_none_or(|n| n != CARD))
         .map(|(name, w)| (name.clone(), json!({"size": w.size, "crc32c": format!("{:08x}", w.crc32c)})))
         .collect();
     let text = pretty(&json!({
@@ -267,6 +297,7 @@ fn manifest(spec: &ExportSpec, staging: &Staging, target: &Path) -> Result<Strin
         "version": env!("CARGO_PKG_VERSION"),
         "kind": layout::kind_name(&spec.kind),
         "base_model": spec.base_model,
+        "max_seq_length": spec.max_seq_length,
         "provenance": spec.provenance,
         "files": files,
         DIGEST_KEY: format!("{DIGEST_PREFIX}00000000"),

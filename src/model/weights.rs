@@ -230,7 +230,8 @@ fn digest(file: &dyn TensorFile, name: &str) -> Result<u64> {
     Ok(hasher.finish())
 }
 
-fn find_weights(folder: &Path) -> Result<PathBuf> {
+/// The file that holds the weights of the module in `folder`, or names those that do.
+pub(super) fn find_weights(folder: &Path) -> Result<PathBuf> {
     let found = WEIGHT_FILES.iter().map(|name| folder.join(name)).find(|path| path.exists());
     found.ok_or_else(|| {
         let cause = format!("no weights: none of {} is there", WEIGHT_FILES.join(", "));
@@ -238,7 +239,8 @@ fn find_weights(folder: &Path) -> Result<PathBuf> {
     })
 }
 
-fn open_file(path: &Path) -> Result<Box<dyn TensorFile>> {
+/// Opens one file of weights, of either format.
+pub(super) fn open_file(path: &Path) -> Result<Box<dyn TensorFile>> {
     // Both PyTorch containers are known by their first bytes; a safetensors file begins with the length of its header.
     let mut magic = [0; 4];
     let meta = std::fs::metadata(path).at(path, "cannot read the weights")?;

@@ -6,6 +6,9 @@
 //! Normalisation of a row: `y = x / max(‖x‖, ε)` with ε = 10⁻¹². Saved: `y` and `‖x‖`. Backward: `dx = (dy − y (y · dy)) / ‖x‖`, and
 //! `dx = dy / ε` where `‖x‖ < ε`, since the divisor is then constant.
 
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
 use super::Count;
 use crate::device::{Device, Tensor};
 
@@ -13,9 +16,11 @@ use crate::device::{Device, Tensor};
 pub const LEAST_NORM: f64 = 1e-12;
 
 /// What a sentence embedding is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Pooling {
     /// The first row.
+    #[default]
     Cls,
     /// The mean of all rows.
     Mean,

@@ -13,9 +13,11 @@ use crate::files::Disk;
 use crate::model::element::Dtype;
 use crate::model::export::{ExportKind, ExportSpec, export_on};
 use crate::model::names;
-use crate::model::weights;
+use crate::model::parameters::Parameters;
+use crate::model::safetensors::SafeTensors;
+use crate::model::tensor_file::TensorFile;
 use crate::train::checkpoint::{Checkpoint, Opened, State, WEIGHTS};
-use crate::train::origin::{self, About, Kept};
+use crate::train::origin::{self, About, Kept, Purpose};
 use crate::train::store::{self, Store};
 
 /// What to export, and where to.
@@ -71,30 +73,50 @@ pub fn export_run(disk: &Disk, request: &Request, warn: &mut dyn FnMut(String)) 
     };
     check_same(&origin, &checkpoint, warn)?;
 
-    let weights = weights::Checkpoint::open(checkpoint.dir.join(WEIGHTS))?;
-    let mut spec = ExportSpec::new(origin.config.clone(), ExportKind::MaskedLm, &origin.dir);
+    // By the engine's own names, which those of a bi-encoder's checkpoint are and those of published models are not.
+    let weights = SafeTensors::open(checkpoint.dir.join(WEIGHTS))?;
+    let mut spec = ExportSpec::new(origin.config.clone(), kind(&origin.about.purpose), &origin.dir);
+    match &origin.about.purpose {
+        Purpose::Pretrain => spec.enhanced_decoder = weights.has_all(&names::enhanced_decoder(&origin.config)),
+        Purpose::BiEncoder { prompts, max_length, .. } => {
+            spec.prompts = prompts.clone();
+            spec.max_seq_length = (*max_length).min(spec.max_seq_length);
+        }
+        Purpose::CrossEncoder { max_length } => spec.max_seq_length = (*max_length).min(spec.max_seq_length),
+    }
     spec.dtype = request.dtype;
     spec.max_shard_bytes = request.max_shard_bytes;
     spec.replace = request.overwrite;
-    spec.enhanced_decoder = weights.contains_all(&names::enhanced_decoder(&origin.config));
     spec.pooler = origin.pooler.is_some();
     spec.base_model = origin.about.base_model.clone();
     spec.provenance = provenance(&checkpoint.state);
     export_on(disk, &spec, &request.output, &mut |name, values| {
         let from = match &origin.pooler {
-            Some(pooler) if pooler.contains(name) => pooler,
+            Some(pooler) if pooler.find(name).is_some() => pooler,
             _ => &weights,
         };
-        let shape = from.shape(name).ok_or_else(|| {
+        let missing = || {
             Error::refused("the model has no such parameter")
                 .path(from.path())
                 .tensor(name)
                 .remedy("give a checkpoint of this run")
-        })?;
+        };
+        let shape = from.find(name).ok_or_else(missing)?;
         values.resize(shape.iter().product(), 0.0);
         from.read_f32(name, &shape, values)
     })?;
     Ok(checkpoint)
+}
+
+/// What is exported of a run with this purpose.
+fn kind(purpose: &Purpose) -> ExportKind {
+    match *purpose {
+        Purpose::Pretrain => ExportKind::MaskedLm,
+        Purpose::BiEncoder { pooling, normalize, projection, untied, .. } => {
+            ExportKind::BiEncoder { pooling, normalize, projection, untied }
+        }
+        Purpose::CrossEncoder { .. } => ExportKind::CrossEncoder,
+    }
 }
 
 fn newest(disk: &Disk, run: &Path, warn: &mut dyn FnMut(String)) -> Result<Checkpoint> {

@@ -12,10 +12,11 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, IoContext, Result};
 use crate::graph::{Capacity, check_gpu};
 use crate::model::config::BertConfig;
+use crate::model::parameters::Parameters;
 use crate::model::weights::Checkpoint;
 use crate::model::{hub, names, presets};
 use crate::train::batches::CorpusBatches;
-use crate::train::origin::{self, Origin};
+use crate::train::origin::{self, Origin, Purpose};
 use crate::train::plan::Plan;
 use crate::train::pretrain::PretrainEngine;
 use crate::train::settings::{Objective, Settings};
@@ -126,10 +127,16 @@ impl Parts {
             model: of("model"),
             data: of("data"),
             base_model: name.filter(|name| hub::is_hub_name(name) && !Path::new(name).exists()),
-            pooler: self.weights.as_ref().is_some_and(|w| w.contains_all(&names::pooler(&self.config))),
+            pooler: self.weights.as_ref().is_some_and(|w| Purpose::Pretrain.keeps_pooler(&self.config, w)),
+            purpose: Purpose::Pretrain,
         };
         let tokenizer = self.shards.read_files()?;
-        let origin = Origin { about, config: &self.config, tokenizer, weights: self.weights.as_ref() };
+        let origin = Origin {
+            about,
+            config: &self.config,
+            tokenizer,
+            weights: self.weights.as_ref().map(|w| w as &dyn Parameters),
+        };
         origin::keep(&workspace.disk, &workspace.out, &origin)
     }
 }

@@ -23,6 +23,11 @@ pub fn gpu() -> Device {
     Device::open(&name).unwrap_or_else(|e| panic!("RETROMAE_DEVICE={name}: {e}")).0
 }
 
+/// The model of a golden case.
+pub fn model(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/head32").join(case).join("model")
+}
+
 /// A golden case: its options and what must come out.
 struct Golden {
     dir: PathBuf,

@@ -5,7 +5,7 @@ use retromae_engine::Result;
 use retromae_engine::error::Error;
 use retromae_engine::model::config::BertConfig;
 use retromae_engine::model::element::Dtype;
-use retromae_engine::model::export::{Dense, ExportKind, ExportSpec, MANIFEST, Pooling, export, verify_export};
+use retromae_engine::model::export::{ExportKind, ExportSpec, MANIFEST, Pooling, export, verify_export};
 use retromae_engine::model::names;
 use retromae_engine::model::weights::Checkpoint;
 use serde_json::{Value, json};
@@ -31,8 +31,8 @@ pub fn source(name: &str, out: &mut Vec<f32>) -> Result<()> {
         "bert.pooler.dense.bias" => vec![64],
         "classifier.weight" => vec![1, 64],
         "classifier.bias" => vec![1],
-        "projection.weight" => vec![16, 64],
-        "projection.bias" => vec![16],
+        "linear.weight" | "linear_q.weight" | "linear_p.weight" => vec![16, 64],
+        "linear.bias" | "linear_q.bias" | "linear_p.bias" => vec![16],
         other => panic!("{other} was asked for"),
     });
     out.clear();
@@ -54,12 +54,7 @@ pub fn spec(kind: ExportKind, folder: &Path) -> ExportSpec {
 }
 
 pub fn bi_encoder(pooling: Pooling, normalize: bool, dense: bool) -> ExportKind {
-    let dense = dense.then(|| Dense {
-        out_features: 16,
-        weight: "projection.weight".into(),
-        bias: Some("projection.bias".into()),
-    });
-    ExportKind::BiEncoder { pooling, normalize, dense }
+    ExportKind::BiEncoder { pooling, normalize, projection: dense.then_some(16), untied: false }
 }
 
 fn json_of(path: PathBuf) -> Value {

@@ -45,9 +45,9 @@ pub(super) fn config(spec: &ExportSpec) -> Map<String, Value> {
 
 /// The files sentence-transformers needs; none for a cross-encoder, which it recognises by its architecture.
 pub(super) fn sentence_transformer_files(spec: &ExportSpec) -> Vec<(&'static str, Value)> {
-    let (pooling, normalize, dense) = match &spec.kind {
+    let (pooling, normalize, dense) = match spec.kind {
         ExportKind::MaskedLm => (Pooling::Cls, false, None),
-        ExportKind::BiEncoder { pooling, normalize, dense } => (*pooling, *normalize, dense.as_ref()),
+        ExportKind::BiEncoder { pooling, normalize, projection, .. } => (pooling, normalize, projection),
         ExportKind::CrossEncoder => return Vec::new(),
     };
     let mut modules = vec![module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")];
@@ -64,8 +64,8 @@ pub(super) fn sentence_transformer_files(spec: &ExportSpec) -> Vec<(&'static str
     if let Some(dense) = dense {
         let config = json!({
             "in_features": spec.config.hidden_size,
-            "out_features": dense.out_features,
-            "bias": dense.bias.is_some(),
+            "out_features": dense,
+            "bias": true,
             "activation_function": "torch.nn.modules.linear.Identity",
         });
         files.push(("2_Dense/config.json", config));

@@ -13,12 +13,27 @@ pub(crate) struct Staging {
     folder: OutputDir,
     /// Size and checksum of every file, by its path below the folder.
     files: BTreeMap<String, Written>,
+    /// What stands before the names that the methods take: empty, or a folder and `/`.
+    inside: String,
 }
 
 impl Staging {
     /// Begins the folder `target`. An existing folder is only replaced when `replace` is set and it holds the file `ours`.
     pub fn begin(disk: &Disk, target: &Path, replace: bool, ours: &str) -> Result<Self> {
-        Ok(Staging { folder: OutputDir::create_on(disk, target, replace, ours)?, files: BTreeMap::new() })
+        Ok(Staging {
+            folder: OutputDir::create_on(disk, target, replace, ours)?,
+            files: BTreeMap::new(),
+            inside: String::new(),
+        })
+    }
+
+    /// From now on names are those of files in `folder` below the folder being written; empty for that itself.
+    pub fn enter(&mut self, folder: &str) {
+        self.inside = if folder.is_empty() { String::new() } else { format!("{folder}/") };
+    }
+
+    fn full(&self, relative: &str) -> String {
+        format!("{}{relative}", self.inside)
     }
 
     /// The disk to write through.
@@ -28,7 +43,7 @@ impl Staging {
 
     /// Where a file is to be written by someone else, who then calls [`Staging::record`].
     pub fn place(&self, relative: &str) -> Result<PathBuf> {
-        let path = self.folder.path().join(relative);
+        let path = self.folder.path().join(self.full(relative));
         if let Some(folder) = path.parent() {
             self.disk().create_dir(folder)?;
         }
@@ -37,7 +52,7 @@ impl Staging {
 
     /// Notes a file that was written to its [`Staging::place`].
     pub fn record(&mut self, relative: &str, written: Written) {
-        self.files.insert(relative.to_string(), written);
+        self.files.insert(self.full(relative), written);
     }
 
     /// Writes a small file.
@@ -52,10 +67,10 @@ impl Staging {
 
     /// Whether a file of that name has been written.
     pub fn has(&self, relative: &str) -> bool {
-        self.files.contains_key(relative)
+        self.files.contains_key(&self.full(relative))
     }
 
-    /// Every file so far.
+    /// Every file so far, by its path below the folder being written.
     pub fn files(&self) -> &BTreeMap<String, Written> {
         &self.files
     }
