@@ -16,6 +16,7 @@ use retromae_engine::model::reranker::Reranker;
 use retromae_engine::retrieve::scorer::Scorer;
 use retromae_engine::train::contract::BatchFile;
 use retromae_engine::train::cross_encoder::Ranker;
+use retromae_engine::train::updates::Trainable as _;
 use safetensors::SafeTensors;
 
 use crate::world::{PASSAGES, QUERIES, World, golden};

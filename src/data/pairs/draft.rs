@@ -211,7 +211,7 @@ fn complete(pairs: &mut Pairs, scores: &[Vec<f32>; 2]) -> Result<()> {
         if let Some(first) = &few.first {
             let cause = format!("{} queries have fewer than {needed} scored negatives (first: {first})", few.count);
             return Err(Error::refused(cause)
-                .remedy("score more negatives, choose smaller groups, or let missing scores drop their queries"));
+                .remedy("score more negatives, choose smaller groups, or give --missing-teacher drop"));
         }
     }
     pairs.findings.unscored = missing;
