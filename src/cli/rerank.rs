@@ -142,7 +142,8 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
 
     let gpu = target.device.is_gpu();
     let tokens = args.tokens_per_batch.map_or(if gpu { 16_384 } else { 4_096 }, |n| n as usize).max(data.max_length);
-    let settings = settings(&args, &data, &target, tokens, digest::of(&path, &model.config)?);
+    let settings =
+        settings(&args, &data, &target, tokens, digest::of(Some(&path), &model.config, digest::Parts::Inference)?);
     let disk = Disk::default();
     let mut rerank = Rerank::begin(&disk, &data.candidates, &outputs, settings)?;
     if rerank.scored() > 0 {

@@ -171,7 +171,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 pub enum Opened {
     /// Every digest holds.
-    Good(Checkpoint),
+    Good(Box<Checkpoint>),
     /// Something is missing or has changed; says what and where.
     Damaged(Error),
 }
@@ -181,7 +181,7 @@ impl Checkpoint {
     /// engine: neither is damage, and neither is a reason to fall back to an older checkpoint.
     pub fn open(disk: &Disk, dir: &Path) -> Result<Opened> {
         match Self::open_checked(disk, dir) {
-            Ok(checkpoint) => Ok(Opened::Good(checkpoint)),
+            Ok(checkpoint) => Ok(Opened::Good(Box::new(checkpoint))),
             Err(Trouble::Damage(e)) => Ok(Opened::Damaged(e)),
             Err(Trouble::Other(e)) => Err(e),
         }

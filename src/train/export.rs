@@ -66,7 +66,7 @@ pub fn export_run(disk: &Disk, request: &Request, warn: &mut dyn FnMut(String)) 
     let origin = origin::open(disk, run)?;
     let checkpoint = match &request.checkpoint {
         Some(dir) => match Checkpoint::open(disk, dir)? {
-            Opened::Good(checkpoint) => checkpoint,
+            Opened::Good(checkpoint) => *checkpoint,
             Opened::Damaged(e) => return Err(e),
         },
         None => newest(disk, run, warn)?,

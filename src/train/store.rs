@@ -73,7 +73,7 @@ impl Store {
         let mut bad: Damaged = Vec::new();
         for (_, dir) in self.list()?.into_iter().rev() {
             match Checkpoint::open(&self.disk, &dir)? {
-                Opened::Good(checkpoint) => return Ok((Some(checkpoint), bad)),
+                Opened::Good(checkpoint) => return Ok((Some(*checkpoint), bad)),
                 Opened::Damaged(error) => bad.push((dir, error)),
             }
         }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use super::pairs::{self, PairData};
-use super::{Job, configuration, fingerprint, fit, keep_origin};
+use super::{Job, configuration, fit, keep_origin};
 use crate::data::corpus::Corpus;
 use crate::data::pairs::batch::ContrastiveBuilder;
 use crate::data::pairs::texts::{TextRules, Texts};
@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::graph::biencoder::Shape;
 use crate::graph::check_gpu;
 use crate::model::config::BertConfig;
+use crate::model::digest::{self, Parts};
 use crate::model::hub;
 use crate::model::parameters::Parameters;
 use crate::model::towers::{PROJECTION, PROJECTIONS, SIDES, Towers};
@@ -102,7 +103,7 @@ impl BiEncoderJob {
                 config.num_attention_heads,
                 config.vocab_size
             ),
-            model_fingerprint: fingerprint(&config, path.as_deref())?,
+            model_fingerprint: digest::of(path.as_deref(), &config, Parts::Inference)?,
             parameters: footprint.parameters as u64,
             data: data.words.clone(),
             data_fingerprint: data.fingerprint.clone(),

@@ -9,9 +9,8 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::data::shard::ShardSet;
 use crate::data::tokenizer::Tokenizer;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
 use crate::model::config::BertConfig;
 use crate::model::parameters::Parameters;
 use crate::model::{hub, presets};
@@ -122,56 +121,6 @@ pub(super) fn fit(config: &mut BertConfig, vocabulary: usize, data: &Path, notes
         ));
     }
     Ok(())
-}
-
-/// Refuses data whose token ids mean other tokens to the model in `folder` than to the tokenizer that made them.
-pub(super) fn same_tokenizer(folder: &Path, shards: &ShardSet, notes: &mut Vec<String>) -> Result<()> {
-    let of_model = Tokenizer::load(folder)?;
-    let of_data = Tokenizer::load(shards.dir())?;
-    if of_model.fingerprint() == of_data.fingerprint() {
-        return Ok(());
-    }
-    match of_data.first_difference(&of_model, of_data.vocab_size()) {
-        Some((id, data, model)) => {
-            let cause = format!(
-                "made with another tokenizer than that of {}: token {id} is {data:?} in the data and {model:?} in the model",
-                folder.display()
-            );
-            let remedy = format!("tokenize with --tokenizer {}", folder.display());
-            Err(Error::refused(cause).path(shards.dir()).remedy(remedy))
-        }
-        None => {
-            notes.push(format!(
-                "{} and {}: the tokenizers have the same tokens but treat text differently, as in lower-casing",
-                shards.dir().display(),
-                folder.display()
-            ));
-            Ok(())
-        }
-    }
-}
-
-/// Digest of the configuration and of the weights the run starts from.
-pub(super) fn fingerprint(config: &BertConfig, weights: Option<&Path>) -> Result<String> {
-    let mut sha = Sha256::new();
-    sha.update(serde_json::Value::Object(config.to_map()).to_string());
-    let mut files = Vec::new();
-    match weights {
-        Some(folder) if folder.is_dir() => {
-            for entry in std::fs::read_dir(folder).at(folder, "cannot list the folder")? {
-                files.push(entry.at(folder, "cannot list the folder")?.path());
-            }
-            files.retain(|path| path.extension().is_some_and(|e| e == "safetensors" || e == "bin"));
-            files.sort();
-        }
-        Some(file) => files.push(file.to_path_buf()),
-        None => {}
-    }
-    for path in files {
-        let mut file = std::fs::File::open(&path).at(&path, "cannot open")?;
-        std::io::copy(&mut file, &mut sha).at(&path, "cannot read")?;
-    }
-    Ok(hex16(&sha.finalize()))
 }
 
 pub(super) fn short_digest(bytes: &[u8]) -> String {

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::{hex16, same_tokenizer};
+use super::hex16;
 use crate::data::masking::LONGEST_TEXT;
 use crate::data::order::Part;
-use crate::data::pairs::files::{PairFiles, from_files};
+use crate::data::pairs::files::{PairFiles, from_files, same_tokenizer};
 use crate::data::pairs::groups::Groups;
 use crate::data::pairs::negatives::SystemRules;
 use crate::data::pairs::rows::{RowRules, from_rows};

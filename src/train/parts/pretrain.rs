@@ -4,17 +4,19 @@ use std::sync::Arc;
 
 use crate::data::corpus::Corpus;
 use crate::data::masking::{LONGEST_TEXT, MaskRules};
+use crate::data::pairs::files::same_tokenizer;
 use crate::data::shard::{META, ShardSet};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, IoContext, Result};
 use crate::graph::{Capacity, check_gpu};
 use crate::model::config::BertConfig;
+use crate::model::digest::{self, Parts};
 use crate::model::names;
 use crate::model::parameters::Parameters;
 use crate::model::weights::Checkpoint;
 use crate::train::batches::CorpusBatches;
 use crate::train::origin::Purpose;
-use crate::train::parts::{Job, configuration, fingerprint, fit, keep_origin, same_tokenizer, short_digest};
+use crate::train::parts::{Job, configuration, fit, keep_origin, short_digest};
 use crate::train::plan::Plan;
 use crate::train::settings::{Objective, Settings};
 use crate::train::step::{self, Pretrainer};
@@ -85,7 +87,7 @@ impl Pretraining {
                 config.num_attention_heads,
                 config.vocab_size
             ),
-            model_fingerprint: fingerprint(&config, start.weights.as_deref())?,
+            model_fingerprint: digest::of(start.weights.as_deref(), &config, Parts::All)?,
             parameters: footprint.parameters as u64,
             data: format!("{} sequences, {} tokens", facts.sequences, facts.tokens),
             data_fingerprint: short_digest(&std::fs::read(data.join(META)).at(data.join(META), "cannot read")?),

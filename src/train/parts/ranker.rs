@@ -1,11 +1,12 @@
 //! [`Job`] of a cross-encoder: pairs, and an encoder with a score.
 
 use super::pairs::{self, PairData};
-use super::{Job, configuration, fingerprint, fit, keep_origin};
+use super::{Job, configuration, fit, keep_origin};
 use crate::data::pairs::batch::{CrossBuilder, PairTexts};
 use crate::error::Result;
 use crate::graph::{Capacity, check_gpu};
 use crate::model::config::BertConfig;
+use crate::model::digest::{self, Parts};
 use crate::model::names;
 use crate::model::parameters::Parameters;
 use crate::model::weights::Checkpoint;
@@ -110,7 +111,7 @@ impl RankerJob {
                 config.num_attention_heads,
                 config.vocab_size
             ),
-            model_fingerprint: fingerprint(&config, start.weights.as_deref())?,
+            model_fingerprint: digest::of(start.weights.as_deref(), &config, Parts::Inference)?,
             parameters: footprint.parameters as u64,
             data: data.words.clone(),
             data_fingerprint: data.fingerprint.clone(),
