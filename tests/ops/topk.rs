@@ -36,8 +36,6 @@ impl Case {
         for q in q.chunks(self.width) {
             let score = |x: &[f64]| q.iter().zip(x).map(|(q, x)| q * x).sum::<f64>() as f32;
             let mut all: Vec<(f32, u32)> = x.chunks(self.width).map(score).zip(5..).collect();
-            all.sort_by(|a, b| b.partial_cmp(a).unwrap());
-            // Equal scores: the lower number first.
             all.sort_by(|a, b| b.0.partial_cmp(&a.0).unwrap().then(a.1.cmp(&b.1)));
             all.resize(all.len().max(self.k), (f32::NEG_INFINITY, u32::MAX));
             best.extend_from_slice(&all[..self.k]);
