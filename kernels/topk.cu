@@ -4,7 +4,7 @@
 //   s[b, i] = q[b] . x[i]      order: s descending, then number of the row ascending      best[b, 0 .. k] = the first k of that order
 //
 // q [Q, W], x [N, W], f32 or bf16, W a multiple of 8, 16-byte aligned, no NaN. A score is one sum in f32 whose order depends on W alone,
-// and (score, number) orders rows strictly, so results are the same bits whatever blocks the rows came in and however blocks of threads ran.
+// and (score, number) orders rows strictly: results are the same bits whatever blocks the rows came in and however threads were scheduled.
 //
 // topk_clear     scores [Q, k] (=): -inf, rows [Q, k] (=): all bits set, counts [Q] (=): 0. Grid ceil(Q k / 256), block 256.
 // topk_scan_*    candidates [Q, capacity] (+): the rows of x that come before the k-th best of `scores` and `rows`, as keys, behind the

@@ -59,10 +59,11 @@ impl Case {
         for storage in [DType::F32, DType::BF16] {
             let (cpu, here) = (Place { gpu: None, storage }, Place { gpu: Some(fresh()), storage });
             let all = 0..self.rows;
+            let all = std::slice::from_ref(&all);
             let mut search = TopK::new(Device::Cpu, self.shape()).unwrap();
-            let (exact, _) = self.run(cpu, &mut search, std::slice::from_ref(&all));
+            let (exact, _) = self.run(cpu, &mut search, all);
             let mut search = TopK::new(here.device(), self.shape()).unwrap();
-            let (scores, rows) = self.run(here, &mut search, &[all]);
+            let (scores, rows) = self.run(here, &mut search, all);
             // Every product counts with its own rounding.
             let allowed = 1e-6 * self.width as f32;
             assert!(scores.iter().zip(&exact).all(|(a, b)| a == b || (a - b).abs() <= allowed));
@@ -100,13 +101,15 @@ fn results_do_not_depend_on_blocks() {
     for (case, storage) in [(PLAIN, DType::F32), (PLAIN, DType::BF16), (coarse, DType::F32), (coarse, DType::BF16)] {
         let place = Place { gpu: Some(fresh()), storage };
         let mut search = TopK::new(place.device(), case.shape()).unwrap();
-        let whole = case.run(place, &mut search, &[0..1500]);
+        let all = 0..case.rows;
+        let all = std::slice::from_ref(&all);
+        let whole = case.run(place, &mut search, all);
         let bits = |(scores, rows): &(Vec<f32>, Vec<u32>)| {
             (scores.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), rows.clone())
         };
         if case.coarse {
             let mut exact = TopK::new(Device::Cpu, case.shape()).unwrap();
-            assert!(bits(&case.run(Place { gpu: None, storage }, &mut exact, &[0..1500])) == bits(&whole));
+            assert!(bits(&case.run(Place { gpu: None, storage }, &mut exact, all)) == bits(&whole));
             assert!(whole.0.chunks(case.k).all(|scores| scores.windows(2).any(|w| w[0] == w[1])), "no equal scores");
         }
         let cuts = [vec![0..1, 1..100, 100..100, 100..1500], vec![700..1500, 300..700, 0..300]];
