@@ -5,6 +5,7 @@
 
 mod demo;
 mod doctor;
+mod encode;
 mod export;
 mod inspect;
 mod progress;
@@ -79,6 +80,8 @@ enum Command {
     Train(Box<train::Arguments>),
     /// Make a checkpoint of a run a model that others load
     Export(export::Arguments),
+    /// Turn texts into embeddings
+    Encode(Box<encode::Arguments>),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -95,6 +98,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(args, global),
         Command::Train(args) => train::run(*args, global),
         Command::Export(args) => export::run(args, global),
+        Command::Encode(args) => encode::run(*args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

@@ -115,7 +115,16 @@ impl Table {
     }
 
     /// Allocates weights and gradients.
-    pub fn allocate(mut self, device: Device, storage: DType) -> Params {
+    pub fn allocate(self, device: Device, storage: DType) -> Params {
+        self.arenas(device, storage, true)
+    }
+
+    /// Allocates weights alone, for a model that only computes forward; its gradients must not be touched.
+    pub fn allocate_frozen(self, device: Device, storage: DType) -> Params {
+        self.arenas(device, storage, false)
+    }
+
+    fn arenas(mut self, device: Device, storage: DType, trained: bool) -> Params {
         let order: Vec<usize> = [true, false]
             .into_iter()
             .flat_map(|decay| (0..self.entries.len()).map(move |i| (i, decay)))
@@ -128,7 +137,11 @@ impl Table {
         }
         let lengths: Vec<usize> = order.iter().map(|&i| self.entries[i].len).collect();
         let arena = |dtype| Arena::zeros(device, dtype, lengths.iter().copied());
-        let (masters, gradients) = (arena(storage.wide()), arena(storage.wide()));
+        let masters = arena(storage.wide());
+        let gradients = match trained {
+            true => arena(storage.wide()),
+            false => Arena::zeros(device, storage.wide(), lengths.iter().map(|_| 1)),
+        };
         let copies = (storage != storage.wide()).then(|| arena(storage));
         for part in &mut self.parts {
             part.offset = masters.offset(place[part.entry]) + part.start;

@@ -1,5 +1,12 @@
 //! What a trained model is for: texts to embeddings, embeddings to ranked lists, lists to hard negatives and to reranked lists.
 //!
+//! - [`model`]: a bi-encoder with its tokenizer; [`embedder`]: its tower, forward only; [`encode`]: files of texts to a folder of embeddings
+//! - [`embeddings`]: that folder; [`npy`]: its files
 //! - [`topk`]: the best rows of each query, exactly
 
+pub mod embedder;
+pub mod embeddings;
+pub mod encode;
+pub mod model;
+pub mod npy;
 pub mod topk;
