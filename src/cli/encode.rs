@@ -16,7 +16,7 @@ use crate::ops::pool::Pooling;
 use crate::retrieve::embedder::Kind;
 use crate::retrieve::embeddings::Layout;
 use crate::retrieve::encode;
-use crate::retrieve::model::{Model, Overrides, Texts};
+use crate::retrieve::model::{Model, Overrides, Reading, Texts};
 use crate::retrieve::npy::Stored;
 use crate::train::target::Target;
 
@@ -135,8 +135,8 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     let source = match shards {
         0 => {
             let inputs = source::expand(&args.input)?;
-            let blank = args.doc_sep == DocSep::Blank;
-            model.documents(&job, inputs, args.title_sep, args.input_format.format(), blank)?
+            let (format, blank_lines) = (args.input_format.format(), args.doc_sep == DocSep::Blank);
+            model.documents(&job, inputs, Reading { title_sep: args.title_sep, format, blank_lines, only: None })?
         }
         n if n == args.input.len() => model.shards(&job, &args.input.iter().map(PathBuf::from).collect::<Vec<_>>())?,
         _ => return Err(Error::usage("--input names token shards and other files").remedy("encode them one by one")),

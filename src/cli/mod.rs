@@ -6,9 +6,11 @@
 mod demo;
 mod doctor;
 mod encode;
+mod evaluate;
 mod export;
 mod inspect;
 mod progress;
+mod search;
 mod step;
 mod tokenize;
 mod train;
@@ -82,6 +84,10 @@ enum Command {
     Export(export::Arguments),
     /// Turn texts into embeddings
     Encode(Box<encode::Arguments>),
+    /// Find the best passages of every query, exactly
+    Search(search::Arguments),
+    /// Judge a run: MRR, recall, NDCG, MAP, precision
+    Evaluate(evaluate::Arguments),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -99,6 +105,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Train(args) => train::run(*args, global),
         Command::Export(args) => export::run(args, global),
         Command::Encode(args) => encode::run(*args, global),
+        Command::Search(args) => search::run(args, global),
+        Command::Evaluate(args) => evaluate::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

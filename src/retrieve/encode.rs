@@ -85,7 +85,8 @@ struct Window {
     counts: SourceCounts,
 }
 
-/// Embeds all of `source` into the folder `output`. Where an earlier run of the same job was interrupted, goes on.
+/// Embeds all of `source` into the folder `output`. Where an earlier run of the same job was interrupted, goes on;
+/// where it was not, nothing is done.
 ///
 /// # Errors
 /// An input that is refused, a folder of something else, settings or an input that changed since the folder was begun, an embedding that
@@ -99,8 +100,14 @@ pub fn run(
     watch: &dyn Fn(Progress),
 ) -> Result<Encoded> {
     let started = Instant::now();
-    if let Some(rows) = writer::complete(disk, output, job, &source.describe())? {
-        return Ok(Encoded { rows, resumed: rows, ..Encoded::default() });
+    if let Some(meta) = writer::complete(disk, output, job)? {
+        let same = source.skip(meta.count)? && source.next(1)?.is_none() && source.digest() == meta.source_sha256;
+        if !same {
+            return Err(Error::refused("holds the embeddings of another input")
+                .path(output)
+                .remedy("choose another --output or add --overwrite"));
+        }
+        return Ok(Encoded { rows: meta.count, resumed: meta.count, ..Encoded::default() });
     }
     let mut writer = Writer::open(disk, output, job, &source.describe())?;
     let resumed = writer.rows();

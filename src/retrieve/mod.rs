@@ -2,11 +2,12 @@
 //!
 //! - [`model`]: a bi-encoder with its tokenizer; [`embedder`]: its tower, forward only; [`encode`]: files of texts to a folder of embeddings
 //! - [`embeddings`]: that folder; [`npy`]: its files
-//! - [`topk`]: the best rows of each query, exactly
+//! - [`search`]: embeddings to ranked lists; [`topk`]: the best rows of each query, exactly
 
 pub mod embedder;
 pub mod embeddings;
 pub mod encode;
 pub mod model;
 pub mod npy;
+pub mod search;
 pub mod topk;

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ahash::AHashSet;
+
 use super::embedder::{self, Embedder, Kind};
 use super::embeddings::{Layout, Spec};
 use super::encode::Job;
@@ -64,6 +66,19 @@ impl Texts {
             overwrite: false,
         }
     }
+}
+
+/// How raw text is read.
+#[derive(Clone, Debug)]
+pub struct Reading {
+    /// How titles are joined.
+    pub title_sep: TitleSep,
+    /// Overrules the detection of formats.
+    pub format: Option<Format>,
+    /// Plain text is separated by blank lines.
+    pub blank_lines: bool,
+    /// Documents with other ids are passed over.
+    pub only: Option<AHashSet<String>>,
 }
 
 /// An opened model.
@@ -173,15 +188,9 @@ impl Model {
     ///
     /// # Errors
     /// A model without a tokenizer.
-    pub fn documents(
-        &self,
-        job: &Job,
-        inputs: Vec<Input>,
-        title_sep: TitleSep,
-        format: Option<Format>,
-        blank_lines: bool,
-    ) -> Result<Source> {
-        let options = StreamOptions { title_sep, tokens: room(job), format, blank_lines };
+    pub fn documents(&self, job: &Job, inputs: Vec<Input>, reading: Reading) -> Result<Source> {
+        let Reading { title_sep, format, blank_lines, only } = reading;
+        let options = StreamOptions { title_sep, tokens: room(job), format, blank_lines, only };
         Ok(Source::Texts(Box::new(TextStream::new(inputs, self.tokenizer()?.clone(), options))))
     }
 

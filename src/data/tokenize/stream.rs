@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+use ahash::AHashSet;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
@@ -27,6 +28,8 @@ pub struct StreamOptions {
     pub format: Option<Format>,
     /// Plain text is separated by blank lines.
     pub blank_lines: bool,
+    /// Documents with other ids are passed over.
+    pub only: Option<AHashSet<String>>,
 }
 
 /// What was read so far.
@@ -180,8 +183,13 @@ impl TextStream {
         source::open(input, self.options.format, self.options.blank_lines, Arc::new(AtomicU64::new(0)))
     }
 
-    /// Counts and numbers a document; none when its id was there before.
+    /// Counts and numbers a document; none when it is passed over.
     fn take(&mut self, mut document: Document) -> Result<Option<Document>> {
+        if let Some(only) = &self.options.only
+            && document.id.as_ref().is_none_or(|id| !only.contains(id))
+        {
+            return Ok(None);
+        }
         if document.id.as_deref().is_some_and(|id| self.seen.again(id)) {
             self.counts.duplicates += 1;
             return Ok(None);

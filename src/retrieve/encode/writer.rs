@@ -67,10 +67,6 @@ impl<'j> Writer<'j> {
         let lock = Lock::acquire(dir)?;
         if ours && job.overwrite {
             remove_all(disk, dir)?;
-        } else if Meta::is_at(dir) {
-            return Err(Error::refused("the embeddings are there already")
-                .path(dir)
-                .remedy("choose another --output or add --overwrite"));
         }
         let fresh = State {
             spec: job.spec.clone(),
@@ -253,41 +249,48 @@ impl<'j> Writer<'j> {
     }
 }
 
+/// The first setting in which two descriptions differ: what, and both values.
+fn difference(was: (&Spec, Layout), now: (&Spec, Layout)) -> Option<(String, String, String)> {
+    let fields = |(spec, layout): (&Spec, Layout)| {
+        let value = serde_json::to_value(spec).unwrap_or_default();
+        let spec = value.as_object().cloned().unwrap_or_default();
+        // The name of a model may change; its digest says whether it is another.
+        let named = spec.into_iter().filter(|(key, _)| key != "model").map(|(key, value)| (key, value.to_string()));
+        named.chain([("layout".into(), format!("{layout:?}"))]).collect::<Vec<(String, String)>>()
+    };
+    let pair = fields(was).into_iter().zip(fields(now)).find(|(a, b)| a != b);
+    pair.map(|((what, was), (_, now))| (what, was, now))
+}
+
 impl State {
     /// The first setting that differs from `now`: what, was, is.
     fn difference(&self, now: &State) -> Option<(String, String, String)> {
-        let fields = |state: &State| {
-            let value = serde_json::to_value(&state.spec).unwrap_or_default();
-            let spec = value.as_object().cloned().unwrap_or_default();
-            // The name of a model may change; its digest says whether it is another.
-            let mut all: Vec<(String, String)> =
-                spec.iter().filter(|(key, _)| *key != "model").map(|(k, v)| (k.clone(), v.to_string())).collect();
-            all.push(("layout".into(), format!("{:?}", state.layout)));
-            all.push(("rows a file".into(), state.rows_per_file.to_string()));
-            all.push(("the input".into(), state.source.clone()));
-            all
-        };
-        let pair = fields(self).into_iter().zip(fields(now)).find(|(a, b)| a != b);
-        pair.map(|((what, was), (_, is))| (what, was, is))
+        difference((&self.spec, self.layout), (&now.spec, now.layout)).or_else(|| {
+            let others =
+                |state: &State| [("rows a file", state.rows_per_file.to_string()), ("the input", state.source.clone())];
+            let pair = others(self).into_iter().zip(others(now)).find(|(a, b)| a != b);
+            pair.map(|((what, was), (_, now))| (what.to_string(), was, now))
+        })
     }
 }
 
-/// Where a run was killed between the description of the folder and the removal of what it was made from: removes that, and gives the
-/// number of rows.
-pub(super) fn complete(disk: &Disk, dir: &Path, job: &Job, source: &str) -> Result<Option<u64>> {
-    if job.overwrite || !Meta::is_at(dir) || !dir.join(PROGRESS).is_file() {
+/// The description of a folder that is complete already, and of the same job; what it was made from is removed if a run was killed
+/// before it did so.
+pub(super) fn complete(disk: &Disk, dir: &Path, job: &Job) -> Result<Option<Meta>> {
+    if job.overwrite || !Meta::is_at(dir) {
         return Ok(None);
     }
     let _lock = Lock::acquire(dir)?;
-    let (meta, state) = (Meta::read(dir)?, read(disk, dir)?);
-    let now = State { spec: job.spec.clone(), layout: job.layout, source: source.to_string(), ..state.clone() };
-    if let Some((what, was, now)) = state.difference(&now) {
+    let meta = Meta::read(dir)?;
+    if let Some((what, was, now)) = difference((&meta.spec, meta.layout), (&job.spec, job.layout)) {
         return Err(Error::refused(format!("holds embeddings with {what} {was}; now it is {now}"))
             .path(dir)
             .remedy("choose another --output or add --overwrite"));
     }
-    remove_parts(disk, dir, job.layout, &state.parts)?;
-    Ok(Some(meta.count))
+    if dir.join(PROGRESS).is_file() {
+        remove_parts(disk, dir, job.layout, &read(disk, dir)?.parts)?;
+    }
+    Ok(Some(meta))
 }
 
 /// Removes what a complete folder was made from.
