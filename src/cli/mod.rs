@@ -3,12 +3,14 @@
 //! To add a subcommand: a file here with a `clap::Args` struct and `pub fn run(args, &Global) -> Result<()>`, and one line each in
 //! `Command` and [`run`]. Results go to standard output through [`say`], progress and warnings to standard error.
 
+mod beir;
 mod demo;
 mod doctor;
 mod encode;
 mod evaluate;
 mod export;
 mod inspect;
+mod mine;
 mod progress;
 mod search;
 mod step;
@@ -86,8 +88,12 @@ enum Command {
     Encode(Box<encode::Arguments>),
     /// Find the best passages of every query, exactly
     Search(search::Arguments),
+    /// Mine hard negatives from a run
+    Mine(mine::Arguments),
     /// Judge a run: MRR, recall, NDCG, MAP, precision
     Evaluate(evaluate::Arguments),
+    /// Judge a model on data sets in BEIR's layout: encode, search, evaluate
+    Beir(Box<beir::Arguments>),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -107,6 +113,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Encode(args) => encode::run(*args, global),
         Command::Search(args) => search::run(args, global),
         Command::Evaluate(args) => evaluate::run(args, global),
+        Command::Beir(args) => beir::run(*args, global),
+        Command::Mine(args) => mine::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

@@ -9,7 +9,7 @@ pub mod source;
 mod writer;
 
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Instant;
 
 use self::source::{Source, SourceCounts};
@@ -52,7 +52,7 @@ impl Job {
 /// How far the work is.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Progress {
-    /// Rows that are there.
+    /// Rows that are computed or were there.
     pub rows: u64,
     /// Rows in all, where that is known.
     pub total: Option<u64>,
@@ -126,12 +126,17 @@ pub fn run(
     let (to, windows) = sync_channel::<Result<Window>>(1);
     std::thread::scope(|scope| -> Result<()> {
         scope.spawn(move || read(source, resumed, per_file, &to));
-        embed_all(windows, embedder, job, &mut writer, |window, tokens| {
-            done.rows += window.texts.ids.len() as u64;
-            done.tokens += tokens;
-            last = (window.digest.clone(), window.counts);
-            watch(Progress { rows: done.rows, total, tokens: done.tokens });
-        })
+        for window in windows {
+            let window = window?;
+            let rows = embed(embedder, job, &window.texts, |texts, tokens| {
+                done.rows += texts;
+                done.tokens += tokens;
+                watch(Progress { rows: done.rows, total, tokens: done.tokens });
+            })?;
+            writer.push(&window.texts.ids, &rows, &window.digest)?;
+            last = (window.digest, window.counts);
+        }
+        Ok(())
     })?;
     let (digest, counts) = last;
     if done.rows == 0 {
@@ -162,24 +167,8 @@ fn read(mut source: Source, mut row: u64, per_file: u64, to: &SyncSender<Result<
     }
 }
 
-fn embed_all(
-    windows: Receiver<Result<Window>>,
-    embedder: &mut Embedder,
-    job: &Job,
-    writer: &mut Writer<'_>,
-    mut done: impl FnMut(&Window, u64),
-) -> Result<()> {
-    for window in windows {
-        let window = window?;
-        let (rows, tokens) = embed(embedder, job, &window.texts)?;
-        writer.push(&window.texts.ids, &rows, &window.digest)?;
-        done(&window, tokens);
-    }
-    Ok(())
-}
-
-/// The embeddings `[n, W]` of some texts in their order, and the number of tokens.
-fn embed(embedder: &mut Embedder, job: &Job, texts: &Documented) -> Result<(Vec<f32>, u64)> {
+/// The embeddings `[n, W]` of some texts in their order; `done(texts, tokens)` is told of every batch.
+fn embed(embedder: &mut Embedder, job: &Job, texts: &Documented, mut done: impl FnMut(u64, u64)) -> Result<Vec<f32>> {
     let (count, width, capacity) = (texts.ids.len(), embedder.width(), embedder.capacity());
     let start = |i: usize| if i == 0 { 0 } else { texts.ends[i - 1] };
     let border = 2 + job.prefix.len();
@@ -187,7 +176,7 @@ fn embed(embedder: &mut Embedder, job: &Job, texts: &Documented) -> Result<(Vec<
     let mut order: Vec<usize> = (0..count).collect();
     order.sort_by_key(|&i| std::cmp::Reverse(length(i)));
     let mut rows = vec![0.0; count * width];
-    let (mut next, mut tokens) = (0, 0);
+    let mut next = 0;
     while next < count {
         let mut batch = TextBatch { cu_seqlens: vec![0], ..TextBatch::default() };
         let first = next;
@@ -205,7 +194,6 @@ fn embed(embedder: &mut Embedder, job: &Job, texts: &Documented) -> Result<(Vec<
             next += 1;
         }
         batch.types = vec![0; batch.ids.len()];
-        tokens += batch.ids.len() as u64;
         let embedded = embedder.embed(&batch)?;
         for (&i, row) in order[first..next].iter().zip(embedded.chunks_exact(width)) {
             if row.iter().any(|x| !x.is_finite()) {
@@ -214,8 +202,9 @@ fn embed(embedder: &mut Embedder, job: &Job, texts: &Documented) -> Result<(Vec<
             }
             rows[i * width..(i + 1) * width].copy_from_slice(row);
         }
+        done((next - first) as u64, batch.ids.len() as u64);
     }
-    Ok((rows, tokens))
+    Ok(rows)
 }
 
 /// The meta of a complete folder.

@@ -3,10 +3,14 @@
 //! - [`model`]: a bi-encoder with its tokenizer; [`embedder`]: its tower, forward only; [`encode`]: files of texts to a folder of embeddings
 //! - [`embeddings`]: that folder; [`npy`]: its files
 //! - [`search`]: embeddings to ranked lists; [`topk`]: the best rows of each query, exactly
+//! - [`mine`]: ranked lists to hard negatives
+//! - [`beir`]: a data set in BEIR's layout, from texts to figures
 
+pub mod beir;
 pub mod embedder;
 pub mod embeddings;
 pub mod encode;
+pub mod mine;
 pub mod model;
 pub mod npy;
 pub mod search;
