@@ -58,7 +58,9 @@ impl<'j> Writer<'j> {
         }
         disk.create_dir(dir)?;
         let ours = Meta::is_at(dir) || is_begun(dir);
-        let others = disk.list(dir)?.into_iter().any(|name| name != crate::files::lock::FILE);
+        // What a run leaves that is killed before it says what it will do.
+        let early = [crate::files::lock::FILE, PARTIAL_IDS, ".progress.json.tmp"];
+        let others = disk.list(dir)?.into_iter().any(|name| !early.contains(&name.as_str()));
         if others && !ours {
             return Err(Error::refused(format!("is not used: it holds files and no {META} of this program"))
                 .path(dir)
