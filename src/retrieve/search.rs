@@ -133,7 +133,9 @@ pub fn search(
                 return Err(Error::refused(format!("two queries have the id {id}"))
                     .remedy("give the folders of different queries"));
             }
-            if (list.len() as u64) < corpus.len().min(k as u64) {
+            // Scores that are no number are on no list.
+            let complete = list.len() as u64 == corpus.len().min(k as u64);
+            if !complete || list.iter().any(|hit| !hit.1.is_finite()) {
                 return Err(Error::refused(format!("inner products of query {id} are not finite"))
                     .remedy("encode with --normalize, or check the model"));
             }
