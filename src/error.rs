@@ -149,6 +149,11 @@ impl Error {
         self.0.kind
     }
 
+    /// Whether a file or folder is named.
+    pub fn has_path(&self) -> bool {
+        self.0.path.is_some()
+    }
+
     /// The cause alone, without path and remedy.
     pub fn cause(&self) -> &str {
         &self.0.cause

@@ -59,6 +59,10 @@ pub enum Site {
     Passages = 6,
     /// Key of the dropout masks of a step.
     Dropout = 7,
+    /// Exchanges of a randomisation test.
+    Compare = 8,
+    /// Choice of mined negatives.
+    Mine = 9,
 }
 
 /// Key of all counters of (`seed`, `step`, `site`): the seed's own stream at that step.

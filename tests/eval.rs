@@ -146,7 +146,10 @@ fn passages_with_the_querys_id_are_ignored_unless_they_are_the_answer() {
 #[test]
 fn a_run_of_other_queries_is_refused() {
     let error = small("x Q0 a 1 1 t\n", "q 0 a 1\n", &rules(Rules::Trec)).unwrap_err().to_string();
-    assert!(error.contains("none of the 1 queries of the run is among the 1 judged ones; check"), "{error}");
+    assert!(
+        error.contains("none of the 1 queries of the run (as x) is among the 1 judged ones (as q); check"),
+        "{error}"
+    );
 }
 
 #[test]

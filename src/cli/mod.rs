@@ -3,12 +3,17 @@
 //! To add a subcommand: a file here with a `clap::Args` struct and `pub fn run(args, &Global) -> Result<()>`, and one line each in
 //! `Command` and [`run`]. Results go to standard output through [`say`], progress and warnings to standard error.
 
+mod beir;
 mod demo;
 mod doctor;
+mod encode;
+mod evaluate;
 mod export;
 mod inspect;
+mod mine;
 mod progress;
 mod rerank;
+mod search;
 mod step;
 mod tokenize;
 mod train;
@@ -82,6 +87,16 @@ enum Command {
     Export(export::Arguments),
     /// Put the passages on a run's lists in the order of a cross-encoder's scores
     Rerank(rerank::Arguments),
+    /// Turn texts into embeddings
+    Encode(Box<encode::Arguments>),
+    /// Find the best passages of every query, exactly
+    Search(search::Arguments),
+    /// Mine hard negatives from a run
+    Mine(mine::Arguments),
+    /// Judge a run: MRR, recall, NDCG, MAP, precision
+    Evaluate(evaluate::Arguments),
+    /// Judge a model on data sets in BEIR's layout: encode, search, evaluate
+    Beir(Box<beir::Arguments>),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -99,6 +114,11 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Train(args) => train::run(*args, global),
         Command::Export(args) => export::run(args, global),
         Command::Rerank(args) => rerank::run(args, global),
+        Command::Encode(args) => encode::run(*args, global),
+        Command::Search(args) => search::run(args, global),
+        Command::Evaluate(args) => evaluate::run(args, global),
+        Command::Beir(args) => beir::run(*args, global),
+        Command::Mine(args) => mine::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

@@ -54,11 +54,9 @@ impl Progress {
             bar.set_message(message());
             return;
         }
-        let Ok(mut last) = self.last.lock() else { return };
-        if last.elapsed() < PLAIN_EVERY || Instant::now() < *last {
+        if !self.is_due() {
             return;
         }
-        *last = Instant::now();
         let share = match self.total {
             Some(total) if consumed > 0 && total > 0 => {
                 let left = seconds * total.saturating_sub(consumed) as f64 / consumed as f64;
@@ -67,6 +65,26 @@ impl Progress {
             _ => String::new(),
         };
         line(&format!("{}{share}", message()));
+    }
+
+    /// Shows a message, at the bar or every ten seconds as a line.
+    fn say(&self, message: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(message.to_string());
+            bar.tick();
+        } else if self.is_due() {
+            line(message);
+        }
+    }
+
+    /// Whether it is time for a plain line.
+    fn is_due(&self) -> bool {
+        let Ok(mut last) = self.last.lock() else { return false };
+        let due = Instant::now() >= *last && last.elapsed() >= PLAIN_EVERY;
+        if due {
+            *last = Instant::now();
+        }
+        due
     }
 
     /// A line above the bar.
@@ -82,6 +100,35 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// Progress over a number of rows, known or not.
+pub struct Rows {
+    inner: Progress,
+    what: &'static str,
+    /// Rows at the first update: those that an earlier run had done say nothing of the speed.
+    first: Mutex<Option<u64>>,
+}
+
+impl Rows {
+    /// Starts; `what` the rows are called.
+    pub fn start(quiet: bool, what: &'static str) -> Rows {
+        Rows { inner: Progress::start(None, quiet), what, first: Mutex::new(None) }
+    }
+
+    /// `rows` of `total` are done.
+    pub fn update(&self, rows: u64, total: Option<u64>) {
+        let Ok(mut first) = self.first.lock() else { return };
+        let new = rows.saturating_sub(*first.get_or_insert(rows));
+        let rate = new as f64 / self.inner.started.elapsed().as_secs_f64().max(1e-3);
+        let of = total.map(|total| format!(" of {}", grouped(total))).unwrap_or_default();
+        self.inner.say(&format!("{}{of} {}, {rate:.1} a second", grouped(rows), self.what));
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        self.inner.finish();
     }
 }
 

@@ -65,18 +65,40 @@ enum PackingArg {
     Blocks,
 }
 
+/// What raw input is.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum FormatArg {
+pub enum FormatArg {
+    /// Found by name and first bytes
     Auto,
+    /// Plain text
     Txt,
+    /// JSON lines
     Jsonl,
+    /// Tab-separated columns
     Tsv,
+    /// Parquet
     Parquet,
 }
 
+impl FormatArg {
+    /// The format, where one was named.
+    pub fn format(self) -> Option<Format> {
+        match self {
+            FormatArg::Auto => None,
+            FormatArg::Txt => Some(Format::Text),
+            FormatArg::Jsonl => Some(Format::Jsonl),
+            FormatArg::Tsv => Some(Format::Tsv),
+            FormatArg::Parquet => Some(Format::Parquet),
+        }
+    }
+}
+
+/// What separates documents of plain text.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
-enum DocSep {
+pub enum DocSep {
+    /// The end of a line
     Line,
+    /// A blank line
     Blank,
 }
 
@@ -91,13 +113,7 @@ impl Arguments {
             title_sep: self.title_sep,
             shard_tokens: self.shard_tokens as usize,
             threads,
-            format: match self.format {
-                FormatArg::Auto => None,
-                FormatArg::Txt => Some(Format::Text),
-                FormatArg::Jsonl => Some(Format::Jsonl),
-                FormatArg::Tsv => Some(Format::Tsv),
-                FormatArg::Parquet => Some(Format::Parquet),
-            },
+            format: self.format.format(),
             blank_lines: self.doc_sep == DocSep::Blank,
             keep_duplicates: self.keep_duplicates,
         }

@@ -8,12 +8,14 @@ use crate::data::shard::{self, ShardSet, Verified};
 use crate::error::{Error, IoContext, Result};
 use crate::files::disk::Disk;
 use crate::model::export;
+use crate::retrieve::embeddings::{Embeddings, Meta as EmbeddingsMeta};
+use crate::retrieve::encode;
 use crate::train::store::{self, Store};
 use crate::train::{checkpoint, origin, workspace};
 
 use super::{Global, grouped, say};
 
-/// Check every digest of what this program wrote: shards, checkpoints, exported models, and the folder of a run with all of these.
+/// Check every digest of what this program wrote: shards, checkpoints, exported models, embeddings, and the folder of a run with all of these.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Folders or files
@@ -30,6 +32,7 @@ enum What {
     Model,
     Origin,
     Run,
+    Embeddings,
 }
 
 /// Runs the subcommand: all paths are checked, whatever is found in the first ones.
@@ -65,6 +68,7 @@ impl What {
             What::Model => "exported model",
             What::Origin => "origin of a run",
             What::Run => "run",
+            What::Embeddings => "embeddings",
         }
     }
 }
@@ -73,6 +77,9 @@ fn kind(path: &Path) -> Result<What> {
     let meta = std::fs::metadata(path).at(path, "cannot open")?;
     if meta.is_dir() && ShardSet::is_set(path) {
         return Ok(What::Shards);
+    }
+    if meta.is_dir() && (EmbeddingsMeta::is_at(path) || encode::is_begun(path)) {
+        return Ok(What::Embeddings);
     }
     if meta.is_dir() && checkpoint::is_checkpoint(path) {
         return Ok(What::Checkpoint);
@@ -88,7 +95,7 @@ fn kind(path: &Path) -> Result<What> {
     }
     Err(Error::refused("is nothing that this program wrote, or its description is missing")
         .path(path)
-        .remedy("give a folder that tokenize, train or export wrote, or one .rms file"))
+        .remedy("give a folder that tokenize, train, export or encode wrote, or one .rms file"))
 }
 
 fn check(path: &Path, what: What) -> Result<Verified> {
@@ -99,6 +106,7 @@ fn check(path: &Path, what: What) -> Result<Verified> {
         What::Model => export::verify_export(path).and_then(|()| sizes(path)),
         What::Origin => origin::verify(path).and_then(|()| sizes(path)),
         What::Run => run_folder(path),
+        What::Embeddings => Embeddings::open(path)?.verify(),
     }
 }
 

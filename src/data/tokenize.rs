@@ -5,6 +5,7 @@
 
 mod ids;
 mod queue;
+pub mod stream;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

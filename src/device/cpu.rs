@@ -293,21 +293,23 @@ fn matmul_as<F: Real>(p: &Matmul<'_>) {
         Product::TN => (a.t(), b),
     };
     let c = &mut c[p.c.offset..];
-    if p.product == Product::NT && (1..general_rows(p.n)).contains(&p.m) {
+    if p.product == Product::NT && (1..general_rows(p.n, p.k)).contains(&p.m) {
         return few_rows(p, a, b, c);
     }
     gemm((p.m, p.n, p.k), F::ONE, a, b, c, p.c.stride, p.output, Threads::All);
 }
 
 /// Rows from which on the `gemm` crate takes its general path. For fewer it has others (matrix times vector; dot products for up to
-/// 256 outputs) that add up in another order, so that a text's embedding would change with the number of texts beside it.
-fn general_rows(columns: usize) -> usize {
-    (256 / columns.max(1) + 1).max(2)
+/// 256 outputs), and for up to 64 rows and columns it divides a long sum elsewhere. All of these add up in another order, so that a text's
+/// embedding would change with the number of texts beside it.
+fn general_rows(columns: usize, summands: usize) -> usize {
+    let least = if columns <= 64 && summands > 512 { 65 } else { 2 };
+    (256 / columns.max(1) + 1).max(least)
 }
 
 /// A product of few rows on the general path: zero rows are added.
 fn few_rows<F: Real>(p: &Matmul<'_>, a: View<'_, F>, b: View<'_, F>, c: &mut [F]) {
-    let (m, n, k, rows) = (p.m, p.n, p.k, general_rows(p.n));
+    let (m, n, k, rows) = (p.m, p.n, p.k, general_rows(p.n, p.k));
     scratch(rows * (k + n), |buffer| {
         buffer.fill(F::ZERO);
         let (wide, out) = buffer.split_at_mut(rows * k);

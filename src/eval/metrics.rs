@@ -165,10 +165,13 @@ pub fn evaluate(run: &Run, qrels: &Qrels, metrics: &[Metric], rules: &EvalRules)
     }
     let found = lists.iter().filter(|(_, _, place)| place.is_some()).count();
     if found == 0 {
+        let (ours, judged) = (run.queries().first(), qrels.queries().next());
         return Err(Error::refused(format!(
-            "none of the {} queries of the run is among the {} judged ones",
+            "none of the {} queries of the run (as {}) is among the {} judged ones (as {})",
             run.queries().len(),
-            qrels.len()
+            ours.map_or("none", String::as_str),
+            qrels.len(),
+            judged.map_or("none", |(query, _)| query),
         ))
         .remedy("check that run and judgements belong together"));
     }
@@ -191,6 +194,20 @@ pub fn evaluate(run: &Run, qrels: &Qrels, metrics: &[Metric], rules: &EvalRules)
         unjudged: run.queries().len() - found,
         per_query,
     })
+}
+
+/// Ids of passages in the run and in the judgements, where no passage on any list is judged: the two are probably of different
+/// collections, though their queries are the same.
+pub fn strangers<'a>(run: &'a Run, qrels: &'a Qrels) -> Option<(&'a str, &'a str)> {
+    for (query, id) in run.queries().iter().enumerate() {
+        let judged = qrels.of(id);
+        if judged.is_some_and(|judged| run.hits(query).any(|hit| judged.contains_key(hit.id))) {
+            return None;
+        }
+    }
+    let ours = (0..run.queries().len()).find_map(|query| run.hits(query).next());
+    let judged = qrels.queries().find_map(|(_, judged)| judged.keys().min());
+    Some((ours?.id, judged?))
 }
 
 /// The grades of a query's list in its order; 0 where nobody judged.

@@ -7,17 +7,19 @@
 //! - [`disk`]: single file operations, which tests can make fail or kill the process at
 //! - [`lock`]: one writer to a folder
 //! - [`output`]: a folder that gets its name when it is complete
+//! - [`sealed`]: JSON that carries its own digest
 //! - [`unfinished`]: what has been computed so far of a file that takes long
 
 use std::ffi::OsString;
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 
 pub mod disk;
 pub mod lock;
 pub mod output;
+pub mod sealed;
 pub mod unfinished;
 
 pub use disk::Disk;
@@ -39,6 +41,17 @@ pub fn write_atomic(path: &Path, fill: impl FnOnce(&mut BufWriter<disk::File>) -
 /// Writes a file under its own name and flushes it to the disk; for files inside a folder that is renamed as a whole afterwards.
 pub fn write_synced(path: &Path, fill: impl FnOnce(&mut BufWriter<disk::File>) -> io::Result<()>) -> Result<()> {
     Disk::default().write_synced(path, path, fill)
+}
+
+/// Whether a file of this name can be written, tried before hours are spent on its content.
+pub fn probe(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Err(Error::refused("is a folder").path(path).remedy("name a file"));
+    }
+    let temporary = sibling(path, &format!(".probe-{}", std::process::id()))?;
+    let made = std::fs::File::create(&temporary).map(drop);
+    let _ = std::fs::remove_file(&temporary);
+    made.at(path, "cannot create")
 }
 
 /// `.name<suffix>` beside `path`.

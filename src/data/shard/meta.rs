@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, IoContext, Result};
 use crate::files;
+use crate::files::sealed::{self, Sealed};
 
 use super::file::Shard;
 use super::format::{Header, VERSION};
@@ -114,9 +115,6 @@ pub(super) struct Meta {
     pub shards: Vec<ShardEntry>,
 }
 
-/// What separates the body from the digest.
-const TAIL: &str = ",\n  \"crc32c\": ";
-
 impl Meta {
     /// A description with this program's kind and version; counts, files and shards are to be filled in.
     pub fn new(header: &Header, fingerprint: String) -> Meta {
@@ -149,9 +147,7 @@ impl Meta {
         let path = dir.join(META);
         let text = serde_json::to_string_pretty(self)
             .map_err(|e| Error::refused(format!("cannot be described: {e}")).path(&path).remedy("report this"))?;
-        let body = text.trim_end_matches("\n}");
-        let crc = crc32c::crc32c(body.as_bytes());
-        files::write_synced(&path, |w| write!(w, "{body}{TAIL}{crc}\n}}\n"))
+        files::write_synced(&path, |w| w.write_all(sealed::seal(&text).as_bytes()))
     }
 
     /// Reads `dir/meta.json`, its digest checked.
@@ -172,13 +168,12 @@ impl Meta {
             other => other.at(&path, "cannot read")?,
         };
         let foreign = || bad("is not a description of shards by this program".into());
-        let (body, tail) = text.rsplit_once(TAIL).ok_or_else(foreign)?;
-        let stored: Option<u32> = tail.strip_suffix("\n}\n").and_then(|n| n.parse().ok());
-        if stored != Some(crc32c::crc32c(body.as_bytes())) {
-            return Err(bad("does not match its digest".into()));
-        }
-        let meta: Meta =
-            serde_json::from_str(&format!("{body}\n}}")).map_err(|e| bad(format!("cannot be read: {e}")))?;
+        let body = match sealed::open(&text) {
+            Sealed::Whole(body) => body,
+            Sealed::Damaged => return Err(bad("does not match its digest".into())),
+            Sealed::Foreign => return Err(foreign()),
+        };
+        let meta: Meta = serde_json::from_str(&body).map_err(|e| bad(format!("cannot be read: {e}")))?;
         if meta.kind != KIND {
             return Err(foreign());
         }

@@ -1,0 +1,182 @@
+//! A bi-encoder's tower as it is used: texts to embeddings, without optimizer, gradients or dropout.
+
+use sha2::{Digest, Sha256};
+
+use crate::data::pairs::texts::TextBatch;
+use crate::device::{DType, Device, Tensor};
+use crate::error::{Error, Result};
+use crate::graph::activations::{Activations, Plan};
+use crate::graph::biencoder::{Shape, Tower, TowerInputs};
+use crate::graph::extent::Bounds;
+use crate::graph::params::{Params, Table, to_f32};
+use crate::graph::records::Records;
+use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
+use crate::model::config::BertConfig;
+use crate::model::names;
+use crate::model::parameters::Parameters;
+use crate::model::towers::{PROJECTION, PROJECTIONS, SIDES, Towers};
+
+/// What is embedded: decides the encoder where a model has two, and the prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Kind {
+    /// Queries.
+    Query,
+    /// Passages.
+    Passage,
+}
+
+impl Kind {
+    /// The name on the command line and in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Query => "query",
+            Kind::Passage => "passage",
+        }
+    }
+
+    /// Place among the two sides of a model.
+    pub fn side(self) -> usize {
+        match self {
+            Kind::Query => 0,
+            Kind::Passage => 1,
+        }
+    }
+}
+
+/// A tower with its weights and buffers for batches up to a capacity.
+pub struct Embedder {
+    device: Device,
+    params: Params,
+    buffers: Activations,
+    tower: Tower,
+    inputs: TowerInputs,
+    /// `[S, W]`.
+    embeddings: Tensor,
+    width: usize,
+    capacity: Capacity,
+    records: Records<Bounds>,
+}
+
+impl Embedder {
+    /// The tower of `kind` in `towers`, for batches up to `capacity`.
+    ///
+    /// # Errors
+    /// Weights that cannot be read, not enough memory, or a model whose sizes the kernels do not have.
+    pub fn new(
+        (device, storage): (Device, DType),
+        towers: &Towers,
+        shape: Shape,
+        kind: Kind,
+        capacity: Capacity,
+    ) -> Result<Embedder> {
+        let config = &towers.config;
+        let width = shape.width(config);
+        if device.is_gpu() {
+            check_gpu(config)?;
+            if !width.is_multiple_of(8) {
+                let cause = format!("embeddings are {width} wide; the GPU's kernels need a multiple of 8");
+                return Err(Error::refused(cause).remedy("use --device cpu, or a model of another size"));
+            }
+        }
+        let (prefix, projection) = match towers.untied() {
+            true => (format!("{}.", SIDES[kind.side()]), PROJECTIONS[kind.side()]),
+            false => (String::new(), PROJECTION),
+        };
+        let (mut table, mut plan) = (Table::default(), Plan::default());
+        let tower = Tower::new(&mut table, &mut plan, config, capacity, shape, (&prefix, projection));
+        let params = table.allocate_weights(device, storage);
+        let missing = params.load(0, 0.0, |name, shape, out| towers.read(name, shape, out))?;
+        if let Some(name) = missing.first() {
+            return Err(Error::refused("parameter is missing").tensor(name).remedy("give a model that has it"));
+        }
+        let embedder = Embedder {
+            device,
+            params,
+            buffers: plan.allocate(device, storage),
+            tower,
+            inputs: TowerInputs::new(device, config, capacity, shape.pooling),
+            embeddings: device.zeros(storage, capacity.sequences * width),
+            width,
+            capacity,
+            records: Records::default(),
+        };
+        device.check().map(|()| embedder)
+    }
+
+    /// Width of the embeddings, W.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The largest batch.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    /// The embeddings `[S, W]` of the texts of a batch, which must fit the capacity.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn embed(&mut self, texts: &TextBatch) -> Result<Vec<f32>> {
+        let count = texts.sequences();
+        let places: Vec<u32> = (0..count as u32).collect();
+        let bounds = self.inputs.set(texts, &places, false);
+        let mut records = std::mem::take(&mut self.records);
+        records.run(self.device, bounds, || {
+            let pass =
+                Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout: StepDropout::OFF };
+            self.tower.forward(&pass, &self.inputs, &self.embeddings);
+        });
+        self.records = records;
+        let embeddings = to_f32(&self.embeddings.slice(0..count * self.width));
+        self.device.check().map(|()| embeddings)
+    }
+}
+
+/// SHA-256, in hex, of everything that the embeddings of a model depend on, pooling and prompts set aside: sizes and weights of both
+/// sides. It does not depend on the files' format.
+///
+/// # Errors
+/// Weights that cannot be read.
+pub fn digest(towers: &Towers) -> Result<String> {
+    let config = &towers.config;
+    let mut hash = Sha256::new();
+    let eps = config.layer_norm_eps.to_bits();
+    hash.update(format!("{} {:?} {eps}\n", config.num_attention_heads, config.hidden_act));
+    let mut values = Vec::new();
+    let mut add = |name: &str, shape: &[usize]| -> Result<()> {
+        values.clear();
+        values.resize(shape.iter().product(), 0f32);
+        if towers.read(name, shape, &mut values)? {
+            hash.update(format!("{name} {shape:?}\n"));
+            hash.update(bytemuck::cast_slice(&values));
+        }
+        Ok(())
+    };
+    let untied = towers.untied();
+    let prefixes = if untied { SIDES.map(|side| format!("{side}.")).to_vec() } else { vec![String::new()] };
+    let projections: &[&str] = if untied { &PROJECTIONS } else { &[PROJECTION] };
+    for prefix in &prefixes {
+        for param in names::encoder(config) {
+            add(&format!("{prefix}{}", param.name), &param.shape)?;
+        }
+    }
+    for part in projections.iter().flat_map(|name| ["weight", "bias"].map(|part| format!("{name}.{part}"))) {
+        if let Some(shape) = towers.find(&part) {
+            add(&part, &shape)?;
+        }
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+/// Lower-case hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// How many tokens and texts go through a tower at once: enough to keep the device busy, few enough for its memory.
+pub fn capacity(device: Device, config: &BertConfig, length: usize, tokens: Option<usize>) -> Capacity {
+    let tokens = tokens.unwrap_or(if device.is_gpu() { 32_768 } else { 2_048 }).max(length);
+    let length = length.min(config.max_position_embeddings);
+    Capacity { tokens, sequences: (tokens / 4).max(1), length, encoder_labels: 0 }
+}

