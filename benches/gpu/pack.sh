@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-tests=(kernels emulator graph graph_invariants step)
+tests=(kernels emulator graph graph_invariants step finetune rerank train)
 benches=(step kernels)
 limit_mib=60
 shared=${SHARED:-$(git rev-parse --path-format=absolute --git-common-dir)/../../shared}

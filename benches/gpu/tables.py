@@ -27,6 +27,12 @@ def number(x, digits=2):
 
 # ---------------------------------------------------------------- steps
 
+# Goals for BERT-base, by workload and mode: how many times the engine's milliseconds the mode must take.
+GOALS = {("full512", "compiled"): "G1 1.3", ("full512", "varlen"): "G1 1.3", ("full512", "seed"): "G1b 3",
+         ("passages", "compiled"): "G2 2.2", ("passages", "varlen"): "G2 1.3",
+         ("finetune", "compiled"): "G13 1.4", ("finetune", "seed"): "G13 2.5"}
+
+
 def steps(args):
     """Every line of the engine's step bench and of the baselines: equal work, then the ratio of each mode to the engine."""
     found = [r for path in args.results for r in lines(path) if "ms" in r]
@@ -48,8 +54,9 @@ def steps(args):
                 f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else "")
             rows.append([workload, mode, all_ms, f"{best['tokens_per_s']:.0f}", number(best["tflops"], 1), number(best.get("mfu"), 3),
                          number(best.get("matmul_ceiling_tflops"), 0), number(best.get("peak_gib") or best.get("planned_gib"), 1),
-                         f"{best['first_loss']:.3f}", ratio])
-    table(["workload", "mode", "ms of each run", "tokens/s", "TFLOP/s", "MFU", "product", "GiB", "first loss", "times the engine's ms"], rows, 2)
+                         f"{best['first_loss']:.3f}", ratio, GOALS.get((workload, mode), "") if best["model"] == "base" else ""])
+    table(["workload", "mode", "ms of each run", "tokens/s", "TFLOP/s", "MFU", "product", "GiB", "first loss",
+           "times the engine's ms", "goal"], rows, 2)
     for r in found:
         if r.get("graph_error"):
             print(f"{r['workload']} {r['mode']}: no CUDA graph: {r['graph_error'][:100]}")

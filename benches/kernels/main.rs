@@ -91,7 +91,7 @@ impl Batch {
         batches.iter().for_each(|batch| {
             inputs.set(batch);
         });
-        let squares = workload.lengths(model)?.iter().map(|n| n * n).sum();
+        let squares = workload.lengths(model)?.concat().iter().map(|n| n * n).sum();
         let (tokens, sequences, length) = (capacity.tokens, capacity.sequences, capacity.length);
         Ok(Batch { name: workload.name(), inputs, tokens, sequences, length, squares })
     }

@@ -17,19 +17,35 @@ pub fn pretraining(
     masked: usize,
     labelled: usize,
 ) -> u64 {
-    let (mut tokens, mut squares) = (0, 0);
-    for length in lengths {
-        tokens += length as u64;
-        squares += (length * length) as u64;
-    }
-    let [c, i, v] = [config.hidden_size, config.intermediate_size, config.vocab_size].map(|n| n as u64);
-    let layer = tokens * (8 * c * c + 4 * c * i) + 4 * c * squares;
+    let [c, v] = [config.hidden_size, config.vocab_size].map(|n| n as u64);
     let head = 2 * c * c + 2 * c * v;
     let (layers, rows) = match objective {
         Objective::RetroMae => (config.num_hidden_layers + 1, masked + labelled),
         Objective::Mlm => (config.num_hidden_layers, masked),
     };
-    3 * (layers as u64 * layer + rows as u64 * head)
+    3 * (layers as u64 * layer(config, lengths) + rows as u64 * head)
+}
+
+/// Required floating-point operations of one step of a bi-encoder on queries and passages of these lengths, every passage a candidate of
+/// every query: three times the forward.
+///
+/// Counted as in [`pretraining`]: every layer over real tokens, and `2 C` for each of the B P scores. The embedding is the state of
+/// [CLS], without a projection; what is saved by computing the last layer for [CLS] only is not taken off.
+pub fn fine_tuning(config: &BertConfig, [queries, passages]: [&[usize]; 2]) -> u64 {
+    let layer = layer(config, queries.iter().chain(passages).copied());
+    let scores = (queries.len() * passages.len()) as u64;
+    3 * (config.num_hidden_layers as u64 * layer + 2 * config.hidden_size as u64 * scores)
+}
+
+/// The forward of one layer over texts of these lengths.
+fn layer(config: &BertConfig, lengths: impl IntoIterator<Item = usize>) -> u64 {
+    let (mut tokens, mut squares) = (0, 0);
+    for length in lengths {
+        tokens += length as u64;
+        squares += (length * length) as u64;
+    }
+    let [c, i] = [config.hidden_size, config.intermediate_size].map(|n| n as u64);
+    tokens * (8 * c * c + 4 * c * i) + 4 * c * squares
 }
 
 #[cfg(test)]
@@ -46,6 +62,8 @@ mod tests {
         let (layer, row) = (2 * (3 * 28 + 4 + 16), 2 * 14);
         assert_eq!(pretraining(&config, Objective::Mlm, [1, 2], 2, 9), 3 * (layer + 2 * row));
         assert_eq!(pretraining(&config, Objective::RetroMae, [1, 2], 2, 3), 3 * (2 * layer + 5 * row));
+        // A query and a passage: one score, a product of two rows of 2.
+        assert_eq!(fine_tuning(&config, [&[1], &[2]]), 3 * (layer + 4));
     }
 
     /// 64 × 512 tokens, 154 of each text masked, all but [CLS] and [SEP] labelled for the decoder: what `model_flops` of the PyTorch
@@ -55,9 +73,12 @@ mod tests {
         let config = preset("bert-base").unwrap();
         let flops = pretraining(&config, Objective::RetroMae, [512; 64], 64 * 154, 64 * 510);
         assert_eq!(flops, 26_227_703_808_000);
-        // Ragged: the baselines' smallest set of passages.
+        assert_eq!(fine_tuning(&config, [&[12; 64], &[75; 512]]), 20_279_998_808_064);
+        // Ragged: the baselines' smallest sets of texts.
         let mut mini = preset("bert-mini").unwrap();
         (mini.hidden_size, mini.intermediate_size, mini.num_hidden_layers, mini.vocab_size) = (128, 256, 2, 1000);
+        let passages = [10, 11, 15, 18, 18, 18, 19, 19, 20, 21, 22, 25, 26, 27, 30, 40];
+        assert_eq!(fine_tuning(&mini, [&[5, 8, 9, 10], &passages]), 608_971_776);
         let lengths = [10, 11, 13, 15, 15, 18, 18, 18, 18, 19, 19, 20, 20, 21, 22, 22, 24, 25, 26, 27, 30, 30, 31, 40];
         assert_eq!(pretraining(&mini, Objective::RetroMae, lengths, 152, 464), 1_797_055_488);
     }

@@ -74,7 +74,8 @@ impl PairWorld {
         assert!(made.status.success(), "{}", stderr(&made));
     }
 
-    /// `train` of `objective` into `out`, from scratch. A word beginning with `@` names a file of this world.
+    /// `train` of `objective` into `out`, from scratch, on the CPU unless `RETROMAE_DEVICE` names another device. A word beginning with
+    /// `@` names a file of this world.
     pub fn train(&self, objective: &str, out: &str, more: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
         command.args(["train", "--objective", objective, "--threads", "1", "--log-every", "1", "--save-every", "4"]);
@@ -84,7 +85,7 @@ impl PairWorld {
             }
         }
         if !more.contains(&"--device") {
-            command.args(["--device", "cpu"]);
+            command.arg("--device").arg(std::env::var("RETROMAE_DEVICE").unwrap_or_else(|_| "cpu".into()));
         }
         if !more.contains(&"--model") {
             command.arg("--config-file").arg(self.path("config.json"));

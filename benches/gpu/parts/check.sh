@@ -6,6 +6,7 @@ check() {
     try doctor 60 "${libraries[@]}" "$engine" doctor --json "$raw/doctor.json" || true
     grep -aE '^(ok|--) ' "$said" >>"$work/tables" || true
     tests
+    tuning
     golden
     training
 }
@@ -24,6 +25,17 @@ tests() {
     [ "$device" = cuda ] || everything=(gpu::f32)
     try "steps against the CPU's" 90 "${libraries[@]}" "$pack/tests/graph_invariants" "${serial[@]}" "${everything[@]}" || true
     try "step contract" 30 "${libraries[@]}" "$pack/tests/step" || true
+}
+
+# Training over pairs and reranking: golden cases, the CPU's losses, runs that are killed and go on to the same bits. Tests that need
+# no GPU stay at home.
+tuning() {
+    local serial=(--test-threads=1) golden=(golden::bi_encoders_on_a_gpu golden::cross_encoders invariants::)
+    local tuned=(tuned::a_ tuned::kills)
+    [ "$device" = cuda ] || golden=(golden::bi_encoders_on_a_gpu_in_bf16) tuned=(tuned::a_bi_encoder)
+    try "fine-tuning against golden cases" 60 "${libraries[@]}" "$pack/tests/finetune" "${serial[@]}" "${golden[@]}" || true
+    try "scores of a reranker" 30 "${libraries[@]}" "$pack/tests/rerank" "${serial[@]}" scores:: a_gpu_gives_the_same_scores || true
+    try "runs over pairs, also killed" 120 "${libraries[@]}" "$pack/tests/train" "${serial[@]}" "${tuned[@]}" || true
 }
 
 # Golden cases through the program; judged in Python against PyTorch's own error in bf16.
