@@ -11,11 +11,17 @@ mod exported;
 mod gpu;
 #[path = "train/interrupted.rs"]
 mod interrupted;
+#[path = "train/pair_world.rs"]
+mod pair_world;
+#[path = "train/pairs_refused.rs"]
+mod pairs_refused;
 #[path = "train/refused.rs"]
 mod refused;
 #[path = "train/run.rs"]
 mod run;
 #[path = "train/toy.rs"]
 mod toy;
+#[path = "train/tuned.rs"]
+mod tuned;
 #[path = "train/world.rs"]
 mod world;

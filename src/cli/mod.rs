@@ -12,6 +12,7 @@ mod export;
 mod inspect;
 mod mine;
 mod progress;
+mod rerank;
 mod search;
 mod step;
 mod tokenize;
@@ -94,6 +95,8 @@ enum Command {
     Evaluate(evaluate::Arguments),
     /// Judge a model on data sets in BEIR's layout: encode, search, evaluate
     Beir(Box<beir::Arguments>),
+    /// Put the passages on a run's lists in the order of a cross-encoder's scores
+    Rerank(rerank::Arguments),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -115,6 +118,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Evaluate(args) => evaluate::run(args, global),
         Command::Beir(args) => beir::run(*args, global),
         Command::Mine(args) => mine::run(args, global),
+        Command::Rerank(args) => rerank::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

@@ -11,7 +11,7 @@ use super::grouped;
 /// Time between plain lines.
 const PLAIN_EVERY: Duration = Duration::from_secs(10);
 
-/// Progress over a number of bytes, known or not.
+/// Progress over a number of bytes, or of whatever is counted, known or not.
 pub struct Progress {
     bar: Option<ProgressBar>,
     total: Option<u64>,
@@ -40,8 +40,15 @@ impl Progress {
 
     /// `consumed` of the total bytes are done; `documents` and `text` bytes came out of them.
     pub fn update(&self, consumed: u64, documents: u64, text: u64) {
+        self.tell(consumed, |seconds| {
+            format!("{} documents, {:.1} MB/s", grouped(documents), text as f64 / 1e6 / seconds)
+        });
+    }
+
+    /// `consumed` of the total is done; `words` says more about it, from the seconds since the start.
+    pub fn tell(&self, consumed: u64, words: impl Fn(f64) -> String) {
         let seconds = self.started.elapsed().as_secs_f64();
-        let message = || format!("{} documents, {:.1} MB/s", grouped(documents), text as f64 / 1e6 / seconds.max(1e-3));
+        let message = || words(seconds.max(1e-3));
         if let Some(bar) = &self.bar {
             bar.set_position(consumed);
             bar.set_message(message());

@@ -50,7 +50,7 @@ pub struct Arguments {
     group_size: u32,
     /// What an embedding is made of
     #[arg(long, value_enum, default_value = "cls")]
-    pooling: PoolingArg,
+    pooling: Pooling,
     /// Scale embeddings to length 1
     #[arg(long)]
     normalize: bool,
@@ -62,7 +62,7 @@ pub struct Arguments {
     contrastive_loss_weight: f64,
     /// How scores are compared with a teacher's
     #[arg(long, value_enum, default_value = "kl")]
-    distill_loss: DistillArg,
+    distill_loss: DistillLoss,
     #[command(flatten)]
     hardware: Hardware,
 }
@@ -74,18 +74,6 @@ enum Objective {
     Mlm,
     Contrastive,
     CrossEncoder,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum PoolingArg {
-    Cls,
-    Mean,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum DistillArg {
-    Kl,
-    MarginMse,
 }
 
 /// Losses by name, as they are printed and written.
@@ -171,23 +159,13 @@ fn contrastive(args: &Arguments, path: &Path, open: Open<'_>) -> Result<(Losses,
     let config = &towers.config;
     let batch = BatchFile::open(&args.batch, "")?.contrastive(args.group_size as usize, config)?;
     let options = Options {
-        shape: Shape {
-            pooling: match args.pooling {
-                PoolingArg::Cls => Pooling::Cls,
-                PoolingArg::Mean => Pooling::Mean,
-            },
-            projection: towers.projection,
-            normalize: args.normalize,
-        },
+        shape: Shape { pooling: args.pooling, projection: towers.projection, normalize: args.normalize },
         untied: towers.untied(),
         temperature: args.temperature,
-        distillation: batch.teacher.is_some().then_some(Distillation {
-            loss: match args.distill_loss {
-                DistillArg::Kl => DistillLoss::Kl,
-                DistillArg::MarginMse => DistillLoss::MarginMse,
-            },
-            contrastive_weight: args.contrastive_loss_weight,
-        }),
+        distillation: batch
+            .teacher
+            .is_some()
+            .then_some(Distillation { loss: args.distill_loss, contrastive_weight: args.contrastive_loss_weight }),
     };
     let texts = |side: &TextBatch| (side.sequences(), longest(&side.cu_seqlens));
     let ((queries, query_length), (passages, passage_length)) = (texts(&batch.queries), texts(&batch.passages));

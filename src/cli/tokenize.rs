@@ -44,7 +44,7 @@ pub struct Arguments {
     max_length: u32,
     /// What joins title and text; none leaves titles out
     #[arg(long, value_enum, default_value = "space")]
-    title_sep: TitleArg,
+    title_sep: TitleSep,
     /// What the input is
     #[arg(long, value_enum, default_value = "auto")]
     format: FormatArg,
@@ -63,13 +63,6 @@ pub struct Arguments {
 enum PackingArg {
     Docs,
     Blocks,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum TitleArg {
-    None,
-    Space,
-    Sep,
 }
 
 /// What raw input is.
@@ -117,11 +110,7 @@ impl Arguments {
                 PackingArg::Blocks => Packing::Blocks,
             },
             max_length: self.max_length,
-            title_sep: match self.title_sep {
-                TitleArg::None => TitleSep::None,
-                TitleArg::Space => TitleSep::Space,
-                TitleArg::Sep => TitleSep::Sep,
-            },
+            title_sep: self.title_sep,
             shard_tokens: self.shard_tokens as usize,
             threads,
             format: self.format.format(),

@@ -1,9 +1,11 @@
 //! `train`: flags and file to settings, settings to parts, parts to a run, run to an exported model.
 
 mod aliases;
+mod pairs;
 
 use std::path::PathBuf;
 
+use clap::builder::BoolishValueParser;
 use clap::{ArgMatches, Args, FromArgMatches};
 use serde::Serialize;
 use toml::Table;
@@ -12,13 +14,17 @@ use super::{Global, say};
 use crate::error::{Error, Result};
 use crate::files::Disk;
 use crate::train::export::{Request, export_run};
-use crate::train::parts::Parts;
+use crate::train::parts::Job;
+use crate::train::parts::biencoder::BiEncoderJob;
+use crate::train::parts::pretrain::Pretraining;
+use crate::train::parts::ranker::RankerJob;
 use crate::train::plan::Plan;
 use crate::train::progress::{Progress, human};
-use crate::train::run::Run;
+use crate::train::run::{Run, Summary};
 use crate::train::schedule::Decay;
 use crate::train::settings::{Objective, Precision, Settings};
 use crate::train::signals::Stop;
+use crate::train::step;
 use crate::train::workspace::{MODEL, Workspace};
 
 /// The flags of `train`, under their own names and those of [`aliases`].
@@ -45,8 +51,9 @@ struct Flags {
     /// Standard size to start from scratch: bert-tiny, bert-mini, bert-small, bert-medium, bert-base, bert-large, minilm-l6
     #[arg(long, value_name = "NAME")]
     config_name: Option<String>,
-    /// Folder that tokenize wrote
-    #[arg(long, value_name = "DIR")]
+    /// Pre-training: the folder that tokenize wrote. Fine-tuning: rows that bring their own queries and passages, a file, folder or glob
+    /// of Tevatron's, FlagEmbedding's or sentence-transformers' rows
+    #[arg(long, value_name = "DIR|FILE")]
     data: Option<PathBuf>,
     /// Folder of the run; a run that is already there goes on
     #[arg(long, value_name = "DIR")]
@@ -54,7 +61,7 @@ struct Flags {
     /// auto: go on from the newest checkpoint of the output folder; never: start anew; or a checkpoint folder [default: auto]
     #[arg(long, value_name = "auto|never|CHECKPOINT")]
     resume: Option<String>,
-    /// Texts of a micro-batch [default: 32]
+    /// Texts of a micro-batch; of fine-tuning, queries [default: 32]
     #[arg(long, value_name = "N", conflicts_with = "tokens_per_batch")]
     batch_size: Option<u32>,
     /// Tokens of a micro-batch, in place of --batch-size
@@ -63,7 +70,7 @@ struct Flags {
     /// Micro-batches whose gradients make one step [default: 1]
     #[arg(long, value_name = "N")]
     accumulate: Option<u32>,
-    /// Cut texts to this many tokens
+    /// Cut texts, or the pairs of a cross-encoder, to this many tokens [default: cross-encoder: 128]
     #[arg(long, value_name = "N")]
     max_length: Option<u32>,
     /// Passes over the data [default: 3]
@@ -72,7 +79,7 @@ struct Flags {
     /// Steps, in place of --epochs
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
-    /// Highest learning rate [default: 1e-4]
+    /// Highest learning rate [default: 1e-4; fine-tuning: 2e-5]
     #[arg(long, value_name = "X")]
     learning_rate: Option<f64>,
     /// How the learning rate falls after the warm-up [default: linear]
@@ -111,7 +118,7 @@ struct Flags {
     /// Arithmetic [default: auto]
     #[arg(long, value_enum)]
     precision: Option<Precision>,
-    /// Texts held out for evaluation [default: 1 % of the data, at most 1,000]
+    /// Texts held out for evaluation [default: 1 % of the data, at most 1,000; fine-tuning, queries: 0]
     #[arg(long, value_name = "N")]
     eval_size: Option<u64>,
     /// Steps between evaluations; 0: only at the start and the end [default: 500]
@@ -132,6 +139,18 @@ struct Flags {
     /// Write TensorBoard events [default: true]
     #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set)]
     tensorboard: Option<bool>,
+    /// What makes an evaluation the best: mrr@10, ndcg@10, recall@100 or loss [default: mrr@10 with a dev set, else loss]
+    #[arg(long, value_name = "METRIC")]
+    best_metric: Option<String>,
+    /// Stop after this many evaluations in a row without a better one
+    #[arg(long, value_name = "N")]
+    patience: Option<u64>,
+    /// Keep the checkpoint of the best evaluation and export that one [default: true with a dev set]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    keep_best: Option<bool>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pairs: pairs::Flags,
     #[arg(skip)]
     seed: Option<u64>,
     #[arg(skip)]
@@ -181,8 +200,16 @@ pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
         .map_err(|e| Error::usage(format!("a flag cannot be used: {e}")).remedy("see train --help"))?;
     let settings = Settings::resolve(flags, args.control.config.as_deref())?;
     start_threads(&settings, global)?;
-    let mut parts = Parts::open(&settings)?;
-    let plan = Plan::new(settings, parts.about.clone(), &parts.batches)?;
+    match settings.objective {
+        Objective::Retromae => train(Pretraining::open(&settings, step::Objective::RetroMae)?, &args, global),
+        Objective::Mlm => train(Pretraining::open(&settings, step::Objective::Mlm)?, &args, global),
+        Objective::Contrastive => train(BiEncoderJob::open(&settings)?, &args, global),
+        Objective::CrossEncoder => train(RankerJob::open(&settings)?, &args, global),
+    }
+}
+
+fn train<J: Job>(mut job: J, args: &Arguments, global: &Global) -> Result<()> {
+    let plan = Plan::new(job.settings().clone(), job.about().clone(), job.batches())?;
     let settings = &plan.settings;
     let out = settings.output.clone().unwrap_or_default();
     if args.control.dry_run {
@@ -193,7 +220,7 @@ pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
 
     let stop = Stop::install()?;
     let mut progress = Progress::stderr(global.quiet);
-    args.notes.iter().chain(&parts.notes).for_each(|note| progress.warn(note));
+    args.notes.iter().chain(job.notes()).for_each(|note| progress.warn(note));
     let workspace =
         Workspace::open(&Disk::default(), &plan, &args.control.overrides, &mut |line| progress.warn(&line))?;
     progress.say(&plan.to_text());
@@ -203,21 +230,42 @@ pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
     if let Some(checkpoint) = &workspace.start {
         progress.say(&format!("resuming from {}", checkpoint.dir.display()));
     }
-    parts.keep_origin(&plan, &workspace)?;
-    let mut engine = parts.engine(settings, &mut |line| progress.say(&line))?;
-    let run = Run::new(&plan, workspace, &mut engine, &mut parts.batches, &stop, &mut progress)?;
+    job.keep_origin(&plan, &workspace)?;
+    let mut engine = job.engine(&mut |line| progress.say(&line))?;
+    let run = Run::new(&plan, workspace, &mut engine, job.batches(), &stop, &mut progress)?;
     let (summary, workspace) = run.run()?;
     let model = out.join(MODEL);
-    let last = workspace.store.list()?.pop().map(|(_, dir)| dir);
-    let request = Request { checkpoint: last, overwrite: true, ..Request::new(&out, &model) };
-    export_run(&workspace.disk, &request, &mut |line| progress.warn(&line))?;
+    let checkpoint = chosen(settings, &summary, &workspace, &mut progress)?;
+    let request = Request { checkpoint, overwrite: true, ..Request::new(&out, &model) };
+    let exported = export_run(&workspace.disk, &request, &mut |line| progress.warn(&line))?;
+    let of = match exported.state.step == summary.state.step {
+        true => String::new(),
+        false => format!(" (the best, of step {})", exported.state.step),
+    };
     say(&format!(
-        "{}\n{} in this process\nmodel: {}",
+        "{}\n{} in this process\nmodel: {}{of}",
         summary.to_text(),
         human(std::time::Duration::from_secs_f64(summary.seconds)),
         model.display()
     ))?;
     global.write_json(&summary.to_json())
+}
+
+/// The checkpoint that is exported: the best where that is kept, else the last.
+fn chosen(
+    settings: &Settings,
+    summary: &Summary,
+    workspace: &Workspace,
+    progress: &mut Progress,
+) -> Result<Option<PathBuf>> {
+    if let Some(best) = summary.state.best.as_ref().filter(|_| settings.keeps_best()) {
+        match workspace.store.at(best.step)? {
+            Some(dir) => return Ok(Some(dir)),
+            // The run went on from a checkpoint older than one that was found to be damaged.
+            None => progress.warn(&format!("the best checkpoint, of step {}, is gone; exporting the last", best.step)),
+        }
+    }
+    Ok(workspace.store.list()?.pop().map(|(_, dir)| dir))
 }
 
 /// Threads of the configuration file, where no flag has set them already.

@@ -5,6 +5,7 @@
 //! is kept, work that follows it is left out, and [`Gpu::check`] tells it. So ops have nothing to return.
 
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::launch::{ConstPtr, Kernel, Launcher, MutPtr, Shape, TensorLayout, TensorMap};
@@ -162,6 +163,8 @@ pub struct Gpu {
     key: OnceLock<Memory>,
     /// The same here, to notice an op that draws from another step.
     key_here: Mutex<[u32; 2]>,
+    /// Bytes ever taken from the backend.
+    allocated: AtomicU64,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -177,6 +180,7 @@ impl Gpu {
             scratch: Mutex::default(),
             key: OnceLock::new(),
             key_here: Mutex::new([0; 2]),
+            allocated: AtomicU64::new(0),
         }));
         gpu.key.get_or_init(|| gpu.memory(8, 0));
         gpu.check().map(|()| gpu)
@@ -222,8 +226,18 @@ impl Gpu {
 
     /// `bytes` of memory with any content. The emulator sets all bits, and its checker reports kernels that read them.
     pub fn uninitialised(&'static self, bytes: usize) -> Memory {
-        let address = self.keep(|| self.backend.alloc(bytes.max(1)));
+        let address = self.keep(|| self.alloc(bytes.max(1)));
         Memory { gpu: self, address: address.unwrap_or(0), bytes: address.map_or(0, |_| bytes) }
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64> {
+        self.allocated.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.backend.alloc(bytes)
+    }
+
+    /// Bytes that were ever allocated, temporary memory included: what two calls differ by is what the work between them took.
+    pub fn allocated(&self) -> u64 {
+        self.allocated.load(Ordering::Relaxed)
     }
 
     /// Encodes a tensor map for this GPU.
@@ -247,7 +261,7 @@ impl Gpu {
         if scratch.bytes < bytes {
             // Twice the size, so that few pieces are ever outgrown.
             let grown = bytes.max(2 * scratch.bytes);
-            if let Some(address) = self.keep(|| self.backend.alloc(grown)) {
+            if let Some(address) = self.keep(|| self.alloc(grown)) {
                 scratch.pieces.push(address);
                 scratch.bytes = grown;
             }

@@ -180,7 +180,7 @@ impl Disk {
     }
 
     /// The commit order for a single file: `temporary`, in the folder of `path`, is filled, made durable and renamed.
-    pub(super) fn replace_by(
+    pub(crate) fn replace_by(
         &self,
         temporary: &Path,
         path: &Path,

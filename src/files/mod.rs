@@ -8,6 +8,7 @@
 //! - [`lock`]: one writer to a folder
 //! - [`output`]: a folder that gets its name when it is complete
 //! - [`sealed`]: JSON that carries its own digest
+//! - [`unfinished`]: what has been computed so far of a file that takes long
 
 use std::ffi::OsString;
 use std::io::{self, BufWriter};
@@ -19,6 +20,7 @@ pub mod disk;
 pub mod lock;
 pub mod output;
 pub mod sealed;
+pub mod unfinished;
 
 pub use disk::Disk;
 pub use lock::Lock;

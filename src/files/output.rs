@@ -164,8 +164,8 @@ fn exists(target: &Path) -> Error {
     Error::refused("the output folder already exists").path(target).remedy("choose another --output or add --overwrite")
 }
 
-/// Creates and locks the staging folder. The one locked must still be the one of that name: its owner may have just renamed it.
-fn claim(disk: &Disk, staging: &Path) -> Result<Lock> {
+/// Creates and locks a folder that its holder may rename or remove: the one locked must still be the one of that name.
+pub(super) fn claim(disk: &Disk, staging: &Path) -> Result<Lock> {
     for _ in 0..16 {
         disk.create_dir(staging)?;
         let lock = match Lock::acquire(staging) {

@@ -1,6 +1,9 @@
 //! The activation arenas: all buffers of a step, made from one table before the first step.
 //!
 //! Matrices of hidden states are of the storage type; statistics, losses and sums over rows are f32 wherever storage is bf16.
+//!
+//! Without a backward nothing is kept of a layer once the next one is done: layers take turns with two sets of buffers, and gradients
+//! have none.
 
 use crate::device::{Arena, DType, Device, Tensor};
 
@@ -16,19 +19,50 @@ pub struct Slot {
 pub struct Plan {
     storage: Vec<(String, usize)>,
     wide: Vec<(String, usize)>,
+    forward_only: bool,
 }
 
 impl Plan {
+    /// For work without a backward: buffers of equal name are one, and those of gradients are empty.
+    pub fn forward_only() -> Self {
+        Plan { forward_only: true, ..Plan::default() }
+    }
+
+    /// What the buffers of layer `i` of `stem` are called.
+    pub fn layer(&self, stem: &str, i: usize) -> String {
+        // A layer reads what the one before it wrote, so two sets are enough.
+        format!("{stem}.{}", if self.forward_only { i % 2 } else { i })
+    }
+
+    /// Adds a buffer of `rows × columns` elements of the storage type that only a backward uses.
+    pub fn add_gradient(&mut self, name: impl Into<String>, rows: usize, columns: usize) -> Slot {
+        self.add(name, if self.forward_only { 0 } else { rows }, columns)
+    }
+
+    /// [`Self::add_gradient`] of elements that are not rounded.
+    pub fn add_wide_gradient(&mut self, name: impl Into<String>, rows: usize, columns: usize) -> Slot {
+        self.add_wide(name, if self.forward_only { 0 } else { rows }, columns)
+    }
+
     /// Adds a buffer of `rows × columns` elements of the storage type.
     pub fn add(&mut self, name: impl Into<String>, rows: usize, columns: usize) -> Slot {
-        self.storage.push((name.into(), rows * columns));
-        Slot { index: self.storage.len() - 1, wide: false }
+        let index = Self::put(&mut self.storage, self.forward_only, name.into(), rows * columns);
+        Slot { index, wide: false }
     }
 
     /// Adds a buffer of `rows × columns` elements that are not rounded: statistics and sums.
     pub fn add_wide(&mut self, name: impl Into<String>, rows: usize, columns: usize) -> Slot {
-        self.wide.push((name.into(), rows * columns));
-        Slot { index: self.wide.len() - 1, wide: true }
+        let index = Self::put(&mut self.wide, self.forward_only, name.into(), rows * columns);
+        Slot { index, wide: true }
+    }
+
+    fn put(list: &mut Vec<(String, usize)>, again: bool, name: String, len: usize) -> usize {
+        if let Some(index) = list.iter().position(|buffer| again && buffer.0 == name) {
+            list[index].1 = list[index].1.max(len);
+            return index;
+        }
+        list.push((name, len));
+        list.len() - 1
     }
 
     /// Elements of the storage type, and others.

@@ -127,15 +127,19 @@ impl Tower {
         let encoder = t.within(prefix, |t| Encoder::new(t, plan, config, capacity, needed));
         let (pooled, d_pooled) = match shape.pooling {
             Pooling::Cls => (encoder.output(), encoder.gradients.rows),
-            Pooling::Mean => (plan.add("tower.pooled", sequences, c), plan.add("tower.d_pooled", sequences, c)),
+            Pooling::Mean => {
+                (plan.add("tower.pooled", sequences, c), plan.add_gradient("tower.d_pooled", sequences, c))
+            }
         };
         let linear = shape.projection.map(|_| Linear::new(t, projection.into(), w, c));
         let (projected, d_projected) = match linear {
-            Some(_) => (plan.add("tower.projected", sequences, w), plan.add("tower.d_projected", sequences, w)),
+            Some(_) => {
+                (plan.add("tower.projected", sequences, w), plan.add_gradient("tower.d_projected", sequences, w))
+            }
             None => (pooled, d_pooled),
         };
         let (embedding, d_embedding) = match shape.normalize {
-            true => (plan.add("tower.embedding", sequences, w), plan.add("tower.d_embedding", sequences, w)),
+            true => (plan.add("tower.embedding", sequences, w), plan.add_gradient("tower.d_embedding", sequences, w)),
             false => (projected, d_projected),
         };
         let length = plan.add_wide("tower.length", sequences, 1);

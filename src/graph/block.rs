@@ -208,9 +208,9 @@ impl Scratch {
     /// Room for `rows` rows.
     pub fn new(plan: &mut Plan, dims: &Dims, rows: usize) -> Self {
         Scratch {
-            dropped: plan.add("backward.dropped", rows, dims.hidden),
-            wide: plan.add("backward.wide", rows, dims.intermediate),
-            context: plan.add("backward.context", rows, dims.hidden),
+            dropped: plan.add_gradient("backward.dropped", rows, dims.hidden),
+            wide: plan.add_gradient("backward.wide", rows, dims.intermediate),
+            context: plan.add_gradient("backward.context", rows, dims.hidden),
         }
     }
 }
@@ -234,8 +234,15 @@ impl Block {
     /// Dropout sites a block takes, starting with its own.
     pub const SITES: u32 = 2;
 
-    /// The block of the layer `name`, for up to `rows` rows.
-    pub fn new(t: &mut Table, plan: &mut Plan, dims: Dims, name: &str, rows: usize, site: u32) -> Self {
+    /// The block of the layer `name`, whose buffers are called `buffers`, for up to `rows` rows.
+    pub fn new(
+        t: &mut Table,
+        plan: &mut Plan,
+        dims: Dims,
+        (name, buffers): (&str, &str),
+        rows: usize,
+        site: u32,
+    ) -> Self {
         let (c, i) = (dims.hidden, dims.intermediate);
         let out = Linear::new(t, format!("{name}.attention.output.dense"), c, c);
         let norm1 = Norm::new(t, &format!("{name}.attention.output.LayerNorm"), c);
@@ -245,12 +252,12 @@ impl Block {
         Block {
             dims,
             out,
-            after_attention: Junction::new(plan, &format!("{name}.norm1"), &dims, rows, norm1, site),
+            after_attention: Junction::new(plan, &format!("{buffers}.norm1"), &dims, rows, norm1, site),
             up,
             down,
-            u: plan.add(format!("{name}.u"), rows, i),
-            act: plan.add(format!("{name}.act"), rows, i),
-            after_feed_forward: Junction::new(plan, &format!("{name}.norm2"), &dims, rows, norm2, site + 1),
+            u: plan.add(format!("{buffers}.u"), rows, i),
+            act: plan.add(format!("{buffers}.act"), rows, i),
+            after_feed_forward: Junction::new(plan, &format!("{buffers}.norm2"), &dims, rows, norm2, site + 1),
         }
     }
 

@@ -52,10 +52,10 @@ impl CrossEncoder {
             classifier,
             dense: plan.add("pooler.dense", s, c),
             pooled: plan.add("pooler.pooled", s, c),
-            d_pooled: plan.add("pooler.d_pooled", s, c),
+            d_pooled: plan.add_gradient("pooler.d_pooled", s, c),
             scores: plan.add_wide("scores", s, COLUMNS),
-            d_scores: plan.add_wide("d_scores", s, COLUMNS),
-            d_scores_rounded: plan.add("d_scores.rounded", s, COLUMNS),
+            d_scores: plan.add_wide_gradient("d_scores", s, COLUMNS),
+            d_scores_rounded: plan.add_gradient("d_scores.rounded", s, COLUMNS),
         }
     }
 

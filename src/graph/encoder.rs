@@ -160,6 +160,9 @@ pub struct Gradients {
     pub block: Scratch,
 }
 
+/// What stands before the number of a layer.
+const LAYERS: &str = "bert.encoder.layer";
+
 /// The encoder.
 #[derive(Clone, Debug)]
 pub struct Encoder {
@@ -185,13 +188,14 @@ impl Encoder {
         let last = config.num_hidden_layers - 1;
         let layers = (0..=last).map(|i| {
             let site = 1 + i as u32 * Self::SITES;
-            Layer::new(t, plan, dims, &format!("bert.encoder.layer.{i}"), tokens, site, (i == last).then_some(rows))
+            let names = (format!("{LAYERS}.{i}"), plan.layer(LAYERS, i));
+            Layer::new(t, plan, dims, (&names.0, &names.1), tokens, site, (i == last).then_some(rows))
         });
         let layers = layers.collect();
         let gradients = Gradients {
-            hidden: plan.add("backward.hidden", tokens, c),
-            rows: plan.add("backward.rows", rows, c),
-            wide: plan.add("backward.qkv", tokens, 3 * c),
+            hidden: plan.add_gradient("backward.hidden", tokens, c),
+            rows: plan.add_gradient("backward.rows", rows, c),
+            wide: plan.add_gradient("backward.qkv", tokens, 3 * c),
             block: Scratch::new(plan, &dims, tokens),
         };
         Encoder { dims, embeddings, embedding, layers, gradients }
@@ -234,7 +238,7 @@ impl Layer {
         t: &mut Table,
         plan: &mut Plan,
         dims: Dims,
-        name: &str,
+        (name, buffers): (&str, &str),
         tokens: usize,
         site: u32,
         pruned: Option<usize>,
@@ -245,14 +249,14 @@ impl Layer {
         Layer {
             site,
             qkv: Linear::fused(t, &names, c, c),
-            block: Block::new(t, plan, dims, name, rows, site + 1),
-            wide: plan.add(format!("{name}.qkv"), tokens, if pruned.is_some() { 2 * c } else { 3 * c }),
-            ctx: plan.add(format!("{name}.ctx"), rows, c),
-            lse: plan.add_wide(format!("{name}.lse"), rows, dims.heads),
+            block: Block::new(t, plan, dims, (name, buffers), rows, site + 1),
+            wide: plan.add(format!("{buffers}.qkv"), tokens, if pruned.is_some() { 2 * c } else { 3 * c }),
+            ctx: plan.add(format!("{buffers}.ctx"), rows, c),
+            lse: plan.add_wide(format!("{buffers}.lse"), rows, dims.heads),
             pruned: pruned.map(|rows| Pruned {
-                x: plan.add(format!("{name}.x"), rows, c),
-                q: plan.add(format!("{name}.q"), rows, c),
-                dq: plan.add(format!("{name}.dq"), rows, c),
+                x: plan.add(format!("{buffers}.x"), rows, c),
+                q: plan.add(format!("{buffers}.q"), rows, c),
+                dq: plan.add_gradient(format!("{buffers}.dq"), rows, c),
             }),
         }
     }

@@ -27,11 +27,11 @@ impl Inference {
         if device.is_gpu() {
             super::check_gpu(config)?;
         }
-        let (mut table, mut plan) = (Table::default(), Plan::default());
+        let (mut table, mut plan) = (Table::default(), Plan::forward_only());
         let encoder = Encoder::new(&mut table, &mut plan, config, capacity, capacity.tokens);
         let inference = Inference {
             device,
-            params: table.allocate(device, dtype),
+            params: table.allocate_weights(device, dtype),
             buffers: plan.allocate(device, dtype),
             encoder,
             tokens: TokenInputs::new(device, capacity, config.vocab_size, config.type_vocab_size),

@@ -119,12 +119,12 @@ impl Table {
         self.arenas(device, storage, true)
     }
 
-    /// Allocates weights alone, for a model that only computes forward; its gradients must not be touched.
-    pub fn allocate_frozen(self, device: Device, storage: DType) -> Params {
+    /// Allocates weights; gradients are empty, and there must be no backward.
+    pub fn allocate_weights(self, device: Device, storage: DType) -> Params {
         self.arenas(device, storage, false)
     }
 
-    fn arenas(mut self, device: Device, storage: DType, trained: bool) -> Params {
+    fn arenas(mut self, device: Device, storage: DType, gradients: bool) -> Params {
         let order: Vec<usize> = [true, false]
             .into_iter()
             .flat_map(|decay| (0..self.entries.len()).map(move |i| (i, decay)))
@@ -138,9 +138,9 @@ impl Table {
         let lengths: Vec<usize> = order.iter().map(|&i| self.entries[i].len).collect();
         let arena = |dtype| Arena::zeros(device, dtype, lengths.iter().copied());
         let masters = arena(storage.wide());
-        let gradients = match trained {
+        let gradients = match gradients {
             true => arena(storage.wide()),
-            false => Arena::zeros(device, storage.wide(), lengths.iter().map(|_| 1)),
+            false => Arena::zeros(device, storage.wide(), lengths.iter().map(|_| 0)),
         };
         let copies = (storage != storage.wide()).then(|| arena(storage));
         for part in &mut self.parts {

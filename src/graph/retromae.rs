@@ -73,7 +73,7 @@ impl EnhancedDecoder {
             position: encoder.embeddings.position,
             embedding: Embedding::new(plan, encoder.embeddings, dims, "decoder.embeddings", tokens, site),
             qkv: Linear::fused(t, &names, c, c),
-            block: Block::new(t, plan, dims, "c_head", tokens, site + 2),
+            block: Block::new(t, plan, dims, ("c_head", "c_head"), tokens, site + 2),
             c: plan.add("decoder.c", sequences, c),
             kv: plan.add("decoder.kv", tokens, 2 * c),
             q_position: plan.add("decoder.q_position", length, c),

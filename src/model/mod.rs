@@ -1,10 +1,12 @@
 //! Model folders: configuration, checkpoint names, weights, export.
 //!
 //! Reading goes `hub` (which folder) → `config` (sizes) → `weights` (one view over every checkpoint form, in canonical `names`);
-//! writing goes through `export`. `safetensors` and `torch_bin` (with `pickle`) are the two file formats below `weights`.
+//! models for retrieval come as `towers` (with the `sentence` settings of their folders) and `reranker`. Writing goes through `export`.
+//! `safetensors` and `torch_bin` (with `pickle`) are the two file formats below `weights`.
 
 pub mod card;
 pub mod config;
+pub mod digest;
 pub mod element;
 pub mod export;
 pub mod hub;

@@ -70,7 +70,7 @@ impl Modules {
         let mut modules =
             Modules { settings: SentenceSettings::default(), transformer: folder.to_path_buf(), dense: None };
         if !list.is_file() {
-            modules.settings.max_seq_length = max_seq_length(folder)?;
+            modules.settings.max_seq_length = max_seq_length(folder, &SAID[1..2])?;
             return Ok(modules);
         }
         let refuse = |cause: String| Err(Error::refused(cause).path(&list).remedy(ANOTHER));
@@ -114,7 +114,7 @@ impl Modules {
         }
         modules.settings.normalize.get_or_insert(false);
         modules.settings.prompts = prompts(&folder.join("config_sentence_transformers.json"))?;
-        modules.settings.max_seq_length = max_seq_length(&modules.transformer)?;
+        modules.settings.max_seq_length = max_seq_length(&modules.transformer, &SAID)?;
         Ok(modules)
     }
 }
@@ -176,17 +176,28 @@ fn prompts(path: &Path) -> Result<[Option<String>; 2]> {
     Ok([first(&["query"]), first(&["document", "passage"])])
 }
 
-/// The longest text of the encoder in `folder`: of sentence-transformers, or of this engine where that keeps it nowhere else.
-fn max_seq_length(folder: &Path) -> Result<Option<usize>> {
-    for name in ["sentence_bert_config.json", MANIFEST] {
+/// Where the longest text may stand: with sentence-transformers, with this engine, and where newer versions of that library leave it.
+const SAID: [(&str, &str); 3] = [
+    ("sentence_bert_config.json", "max_seq_length"),
+    (MANIFEST, "max_seq_length"),
+    ("tokenizer_config.json", "model_max_length"),
+];
+
+/// The longest text of the encoder in `folder`, from the first of some places that says one.
+fn max_seq_length(folder: &Path, places: &[(&str, &str)]) -> Result<Option<usize>> {
+    for (name, key) in places {
         let path = folder.join(name);
-        if path.is_file()
-            && let Some(value) = object(&path)?.get("max_seq_length").filter(|value| !value.is_null())
-        {
-            return match value.as_u64() {
-                Some(n @ 1..=0xFF_FFFF) => Ok(Some(n as usize)),
-                _ => Err(malformed(&path, &format!("max_seq_length {value} is no length"))),
-            };
+        if !path.is_file() {
+            continue;
+        }
+        match object(&path)?.get(*key) {
+            None | Some(Value::Null) => {}
+            // A tokenizer without a limit has one of 1e30.
+            Some(Value::Number(n)) if n.as_f64().is_some_and(|n| n >= 1e9) => {}
+            Some(value) => match value.as_u64() {
+                Some(n @ 1..=0xFF_FFFF) => return Ok(Some(n as usize)),
+                _ => return Err(malformed(&path, &format!("{key} {value} is no length"))),
+            },
         }
     }
     Ok(None)

@@ -84,7 +84,7 @@ impl Embedder {
         };
         let (mut table, mut plan) = (Table::default(), Plan::default());
         let tower = Tower::new(&mut table, &mut plan, config, capacity, shape, (&prefix, projection));
-        let params = table.allocate_frozen(device, storage);
+        let params = table.allocate_weights(device, storage);
         let missing = params.load(0, 0.0, |name, shape, out| towers.read(name, shape, out))?;
         if let Some(name) = missing.first() {
             return Err(Error::refused("parameter is missing").tensor(name).remedy("give a model that has it"));

@@ -13,7 +13,7 @@ use crate::train::Batches;
 use crate::train::settings::Settings;
 
 /// Steps built ahead of the one that is computed.
-const AHEAD: usize = 3;
+pub(super) const AHEAD: usize = 3;
 
 /// Held-out texts of a run that does not say how many: 1 % of the data, at most 1,000, and none of fewer than 20 texts.
 pub fn held_out_texts(settings: &Settings, texts: u64) -> u64 {
@@ -82,6 +82,8 @@ impl CorpusBatches {
 }
 
 impl Batches for CorpusBatches {
+    type Batch = PretrainBatch;
+
     fn next(&mut self) -> Result<Vec<PretrainBatch>> {
         if self.loader.is_none() {
             let settings = LoaderSettings {
@@ -141,9 +143,12 @@ impl Batches for CorpusBatches {
         }))
     }
 
-    fn name(&self, sample: u64) -> String {
-        let text = self.plan.order().text(Part::Train, sample);
-        (self.names)(text).unwrap_or_else(|| format!("text {text}"))
+    fn names(&self, batch: &PretrainBatch) -> Vec<String> {
+        let name = |sample: &u64| {
+            let text = self.plan.order().text(Part::Train, *sample);
+            (self.names)(text).unwrap_or_else(|| format!("text {text}"))
+        };
+        batch.samples.iter().map(name).collect()
     }
 
     fn waited(&self) -> Duration {

@@ -5,6 +5,9 @@
 //! activations for the backward; of several chunks each is embedded again, with the same dropout, so that memory holds the activations of
 //! one chunk only (gradient caching, arXiv 2101.06983) and loss and gradients are those of the undivided batch.
 
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
 use crate::data::pairs::batch::ContrastiveBatch;
 use crate::data::pairs::texts::TextBatch;
 use crate::device::{ALIGNMENT, DType, Device, Tensor};
@@ -17,6 +20,7 @@ use crate::graph::records::Records;
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
 use crate::ops::optimizer::AdamW;
+use crate::train::EvalPart;
 use crate::train::biencoder_loss::Head;
 use crate::train::step::Footprint;
 use crate::train::updates::{self, Optimizer, Trainable};
@@ -44,9 +48,11 @@ pub struct Distillation {
 }
 
 /// How a student's scores are compared with a teacher's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum DistillLoss {
     /// Kullback-Leibler divergence of the softmax over the group, as mean over all B g scores.
+    #[default]
     Kl,
     /// Squared differences of the margins between the positive and each negative, as mean over all B (g − 1).
     MarginMse,
@@ -139,6 +145,8 @@ pub struct BiEncoder {
     buffers: Activations,
     towers: Vec<Tower>,
     inputs: Vec<TowerInputs>,
+    /// Most texts and tokens of each tower's chunks.
+    limits: Vec<(usize, usize)>,
     head: Head,
     optimizer: Optimizer,
     /// f64: `[2]` contrastive losses and correct queries, `[2]` the same of distillation, `[1]` ‖g‖².
@@ -212,6 +220,7 @@ impl BiEncoder {
             options,
             buffers: parts.plan.allocate(device, storage),
             towers: parts.towers,
+            limits: parts.capacities.iter().map(|c| (c.sequences, c.tokens)).collect(),
             inputs: inputs.map(|&c| TowerInputs::new(device, config, c, options.shape.pooling)).collect(),
             head,
             optimizer: Optimizer::new(device, &params),
@@ -220,21 +229,6 @@ impl BiEncoder {
             params,
         };
         device.check().map(|()| model)
-    }
-
-    /// Where it is trained.
-    pub fn device(&self) -> Device {
-        self.device
-    }
-
-    /// Weights and gradients.
-    pub fn params(&self) -> &Params {
-        &self.params
-    }
-
-    /// The flat first and second moments.
-    pub fn moments(&self) -> (&Tensor, &Tensor) {
-        self.optimizer.moments()
     }
 
     /// What is trained.
@@ -246,6 +240,34 @@ impl BiEncoder {
     pub fn embeddings(&self, batch: &ContrastiveBatch) -> [Vec<f32>; 2] {
         let counts = [&batch.queries, &batch.passages].map(|texts| texts.samples.len() * self.head.width);
         [0, 1].map(|i| to_f32(&self.head.all.tensor(i).slice(0..counts[i])))
+    }
+
+    /// Width of the embeddings.
+    pub fn width(&self) -> usize {
+        self.head.width
+    }
+
+    /// Most texts and most tokens that [`Self::embed`] takes at once, of queries (0) or passages (1).
+    pub fn limits(&self, side: usize) -> (usize, usize) {
+        self.limits[if self.options.untied { side } else { 0 }]
+    }
+
+    /// Embeddings `[S, W]` of queries (0) or passages (1) by the weights as they are.
+    ///
+    /// # Errors
+    /// A failure of the GPU.
+    pub fn embed(&mut self, side: usize, texts: &TextBatch) -> Result<Vec<f32>> {
+        let (tower, count) = (if self.options.untied { side } else { 0 }, texts.sequences());
+        let places: Vec<u32> = (0..count as u32).collect();
+        let (bounds, dropout) = (self.inputs[tower].set(texts, &places, false), StepDropout::OFF.thresholds());
+        StepDropout::OFF.announce(self.device);
+        let mut records = std::mem::take(&mut self.records);
+        records.run(self.device, Piece::Forward { tower, bounds, dropout }, || {
+            self.towers[tower].forward(&self.pass(StepDropout::OFF), &self.inputs[tower], self.head.all.whole());
+        });
+        self.records = records;
+        let embeddings = to_f32(&self.head.all.whole().slice(0..count * self.head.width));
+        self.device.check().map(|()| embeddings)
     }
 
     /// How many terms the losses of `micro` have.
@@ -347,6 +369,38 @@ impl Trainable for BiEncoder {
 
     fn config(&self) -> &BertConfig {
         &self.config
+    }
+
+    fn device(&self) -> Device {
+        self.device
+    }
+
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn moments(&self) -> (&Tensor, &Tensor) {
+        self.optimizer.moments()
+    }
+
+    fn size(batch: &ContrastiveBatch) -> (usize, usize) {
+        let sides = [&batch.queries, &batch.passages];
+        (sides.map(|texts| texts.sequences()).iter().sum(), sides.map(|texts| texts.tokens()).iter().sum())
+    }
+
+    fn parts(&self, l: &Losses) -> Vec<EvalPart> {
+        let mut parts = vec![EvalPart {
+            name: "contrastive",
+            loss_sum: l.contrastive,
+            correct: Some(l.correct as u64),
+            labels: l.queries as u64,
+            weight: l.contrastive_weight,
+        }];
+        if l.distill_terms > 0 {
+            let (loss_sum, labels) = (l.distill, l.distill_terms as u64);
+            parts.push(EvalPart { name: "distill", loss_sum, correct: None, labels, weight: 1.0 });
+        }
+        parts
     }
 
     fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64) {

@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, IoContext, Result};
 use crate::files::Disk;
 use crate::train::manifest::{self, Hashed, Layout, SMALL, Trouble, json_bytes};
-use crate::train::{Arena, Engine, ParamInfo};
+use crate::train::{Arena, Arenas, ParamInfo};
 
 /// Version of the layout of a checkpoint folder.
 pub const FORMAT: u32 = 1;
@@ -55,8 +55,11 @@ pub struct State {
     pub skipped: u64,
     /// How many of them are the last steps.
     pub skipped_in_a_row: u64,
-    /// The lowest held-out loss.
+    /// The best evaluation.
     pub best: Option<Best>,
+    /// Evaluations since that one.
+    #[serde(default)]
+    pub since_best: u64,
     /// Step of the last evaluation.
     pub evaluated: Option<u64>,
     /// The settings that make two runs the same, as text.
@@ -65,28 +68,40 @@ pub struct State {
     pub engine: String,
 }
 
-/// The lowest held-out loss so far.
+/// The best evaluation so far.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Best {
     /// Step it was reached at.
     pub step: u64,
+    /// What is compared: `loss`, of the held-out texts, the lower the better; or a metric of the dev set, the higher the better.
+    #[serde(default = "loss")]
+    pub metric: String,
     /// For people to read.
-    pub loss: f64,
-    /// IEEE bits of the loss in hex; decimal text need not give the same number back.
-    pub loss_bits: String,
+    #[serde(alias = "loss")]
+    pub value: f64,
+    /// IEEE bits of the value in hex; decimal text need not give the same number back.
+    #[serde(alias = "loss_bits")]
+    pub value_bits: String,
+}
+
+/// [`Best::metric`] of the held-out loss.
+pub const LOSS: &str = "loss";
+
+fn loss() -> String {
+    LOSS.into()
 }
 
 impl Best {
-    /// `loss` at `step`.
-    pub fn new(step: u64, loss: f64) -> Self {
-        Best { step, loss, loss_bits: bits(loss) }
+    /// `value` of `metric` at `step`.
+    pub fn new(step: u64, metric: &str, value: f64) -> Self {
+        Best { step, metric: metric.into(), value, value_bits: bits(value) }
     }
 
-    /// Whether `loss` is lower than this.
-    pub fn beaten_by(&self, loss: f64) -> bool {
-        let best = u64::from_str_radix(&self.loss_bits, 16).map_or(self.loss, f64::from_bits);
-        loss < best
+    /// Whether `value` is better than this.
+    pub fn beaten_by(&self, value: f64) -> bool {
+        let best = u64::from_str_radix(&self.value_bits, 16).map_or(self.value, f64::from_bits);
+        if self.metric == LOSS { value < best } else { value > best }
     }
 }
 
@@ -96,7 +111,7 @@ pub fn bits(x: f64) -> String {
 }
 
 /// Writes a checkpoint into the existing empty folder `dir` and makes every file of it durable.
-pub fn write(disk: &Disk, dir: &Path, state: &State, engine: &dyn Engine) -> Result<()> {
+pub fn write(disk: &Disk, dir: &Path, state: &State, engine: &dyn Arenas) -> Result<()> {
     let mut files = Map::new();
     let parameters = engine.parameters();
     let mut arena = Vec::new();
@@ -156,7 +171,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 pub enum Opened {
     /// Every digest holds.
-    Good(Checkpoint),
+    Good(Box<Checkpoint>),
     /// Something is missing or has changed; says what and where.
     Damaged(Error),
 }
@@ -166,7 +181,7 @@ impl Checkpoint {
     /// engine: neither is damage, and neither is a reason to fall back to an older checkpoint.
     pub fn open(disk: &Disk, dir: &Path) -> Result<Opened> {
         match Self::open_checked(disk, dir) {
-            Ok(checkpoint) => Ok(Opened::Good(checkpoint)),
+            Ok(checkpoint) => Ok(Opened::Good(Box::new(checkpoint))),
             Err(Trouble::Damage(e)) => Ok(Opened::Damaged(e)),
             Err(Trouble::Other(e)) => Err(e),
         }
@@ -185,7 +200,7 @@ impl Checkpoint {
     }
 
     /// Puts weights and moments into `engine`, whose parameters must be the same in name and shape.
-    pub fn restore(&self, disk: &Disk, engine: &mut dyn Engine) -> Result<()> {
+    pub fn restore(&self, disk: &Disk, engine: &mut dyn Arenas) -> Result<()> {
         let parameters = engine.parameters();
         let mut arena = Vec::new();
         for (which, name) in ARENAS {

@@ -15,6 +15,7 @@ use crate::model::config::BertConfig;
 use crate::ops::group_loss;
 use crate::ops::optimizer::AdamW;
 use crate::ops::pool::Pooling;
+use crate::train::EvalPart;
 use crate::train::step::Footprint;
 use crate::train::updates::{self, Optimizer, Scales, Trainable, one_of};
 
@@ -54,6 +55,7 @@ pub struct Ranker {
     device: Device,
     config: BertConfig,
     temperature: f32,
+    capacity: Capacity,
     params: Params,
     buffers: Activations,
     graph: CrossEncoder,
@@ -106,6 +108,7 @@ impl Ranker {
             device,
             config: config.clone(),
             temperature,
+            capacity,
             buffers: plan.allocate(device, storage),
             graph,
             inputs: TowerInputs::new(device, config, capacity, Pooling::Cls),
@@ -121,19 +124,9 @@ impl Ranker {
         device.check().map(|()| model)
     }
 
-    /// Where it is trained.
-    pub fn device(&self) -> Device {
-        self.device
-    }
-
-    /// Weights and gradients.
-    pub fn params(&self) -> &Params {
-        &self.params
-    }
-
-    /// The flat first and second moments.
-    pub fn moments(&self) -> (&Tensor, &Tensor) {
-        self.optimizer.moments()
+    /// Most pairs and most tokens that [`Self::scores`] takes at once.
+    pub fn limits(&self) -> (usize, usize) {
+        (self.capacity.sequences, self.capacity.tokens)
     }
 
     /// The score of each pair, without dropout.
@@ -208,6 +201,27 @@ impl Trainable for Ranker {
 
     fn config(&self) -> &BertConfig {
         &self.config
+    }
+
+    fn device(&self) -> Device {
+        self.device
+    }
+
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn moments(&self) -> (&Tensor, &Tensor) {
+        self.optimizer.moments()
+    }
+
+    fn size(batch: &CrossBatch) -> (usize, usize) {
+        (batch.pairs.sequences(), batch.pairs.tokens())
+    }
+
+    fn parts(&self, l: &Losses) -> Vec<EvalPart> {
+        let (loss_sum, correct) = (l.sum, Some(l.correct as u64));
+        vec![EvalPart { name: "ranking", loss_sum, correct, labels: l.queries as u64, weight: 1.0 }]
     }
 
     fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64) {

@@ -16,7 +16,7 @@ use crate::model::names;
 use crate::model::parameters::Parameters;
 use crate::model::safetensors::SafeTensors;
 use crate::model::tensor_file::TensorFile;
-use crate::train::checkpoint::{Checkpoint, Opened, State, WEIGHTS};
+use crate::train::checkpoint::{Checkpoint, LOSS, Opened, State, WEIGHTS};
 use crate::train::origin::{self, About, Kept, Purpose};
 use crate::train::store::{self, Store};
 
@@ -66,7 +66,7 @@ pub fn export_run(disk: &Disk, request: &Request, warn: &mut dyn FnMut(String)) 
     let origin = origin::open(disk, run)?;
     let checkpoint = match &request.checkpoint {
         Some(dir) => match Checkpoint::open(disk, dir)? {
-            Opened::Good(checkpoint) => checkpoint,
+            Opened::Good(checkpoint) => *checkpoint,
             Opened::Damaged(e) => return Err(e),
         },
         None => newest(disk, run, warn)?,
@@ -171,6 +171,10 @@ fn provenance(state: &State) -> Map<String, Value> {
     put("seed", Some(json!(state.seed)));
     put("data", setting("data"));
     put("engine", Some(json!(state.engine)));
-    put("lowest held-out loss", state.best.as_ref().map(|best| json!(best.loss)));
+    if let Some(best) = &state.best {
+        let name =
+            if best.metric == LOSS { "lowest held-out loss".into() } else { format!("best dev {}", best.metric) };
+        put(&name, Some(json!(best.value)));
+    }
     map
 }

@@ -8,9 +8,9 @@
 //! - [`step`], [`biencoder`], [`cross_encoder`]: the steps of pre-training and of fine-tuning
 //! - [`plan`]: what a run will do; [`run`]: the loop; [`workspace`]: the output folder, the lock, and what to resume from
 //! - [`target`]: where, and in which arithmetic; [`settings`]: every knob with its default; [`schedule`]: the learning rate
-//! - [`batches`]: [`Batches`] over a corpus
+//! - [`batches`], [`pair_batches`]: [`Batches`] over a corpus, and over queries and their passages
 //! - [`checkpoint`], [`store`]: one checkpoint, and the folder of them
-//! - [`pretrain`]: [`Engine`] of the pre-training objectives; [`parts`]: model and data of the settings, brought together
+//! - [`trainer`]: [`Engine`] around a step; [`parts`]: model and data of the settings, brought together; [`dev`]: the dev set
 //! - [`origin`]: what a run keeps of its beginning; [`export`]: a checkpoint made a model that others load
 //! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
 //! - [`flops`]: the arithmetic that a step must do, for rates
@@ -18,8 +18,8 @@
 
 use std::time::Duration;
 
-use crate::data::batch::PretrainBatch;
 use crate::error::Result;
+use crate::eval::metrics::Metric;
 
 pub mod batches;
 pub mod biencoder;
@@ -27,14 +27,15 @@ mod biencoder_loss;
 pub mod checkpoint;
 pub mod contract;
 pub mod cross_encoder;
+pub mod dev;
 pub mod export;
 pub mod flops;
 mod manifest;
 pub mod metrics;
 pub mod origin;
+pub mod pair_batches;
 pub mod parts;
 pub mod plan;
-pub mod pretrain;
 pub mod progress;
 pub mod run;
 pub mod schedule;
@@ -44,27 +45,39 @@ pub mod step;
 pub mod store;
 pub mod target;
 pub mod tfevents;
+pub mod trainer;
 pub mod updates;
 pub mod workspace;
 
-/// A model with its optimizer, as the run sees it.
-pub trait Engine {
-    /// One optimizer step over all micro-batches, gradients normalised over the labels of the whole step. `step` counts from 0
-    /// and keys dropout; the bias correction of AdamW is that of update `step + 1`, so the engine holds no counter of its own.
-    /// Never changes any bit of state when the gradient is not finite.
-    fn step(&mut self, micro: &[PretrainBatch], step: u64, lr: f32) -> Result<StepReport>;
-
-    /// Sums of the loss without dropout and without update.
-    fn evaluate(&mut self, batch: &PretrainBatch) -> Result<EvalReport>;
-
+/// The whole state of a model in training, as checkpoints hold it.
+pub trait Arenas {
     /// All parameters in the order of the arenas.
     fn parameters(&self) -> Vec<ParamInfo>;
 
     /// Replaces `out` by a copy of an arena.
     fn read_arena(&self, which: Arena, out: &mut Vec<f32>) -> Result<()>;
 
-    /// Overwrites an arena; `data` is as long as [`Engine::read_arena`] gives.
+    /// Overwrites an arena; `data` is as long as [`Arenas::read_arena`] gives.
     fn write_arena(&mut self, which: Arena, data: &[f32]) -> Result<()>;
+}
+
+/// A model with its optimizer, as the run sees it.
+pub trait Engine: Arenas {
+    /// A micro-batch.
+    type Batch;
+
+    /// One optimizer step over all micro-batches, gradients normalised over the labels of the whole step. `step` counts from 0
+    /// and keys dropout; the bias correction of AdamW is that of update `step + 1`, so the engine holds no counter of its own.
+    /// Never changes any bit of state when the gradient is not finite.
+    fn step(&mut self, micro: &[Self::Batch], step: u64, lr: f32) -> Result<StepReport>;
+
+    /// Sums of the loss without dropout and without update.
+    fn evaluate(&mut self, batch: &Self::Batch) -> Result<EvalReport>;
+
+    /// Figures on the dev set; none without one, or when `go_on` said no on the way.
+    fn judge(&mut self, _go_on: &dyn Fn() -> bool) -> Result<Vec<(Metric, f64)>> {
+        Ok(Vec::new())
+    }
 }
 
 /// Which of the engine's flat fp32 arrays.
@@ -103,7 +116,7 @@ impl ParamInfo {
 pub struct StepReport {
     /// Loss that was differentiated.
     pub loss: f64,
-    /// Its parts by name: `encoder`, `decoder`.
+    /// Its parts by name: `encoder`, `decoder`, `contrastive`, …
     pub parts: Vec<(&'static str, f64)>,
     /// Fraction of labels predicted, by the same names.
     pub accuracy: Vec<(&'static str, f64)>,
@@ -129,20 +142,37 @@ pub struct EvalReport {
 /// Sums of one part of the loss.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvalPart {
-    /// `encoder` or `decoder`.
+    /// `encoder`, `decoder`, `contrastive`, …
     pub name: &'static str,
     /// Sum of the loss over the labels.
     pub loss_sum: f64,
-    /// Labels predicted.
-    pub correct: u64,
-    /// Labels.
+    /// Labels predicted, where the part predicts something.
+    pub correct: Option<u64>,
+    /// Labels, or whatever the terms of the sum are.
     pub labels: u64,
+    /// What the mean is weighted with in the loss.
+    pub weight: f64,
+}
+
+impl EvalPart {
+    /// Mean loss; 0 without labels.
+    pub fn loss(&self) -> f64 {
+        self.loss_sum / self.labels.max(1) as f64
+    }
+
+    /// Fraction of the labels predicted.
+    pub fn accuracy(&self) -> Option<f64> {
+        self.correct.map(|correct| correct as f64 / self.labels.max(1) as f64)
+    }
 }
 
 /// The batches of a run, in their order, from any point.
 pub trait Batches {
+    /// A micro-batch.
+    type Batch;
+
     /// The micro-batches of the next step.
-    fn next(&mut self) -> Result<Vec<PretrainBatch>>;
+    fn next(&mut self) -> Result<Vec<Self::Batch>>;
 
     /// Samples of all steps handed out so far, counted over epochs: the whole state of the order.
     fn cursor(&self) -> u64;
@@ -150,17 +180,17 @@ pub trait Batches {
     /// Goes to a cursor, in constant time.
     fn seek(&mut self, cursor: u64) -> Result<()>;
 
-    /// Texts of one epoch, held-out ones left out.
+    /// Texts, or queries, of one epoch, held-out ones left out.
     fn texts(&self) -> u64;
 
     /// Steps that `epochs` epochs take.
     fn steps_of(&self, epochs: f64) -> Result<u64>;
 
-    /// The held-out texts in batches, always the same ones in the same order.
-    fn held_out(&self) -> Box<dyn Iterator<Item = Result<PretrainBatch>> + '_>;
+    /// What is held out in batches, always the same in the same order.
+    fn held_out(&self) -> Box<dyn Iterator<Item = Result<Self::Batch>> + '_>;
 
-    /// How a person finds the text of a sample: its id, or its number in the data.
-    fn name(&self, sample: u64) -> String;
+    /// How a person finds the texts of a batch: by their ids, or by their numbers in the data.
+    fn names(&self, batch: &Self::Batch) -> Vec<String>;
 
     /// Time that [`Batches::next`] spent waiting for data, in all.
     fn waited(&self) -> Duration {

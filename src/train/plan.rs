@@ -6,6 +6,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::error::Result;
+use crate::ops::pool::Pooling;
+use crate::train::biencoder::DistillLoss;
 use crate::train::progress::{bytes, count};
 use crate::train::settings::{Objective, Settings};
 use crate::train::{About, Batches};
@@ -25,7 +27,7 @@ pub struct Plan {
 
 impl Plan {
     /// The plan of `settings`.
-    pub fn new(mut settings: Settings, about: About, batches: &dyn Batches) -> Result<Plan> {
+    pub fn new<B>(mut settings: Settings, about: About, batches: &dyn Batches<Batch = B>) -> Result<Plan> {
         let total = match (settings.steps, settings.epochs) {
             (Some(steps), _) => steps,
             (None, epochs) => batches.steps_of(epochs.unwrap_or(1.0))?,
@@ -42,7 +44,8 @@ impl Plan {
 
     /// Bytes the run needs on disk at its fullest: the checkpoints kept, the one being written, the exported model.
     pub fn disk_bytes(&self) -> u64 {
-        self.checkpoint_bytes() * (self.settings.keep as u64 + 1) + 4 * self.about.parameters
+        self.checkpoint_bytes() * (self.settings.keep as u64 + 1 + u64::from(self.settings.keeps_best()))
+            + 4 * self.about.parameters
     }
 
     /// Tokens the run will see, about.
@@ -68,10 +71,18 @@ impl Plan {
                 100.0 * s.decoder_mask_probability
             ),
             Objective::Mlm => format!("masked language modelling, mask {} %", 100.0 * s.encoder_mask_probability),
+            Objective::Contrastive => contrastive(s),
+            Objective::CrossEncoder => format!(
+                "cross-encoder, softmax over each query's group, pairs of up to {} tokens",
+                s.max_length.unwrap_or_default()
+            ),
         };
-        let mut batch = match s.tokens_per_batch {
-            Some(tokens) => format!("up to {tokens} tokens"),
-            None => format!("{} texts", s.batch_size.unwrap_or(1)),
+        let (text, tuned) = (if s.objective.is_fine_tuning() { "queries" } else { "texts" }, s.group_size);
+        let mut batch = match (s.tokens_per_batch, tuned) {
+            (Some(tokens), _) => format!("up to {tokens} tokens"),
+            (None, None) => format!("{} {text}", s.batch_size.unwrap_or(1)),
+            (None, Some(1)) => format!("{} queries with a passage each", s.batch_size.unwrap_or(1)),
+            (None, Some(group)) => format!("{} queries with {group} passages each", s.batch_size.unwrap_or(1)),
         };
         if s.accumulate > 1 {
             batch += &format!(" × {} micro-batches", s.accumulate);
@@ -81,7 +92,7 @@ impl Plan {
             format!("model      {}, {} parameters", a.model, count(a.parameters as f64)),
             format!("objective  {objective}"),
             format!(
-                "data       {}; {} texts with {} tokens to train on, {} texts held out",
+                "data       {}; {} {text} with {} tokens to train on, {} {text} held out",
                 a.data,
                 a.texts,
                 count(a.tokens as f64),
@@ -132,4 +143,22 @@ impl Plan {
             "disk_bytes": self.disk_bytes(),
         })
     }
+}
+
+/// The objective of a bi-encoder in words.
+fn contrastive(s: &Settings) -> String {
+    let mut words = format!(
+        "bi-encoder, {} pooling{}{}, temperature {}, queries of up to {} tokens, passages of up to {}",
+        if s.pooling == Some(Pooling::Mean) { "mean" } else { "[CLS]" },
+        s.projection.map(|width| format!(", projected to {width}")).unwrap_or_default(),
+        if s.normalize == Some(true) { ", normalised" } else { "" },
+        s.temperature.unwrap_or(1.0),
+        s.query_length.unwrap_or_default(),
+        s.passage_length.unwrap_or_default(),
+    );
+    if let (Some(loss), Some(weight)) = (s.distill_loss, s.contrastive_loss_weight) {
+        let loss = if loss == DistillLoss::Kl { "Kullback-Leibler" } else { "MarginMSE" };
+        words += &format!("; {loss} to the teacher's scores, contrastive loss × {weight}");
+    }
+    words
 }

@@ -5,9 +5,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
-use crate::data::batch::PretrainBatch;
 use crate::error::{Error, Kind, Result};
-use crate::train::checkpoint::{Best, State, bits};
+use crate::eval::metrics::Metric;
+use crate::train::checkpoint::{Best, LOSS, State, bits};
 use crate::train::metrics::Metrics;
 use crate::train::plan::Plan;
 use crate::train::progress::{self, Progress};
@@ -25,8 +25,10 @@ pub struct Summary {
     pub state: State,
     /// Loss of the last step of this process; None when there was nothing left to do.
     pub loss: Option<f64>,
-    /// Loss and accuracy of each part on the held-out texts at the last evaluation of this process.
-    pub held_out: Vec<(&'static str, f64, f64)>,
+    /// Loss of each part on what is held out, at the last evaluation of this process.
+    pub held_out: Vec<EvalPart>,
+    /// Figures on the dev set, at the last evaluation of this process.
+    pub dev: Vec<(Metric, f64)>,
     /// Seconds this process spent in the loop.
     pub seconds: f64,
     /// Steps this process took.
@@ -34,11 +36,11 @@ pub struct Summary {
 }
 
 /// A run about to start.
-pub struct Run<'a> {
+pub struct Run<'a, B> {
     settings: &'a Settings,
     workspace: Workspace,
-    engine: &'a mut dyn Engine,
-    batches: &'a mut dyn Batches,
+    engine: &'a mut dyn Engine<Batch = B>,
+    batches: &'a mut dyn Batches<Batch = B>,
     stop: &'a Stop,
     progress: &'a mut Progress,
     schedule: Schedule,
@@ -50,13 +52,13 @@ pub struct Run<'a> {
     summary: Summary,
 }
 
-impl<'a> Run<'a> {
+impl<'a, B> Run<'a, B> {
     /// Restores what `workspace` found, or starts at step 0.
     pub fn new(
         plan: &'a Plan,
         workspace: Workspace,
-        engine: &'a mut dyn Engine,
-        batches: &'a mut dyn Batches,
+        engine: &'a mut dyn Engine<Batch = B>,
+        batches: &'a mut dyn Batches<Batch = B>,
         stop: &'a Stop,
         progress: &'a mut Progress,
     ) -> Result<Self> {
@@ -78,7 +80,8 @@ impl<'a> Run<'a> {
         if settings.tensorboard {
             events = Some(Events::create(&workspace.disk, &workspace.out, state.step + 1)?);
         }
-        let summary = Summary { state: state.clone(), loss: None, held_out: Vec::new(), seconds: 0.0, steps: 0 };
+        let summary =
+            Summary { state: state.clone(), loss: None, held_out: Vec::new(), dev: Vec::new(), seconds: 0.0, steps: 0 };
         let schedule = settings.schedule(plan.total);
         Ok(Run {
             settings,
@@ -115,14 +118,16 @@ impl<'a> Run<'a> {
     fn go(&mut self) -> Result<()> {
         loop {
             let step = self.state.step;
-            let last = step >= self.state.total_steps;
-            if self.stop.requested().is_none() && self.state.evaluated != Some(step) && self.evaluation_due(step, last)
-            {
+            let evaluation_due = self.evaluation_due(step, step >= self.state.total_steps);
+            if self.stop.requested().is_none() && self.state.evaluated != Some(step) && evaluation_due {
                 self.evaluate()?;
             }
             let stop = self.stop.requested();
+            let patience = self.settings.patience.filter(|most| self.state.since_best >= *most);
+            let last = step >= self.state.total_steps || patience.is_some();
             let due = last
                 || stop.is_some()
+                || (self.settings.keeps_best() && self.state.best.as_ref().is_some_and(|best| best.step == step))
                 || (self.settings.save_every > 0 && step > 0 && step.is_multiple_of(self.settings.save_every));
             if due && self.saved != Some(step) {
                 self.save()?;
@@ -132,6 +137,10 @@ impl<'a> Run<'a> {
                 return Err(Error::new(Kind::Signal(signal), cause)
                     .path(&self.workspace.out)
                     .remedy("run the same command to go on"));
+            }
+            if let Some(most) = patience {
+                let times = if most == 1 { "evaluation".into() } else { format!("{most} evaluations in a row") };
+                self.progress.say(&format!("step {step}: {times} without a better one, the run ends here"));
             }
             if last {
                 return Ok(());
@@ -177,7 +186,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn log(&mut self, micro: &[PretrainBatch], lr: f64, report: &StepReport, waited: f64) -> Result<()> {
+    fn log(&mut self, micro: &[B], lr: f64, report: &StepReport, waited: f64) -> Result<()> {
         let step = self.state.step;
         let rate = self.progress.rate();
         let mut line = self.line("train");
@@ -231,56 +240,86 @@ impl<'a> Run<'a> {
         line
     }
 
-    /// Evaluates on the held-out texts; a signal breaks it off, and the resumed run does it again from its beginning.
+    /// Evaluates on what is held out and on the dev set; a signal breaks it off, and the resumed run does it again from its beginning.
     fn evaluate(&mut self) -> Result<()> {
         let step = self.state.step;
-        let mut sums: Vec<EvalPart> = Vec::new();
+        let mut parts: Vec<EvalPart> = Vec::new();
         for batch in self.batches.held_out() {
             if self.stop.requested().is_some() {
                 return Ok(());
             }
             for part in self.engine.evaluate(&batch?)?.parts {
-                match sums.iter_mut().find(|sum| sum.name == part.name) {
+                match parts.iter_mut().find(|sum| sum.name == part.name) {
                     Some(sum) => {
                         sum.loss_sum += part.loss_sum;
-                        sum.correct += part.correct;
+                        sum.correct = sum.correct.zip(part.correct).map(|(a, b)| a + b);
                         sum.labels += part.labels;
                     }
-                    None => sums.push(part),
+                    None => parts.push(part),
                 }
             }
         }
-        self.state.evaluated = Some(step);
-        let means: Vec<_> = sums
-            .iter()
-            .filter(|sum| sum.labels > 0)
-            .map(|sum| (sum.name, sum.loss_sum / sum.labels as f64, sum.correct as f64 / sum.labels as f64))
-            .collect();
-        if means.is_empty() {
+        let stop = self.stop;
+        let dev = self.engine.judge(&|| stop.requested().is_none())?;
+        if self.stop.requested().is_some() {
             return Ok(());
         }
-        let loss: f64 = means.iter().map(|(_, loss, _)| loss).sum();
-        if loss.is_finite() && self.state.best.as_ref().is_none_or(|best| best.beaten_by(loss)) {
-            self.state.best = Some(Best::new(step, loss));
+        self.state.evaluated = Some(step);
+        parts.retain(|part| part.labels > 0);
+        if parts.is_empty() && dev.is_empty() {
+            return Ok(());
         }
-        let mut line = self.line("eval");
-        line.insert("loss".into(), json!(loss));
-        line.insert("loss_bits".into(), json!(bits(loss)));
-        let (mut text, mut values) =
-            (format!("step {step}  held-out loss {loss:.4}"), vec![("eval/loss".to_string(), loss)]);
-        for (name, loss, accuracy) in &means {
-            let short = short(name);
+        let loss = (!parts.is_empty()).then(|| parts.iter().map(|part| part.weight * part.loss()).sum());
+        self.compare(loss, &dev);
+        self.log_evaluation(loss, &parts, &dev)?;
+        (self.summary.held_out, self.summary.dev) = (parts, dev);
+        Ok(())
+    }
+
+    /// Whether this evaluation is the best so far.
+    fn compare(&mut self, loss: Option<f64>, dev: &[(Metric, f64)]) {
+        let metric = self.settings.best_metric(dev);
+        let figure = dev.iter().find(|(name, _)| name.to_string() == metric).map(|(_, value)| *value);
+        let Some(value) = (if metric == LOSS { loss } else { figure }) else { return };
+        let better = |best: &Best| best.metric != metric || best.beaten_by(value);
+        if value.is_finite() && self.state.best.as_ref().is_none_or(better) {
+            self.state.best = Some(Best::new(self.state.step, &metric, value));
+            self.state.since_best = 0;
+        } else {
+            self.state.since_best += 1;
+        }
+    }
+
+    fn log_evaluation(&mut self, loss: Option<f64>, parts: &[EvalPart], dev: &[(Metric, f64)]) -> Result<()> {
+        let step = self.state.step;
+        let (mut line, mut values, mut text) = (self.line("eval"), Vec::new(), format!("step {step}"));
+        if let Some(loss) = loss {
+            line.insert("loss".into(), json!(loss));
+            line.insert("loss_bits".into(), json!(bits(loss)));
+            values.push(("eval/loss".to_string(), loss));
+            text += &format!("  held-out loss {loss:.4}");
+        }
+        for part in parts {
+            let (short, loss) = (short(part.name), part.loss());
             line.insert(format!("loss_{short}"), json!(loss));
-            line.insert(format!("acc_{short}"), json!(accuracy));
-            values.extend([(format!("eval/loss_{short}"), *loss), (format!("eval/acc_{short}"), *accuracy)]);
-            text += &format!("  {name} {loss:.4} ({:.1} % right)", 100.0 * accuracy);
+            values.push((format!("eval/loss_{short}"), loss));
+            text += &format!("  {} {loss:.4}", part.name);
+            if let Some(accuracy) = part.accuracy() {
+                line.insert(format!("acc_{short}"), json!(accuracy));
+                values.push((format!("eval/acc_{short}"), accuracy));
+                text += &format!(" ({:.1} % right)", 100.0 * accuracy);
+            }
+        }
+        for (metric, value) in dev {
+            line.insert(metric.to_string(), json!(value));
+            values.push((format!("eval/dev/{metric}"), *value));
+            text += &format!("  {metric} {value:.4}");
         }
         self.metrics.write(line)?;
         if let Some(events) = &mut self.events {
             events.scalars(step, values.iter().map(|(tag, x)| (tag.as_str(), *x)))?;
         }
         self.progress.say(&text);
-        self.summary.held_out = means;
         Ok(())
     }
 
@@ -290,15 +329,16 @@ impl<'a> Run<'a> {
         let dir = self.workspace.store.save(&self.state, self.engine)?;
         self.saved = Some(self.state.step);
         self.progress.say(&format!("saved {} in {:.1} s", dir.display(), began.elapsed().as_secs_f64()));
-        self.workspace.store.prune()
+        let best = self.state.best.as_ref().filter(|_| self.settings.keeps_best());
+        self.workspace.store.prune(best.map(|best| best.step))
     }
 
     /// Ids of the texts of a step.
-    fn names(&self, micro: &[PretrainBatch]) -> Vec<String> {
-        micro.iter().flat_map(|batch| &batch.samples).map(|sample| self.batches.name(*sample)).collect()
+    fn names(&self, micro: &[B]) -> Vec<String> {
+        micro.iter().flat_map(|batch| self.batches.names(batch)).collect()
     }
 
-    fn diverged(&self, micro: &[PretrainBatch], cursor: u64) -> Error {
+    fn diverged(&self, micro: &[B], cursor: u64) -> Error {
         let names = self.names(micro);
         let shown = names.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ");
         let more = names.len().saturating_sub(8);
@@ -344,12 +384,18 @@ impl Summary {
         json.insert("skipped".into(), json!(self.state.skipped));
         json.insert("loss".into(), json!(self.loss));
         if let Some(best) = &self.state.best {
-            json.insert("best_held_out_loss".into(), json!(best.loss));
+            let name = if best.metric == LOSS { "best_held_out_loss".into() } else { format!("best_{}", best.metric) };
+            json.insert(name, json!(best.value));
             json.insert("best_step".into(), json!(best.step));
         }
-        for (name, loss, accuracy) in &self.held_out {
-            json.insert(format!("held_out_loss_{}", short(name)), json!(loss));
-            json.insert(format!("held_out_acc_{}", short(name)), json!(accuracy));
+        for part in &self.held_out {
+            json.insert(format!("held_out_loss_{}", short(part.name)), json!(part.loss()));
+            if let Some(accuracy) = part.accuracy() {
+                json.insert(format!("held_out_acc_{}", short(part.name)), json!(accuracy));
+            }
+        }
+        for (metric, value) in &self.dev {
+            json.insert(metric.to_string(), json!(value));
         }
         json.insert("seconds".into(), json!(self.seconds));
         Value::Object(json)
@@ -363,8 +409,18 @@ impl Summary {
         if state.skipped > 0 {
             text += &format!(", {} steps skipped", state.skipped);
         }
-        for (name, loss, accuracy) in &self.held_out {
-            text += &format!("\nheld-out {name}: loss {loss:.4}, {:.1} % right", 100.0 * accuracy);
+        for part in &self.held_out {
+            text += &format!("\nheld-out {}: loss {:.4}", part.name, part.loss());
+            if let Some(accuracy) = part.accuracy() {
+                text += &format!(", {:.1} % right", 100.0 * accuracy);
+            }
+        }
+        if !self.dev.is_empty() {
+            let figures: Vec<String> = self.dev.iter().map(|(metric, value)| format!("{metric} {value:.4}")).collect();
+            text += &format!("\ndev set: {}", figures.join(", "));
+        }
+        if let Some(best) = self.state.best.as_ref().filter(|best| best.metric != LOSS) {
+            text += &format!("; best {} {:.4} at step {}", best.metric, best.value, best.step);
         }
         text
     }

@@ -3,16 +3,26 @@
 //! The keys of the file are the names of the command-line flags. A flag wins over the file; of a pair that excludes each other
 //! (`steps` and `epochs`, say) a flag also puts the file's other half out of force.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+mod identity;
+mod resolve;
+
+use std::path::PathBuf;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use toml::{Table, Value};
 
-use crate::error::{Error, Kind, Result};
-use crate::train::About;
+use crate::data::pairs::MissingScore;
+use crate::data::pairs::batch::Duplicates;
+use crate::data::pairs::qrels::QrelsFormat;
+use crate::data::pairs::rows::RowFormat;
+use crate::data::shard::TitleSep;
+use crate::eval::metrics::Metric;
+use crate::ops::pool::Pooling;
+use crate::train::biencoder::DistillLoss;
+use crate::train::checkpoint::LOSS;
 use crate::train::schedule::{Decay, Schedule};
+
+pub use identity::compare;
 
 /// What is minimised.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -23,6 +33,27 @@ pub enum Objective {
     Retromae,
     /// Masked language modelling alone: the baseline.
     Mlm,
+    /// A bi-encoder: the positive against every other passage of the batch, and a teacher's scores.
+    Contrastive,
+    /// A cross-encoder: the positive against the other passages of its query's group.
+    CrossEncoder,
+}
+
+impl Objective {
+    /// The name in files and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Objective::Retromae => "retromae",
+            Objective::Mlm => "mlm",
+            Objective::Contrastive => "contrastive",
+            Objective::CrossEncoder => "cross-encoder",
+        }
+    }
+
+    /// Whether it learns from queries and passages, not from texts alone.
+    pub fn is_fine_tuning(self) -> bool {
+        matches!(self, Objective::Contrastive | Objective::CrossEncoder)
+    }
 }
 
 /// Arithmetic of the run.
@@ -124,6 +155,85 @@ pub struct Settings {
     pub max_skipped: u64,
     /// Whether TensorBoard events are written.
     pub tensorboard: bool,
+    /// Rows that bring queries and passages are in `data`; of which format. Found by the first row when absent.
+    pub row_format: Option<RowFormat>,
+    /// How titles of rows are joined to their texts.
+    pub title_sep: Option<TitleSep>,
+    /// Tokenizer for `data` and prefixes, where it does not lie beside the model.
+    pub tokenizer: Option<PathBuf>,
+    /// Folder of queries that `tokenize` wrote.
+    pub queries: Option<PathBuf>,
+    /// Folder of passages that `tokenize` wrote.
+    pub corpus: Option<PathBuf>,
+    /// Files of judgements.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub qrels: Vec<String>,
+    /// Their format; found by the first line when absent.
+    pub qrels_format: Option<QrelsFormat>,
+    /// The lowest grade of a positive.
+    pub least_grade: Option<i32>,
+    /// Files of hard negatives.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub negatives: Vec<String>,
+    /// Negatives by system: least distance to the lowest positive, of the cross-encoder's scores.
+    pub ce_margin: Option<f64>,
+    /// Negatives by system: how many of each.
+    pub per_system: Option<usize>,
+    /// Negatives by system: which systems; all when empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub systems: Vec<String>,
+    /// Files of a teacher's scores.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub teacher_scores: Vec<String>,
+    /// What happens to passages that the teacher did not score.
+    pub missing_teacher: Option<MissingScore>,
+    /// Passages of a query in a step, the positive among them.
+    pub group_size: Option<usize>,
+    /// Negatives are drawn from this many of the best ranked.
+    pub negatives_depth: Option<usize>,
+    /// Queries are cut to this many tokens.
+    pub query_length: Option<usize>,
+    /// Passages are cut to this many tokens.
+    pub passage_length: Option<usize>,
+    /// Text put before every query.
+    pub query_prefix: Option<String>,
+    /// Text put before every passage.
+    pub passage_prefix: Option<String>,
+    /// What an embedding is made of; that of the model when absent, else [CLS].
+    pub pooling: Option<Pooling>,
+    /// Whether embeddings are scaled to length 1; as the model's own when absent, else not.
+    pub normalize: Option<bool>,
+    /// What scores are divided by.
+    pub temperature: Option<f64>,
+    /// Whether queries and passages have an encoder each.
+    pub untied: Option<bool>,
+    /// Width of a projection after pooling.
+    pub projection: Option<usize>,
+    /// What happens to passages of a batch that are positives of another query of it.
+    pub duplicates: Option<Duplicates>,
+    /// Texts whose activations exist at a time.
+    pub chunk: Option<usize>,
+    /// How scores are compared with a teacher's.
+    pub distill_loss: Option<DistillLoss>,
+    /// Weight of the contrastive loss beside distillation.
+    pub contrastive_loss_weight: Option<f64>,
+    /// Folder of the dev set's queries that `tokenize` wrote.
+    pub dev_queries: Option<PathBuf>,
+    /// Files of the dev set's judgements.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dev_qrels: Vec<String>,
+    /// Folder of the passages that the dev set is searched in; `corpus` when absent.
+    pub dev_corpus: Option<PathBuf>,
+    /// Passages of that corpus that are searched, the judged ones and random others; 0: all.
+    pub dev_sample: Option<usize>,
+    /// Run of the dev set's queries that a cross-encoder reranks.
+    pub dev_run: Option<PathBuf>,
+    /// What makes an evaluation the best: a metric of the dev set, or `loss`.
+    pub best_metric: Option<String>,
+    /// Evaluations in a row without a better one, after which the run ends.
+    pub patience: Option<u64>,
+    /// Whether the checkpoint of the best evaluation is kept and exported; when absent, with a dev set.
+    pub keep_best: Option<bool>,
 }
 
 impl Default for Settings {
@@ -164,115 +274,48 @@ impl Default for Settings {
             keep: 3,
             max_skipped: 10,
             tensorboard: true,
+            row_format: None,
+            title_sep: None,
+            tokenizer: None,
+            queries: None,
+            corpus: None,
+            qrels: Vec::new(),
+            qrels_format: None,
+            least_grade: None,
+            negatives: Vec::new(),
+            ce_margin: None,
+            per_system: None,
+            systems: Vec::new(),
+            teacher_scores: Vec::new(),
+            missing_teacher: None,
+            group_size: None,
+            negatives_depth: None,
+            query_length: None,
+            passage_length: None,
+            query_prefix: None,
+            passage_prefix: None,
+            pooling: None,
+            normalize: None,
+            temperature: None,
+            untied: None,
+            projection: None,
+            duplicates: None,
+            chunk: None,
+            distill_loss: None,
+            contrastive_loss_weight: None,
+            dev_queries: None,
+            dev_qrels: Vec::new(),
+            dev_corpus: None,
+            dev_sample: None,
+            dev_run: None,
+            best_metric: None,
+            patience: None,
+            keep_best: None,
         }
     }
 }
 
-/// Settings of which at most one may be given; the first with its default stands when none is.
-const EXCLUSIVE: [(&[&str], Option<Value>); 4] = [
-    (&["model", "config-file", "config-name"], None),
-    (&["batch-size", "tokens-per-batch"], Some(Value::Integer(32))),
-    (&["epochs", "steps"], Some(Value::Float(3.0))),
-    (&["warmup-ratio", "warmup-steps"], Some(Value::Float(0.1))),
-];
-
-/// Settings that may change between a run and its continuation. `model`, `data` and `precision` are here because what they lead to
-/// is compared instead of how they are written: see [`Settings::identity`].
-const FREE: [&str; 17] = [
-    "config-file",
-    "config-name",
-    "data",
-    "device",
-    "eval-every",
-    "keep",
-    "log-every",
-    "max-skipped",
-    "model",
-    "output",
-    "precision",
-    "resume",
-    "save-every",
-    "tensorboard",
-    "threads",
-    "epochs",
-    "warmup-ratio",
-];
-
 impl Settings {
-    /// The settings of the flags given on the command line over those of a configuration file.
-    pub fn resolve(flags: Table, file: Option<&Path>) -> Result<Settings> {
-        let mut table = Table::new();
-        if let Some(path) = file {
-            table = read_file(path)?;
-        }
-        for (group, _) in &EXCLUSIVE {
-            if group.iter().any(|key| flags.contains_key(*key)) {
-                group.iter().for_each(|key| drop(table.remove(*key)));
-            }
-        }
-        table.extend(flags);
-        for (group, default) in EXCLUSIVE {
-            match (group.iter().filter(|key| table.contains_key(**key)).count(), default) {
-                (0, Some(value)) => drop(table.insert(group[0].to_string(), value)),
-                (0 | 1, _) => {}
-                _ => {
-                    let names: Vec<String> = group.iter().map(|k| format!("--{k}")).collect();
-                    return Err(Error::usage(format!("more than one of {} is set", names.join(", ")))
-                        .remedy("give one of them"));
-                }
-            }
-        }
-        let settings: Settings = table.try_into().map_err(|e| Error::usage(one_line(&e)).remedy("see train --help"))?;
-        settings.check()?;
-        Ok(settings)
-    }
-
-    /// Refuses values outside their range.
-    fn check(&self) -> Result<()> {
-        let open_unit = |x: f64| x > 0.0 && x < 1.0;
-        let checks = [
-            (
-                "model",
-                self.model.is_some() || self.config_file.is_some() || self.config_name.is_some(),
-                "give --model, --config-file or --config-name",
-            ),
-            ("data", self.data.is_some(), "give --data, the folder that tokenize wrote"),
-            ("output", self.output.is_some(), "give --output, the folder of the run"),
-            ("batch-size", self.batch_size != Some(0), "must be at least 1"),
-            ("tokens-per-batch", self.tokens_per_batch != Some(0), "must be at least 1"),
-            ("accumulate", self.accumulate > 0, "must be at least 1"),
-            ("max-length", self.max_length.is_none_or(|n| n >= 3), "must be at least 3: [CLS], one token, [SEP]"),
-            ("epochs", self.epochs.is_none_or(|x| x > 0.0 && x.is_finite()), "must be positive"),
-            ("steps", self.steps != Some(0), "must be at least 1"),
-            ("learning-rate", self.learning_rate > 0.0 && self.learning_rate.is_finite(), "must be positive"),
-            ("warmup-ratio", self.warmup_ratio.is_none_or(|x| (0.0..=1.0).contains(&x)), "must be between 0 and 1"),
-            ("weight-decay", (0.0..1.0).contains(&self.weight_decay), "must be at least 0 and below 1"),
-            ("beta1", (0.0..1.0).contains(&self.beta1), "must be at least 0 and below 1"),
-            ("beta2", (0.0..1.0).contains(&self.beta2), "must be at least 0 and below 1"),
-            ("epsilon", self.epsilon > 0.0 && self.epsilon.is_finite(), "must be positive"),
-            ("clip", self.clip >= 0.0 && self.clip.is_finite(), "must be positive, or 0 for no clipping"),
-            ("encoder-mask-probability", open_unit(self.encoder_mask_probability), "must lie between 0 and 1"),
-            ("decoder-mask-probability", open_unit(self.decoder_mask_probability), "must lie between 0 and 1"),
-            (
-                "device",
-                ["auto", "cpu", "cuda", "emulator"].contains(&&*self.device),
-                "must be auto, cpu, cuda or emulator",
-            ),
-            ("seed", i64::try_from(self.seed).is_ok(), "must be below 2^63"),
-            ("threads", self.threads != Some(0), "must be at least 1"),
-            ("log-every", self.log_every > 0, "must be at least 1"),
-            ("keep", self.keep > 0, "must be at least 1"),
-            ("max-skipped", self.max_skipped > 0, "must be at least 1"),
-        ];
-        match checks.iter().find(|(_, good, _)| !good) {
-            None => Ok(()),
-            Some((key, _, rule)) if rule.starts_with("give") => {
-                Err(Error::usage(format!("--{key} is missing")).remedy(*rule))
-            }
-            Some((key, _, rule)) => Err(Error::usage(format!("--{key} {rule}")).remedy("see train --help")),
-        }
-    }
-
     /// `resume`, parsed.
     pub fn resume(&self) -> Resume {
         match self.resume.as_str() {
@@ -289,134 +332,14 @@ impl Settings {
         Schedule { peak: self.learning_rate, warmup, total, decay: self.schedule }
     }
 
-    /// What must be equal for two runs to be the same, as text by setting name. `total` is the number of steps, in which `epochs`
-    /// is contained; the warm-up in steps contains `warmup-ratio`.
-    pub fn identity(&self, about: &About, total: u64) -> Result<BTreeMap<String, String>> {
-        let table = Table::try_from(self).map_err(|e| unwritable(&e))?;
-        let mut identity: BTreeMap<String, String> = table
-            .into_iter()
-            .filter(|(key, _)| !FREE.contains(&key.as_str()))
-            .map(|(key, value)| (key, value.to_string()))
-            .collect();
-        identity.insert("steps".into(), total.to_string());
-        identity.insert("warmup-steps".into(), self.schedule(total).warmup.to_string());
-        identity.insert("model".into(), format!("{} [{}]", about.model, about.model_fingerprint));
-        identity.insert("data".into(), format!("{} [{}]", about.data, about.data_fingerprint));
-        identity.insert("precision".into(), about.precision.clone());
-        identity.insert("eval-size".into(), about.held_out.to_string());
-        Ok(identity)
+    /// What makes an evaluation the best, of the figures `dev` and the held-out loss.
+    pub fn best_metric(&self, dev: &[(Metric, f64)]) -> String {
+        let first = || dev.first().map_or_else(|| LOSS.to_string(), |(metric, _)| metric.to_string());
+        self.best_metric.clone().unwrap_or_else(first)
     }
 
-    /// The settings as a configuration file that repeats the run.
-    pub fn to_toml(&self) -> Result<String> {
-        let body = toml::to_string(self).map_err(|e| unwritable(&e))?;
-        let version = env!("CARGO_PKG_VERSION");
-        Ok(format!("# Resolved by retromae-engine {version}; `train --config` with this file repeats the run.\n{body}"))
-    }
-}
-
-fn unwritable(e: &toml::ser::Error) -> Error {
-    Error::refused(format!("the settings cannot be written: {e}")).remedy("check paths and numbers in them")
-}
-
-/// Refuses settings that differ from those of a checkpoint and are not named in `overrides`. `current` and `saved` are
-/// [`Settings::identity`]; a setting that one of them lacks (another version of the engine wrote it) counts as `unset`.
-pub fn compare(
-    current: &BTreeMap<String, String>,
-    saved: &BTreeMap<String, String>,
-    overrides: &[String],
-    checkpoint: &Path,
-) -> Result<()> {
-    let mut known: Vec<&String> = current.keys().chain(saved.keys()).collect();
-    known.sort();
-    known.dedup();
-    if let Some(name) = overrides.iter().find(|name| !known.contains(name)) {
-        let names: Vec<&str> = known.iter().map(|s| s.as_str()).collect();
-        return Err(Error::usage(format!("--override {name}: no such setting"))
-            .remedy(format!("the settings are {}", names.join(", "))));
-    }
-    let text = |map: &BTreeMap<String, String>, key: &str| map.get(key).cloned().unwrap_or_else(|| "unset".into());
-    let changed: Vec<Error> = known
-        .into_iter()
-        .filter(|key| current.get(*key) != saved.get(*key) && !overrides.contains(key))
-        .map(|key| {
-            Error::refused(format!("{key} was {} and is now {}", text(saved, key), text(current, key)))
-                .path(checkpoint)
-                .remedy(format!("give the old value, or --override {key} to change it, or another --output"))
-        })
-        .collect();
-    if changed.is_empty() { Ok(()) } else { Err(Error::several(changed)) }
-}
-
-/// Reads a configuration file, refusing unknown keys and wrong types with their line.
-fn read_file(path: &Path) -> Result<Table> {
-    let bytes = crate::files::disk::Disk::default().read_small(path, 1 << 20)?;
-    let text = String::from_utf8(bytes)
-        .map_err(|_| Error::refused("not UTF-8").path(path).remedy("write the file as UTF-8"))?;
-    let refuse = |e: &toml::de::Error| {
-        let error = Error::new(Kind::Refused, one_line(e))
-            .path(path)
-            .remedy("keys are the names of the flags; see train --help");
-        match e.span() {
-            Some(span) => error.line(1 + text[..span.start.min(text.len())].matches('\n').count() as u64),
-            None => error,
-        }
-    };
-    toml::from_str::<Settings>(&text).map_err(|e| refuse(&e))?;
-    toml::from_str(&text).map_err(|e| refuse(&e))
-}
-
-fn one_line(e: &toml::de::Error) -> String {
-    e.message().split('\n').next().unwrap_or_default().to_string()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn table(text: &str) -> Table {
-        toml::from_str(text).unwrap_or_default()
-    }
-
-    const LEAST: &str = "model = 'm'\ndata = 'd'\noutput = 'o'\n";
-
-    #[test]
-    fn every_free_setting_is_a_setting() {
-        let all = "config-file = 'a'\nconfig-name = 'a'\nmodel = 'm'\ndata = 'd'\noutput = 'o'\n\
-                   threads = 1\nepochs = 1.0\nwarmup-ratio = 0.1";
-        let settings: Option<Settings> = toml::from_str(all).ok();
-        let keys = settings.and_then(|s| Table::try_from(s).ok()).unwrap_or_default();
-        for name in FREE {
-            assert!(keys.contains_key(name), "{name}");
-        }
-    }
-
-    #[test]
-    fn resolved_settings_survive_their_file() -> Result<()> {
-        let settings = Settings::resolve(table(&format!("{LEAST}learning-rate = 0.1\nsteps = 7")), None)?;
-        let again = Settings::resolve(table(&settings.to_toml()?), None)?;
-        assert_eq!(settings, again);
-        assert_eq!((again.steps, again.epochs, again.batch_size, again.learning_rate), (Some(7), None, Some(32), 0.1));
-        Ok(())
-    }
-
-    #[test]
-    fn identity_is_what_settings_lead_to() -> Result<()> {
-        let about = About::default();
-        let ratio = Settings::resolve(table(&format!("{LEAST}epochs = 2\nwarmup-ratio = 0.1")), None)?;
-        let steps = Settings::resolve(
-            table(&format!("{LEAST}steps = 100\nwarmup-steps = 10\nlog-every = 3\nresume = 'never'")),
-            None,
-        )?;
-        assert_eq!(ratio.identity(&about, 100)?, steps.identity(&about, 100)?);
-        let other = Settings { learning_rate: 2e-4, ..steps };
-        let error = compare(&other.identity(&about, 100)?, &ratio.identity(&about, 100)?, &[], Path::new("c"));
-        let error = error.err().map(|e| e.to_string()).unwrap_or_default();
-        assert_eq!(
-            error,
-            "c: learning-rate was 0.0001 and is now 0.0002; \
-             give the old value, or --override learning-rate to change it, or another --output"
-        );
-        compare(&other.identity(&about, 100)?, &ratio.identity(&about, 100)?, &["learning-rate".into()], Path::new("c"))
+    /// Whether the checkpoint of the best evaluation is kept and exported.
+    pub fn keeps_best(&self) -> bool {
+        self.keep_best.unwrap_or(!self.dev_qrels.is_empty())
     }
 }

@@ -22,6 +22,7 @@ use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
 use crate::ops::gather;
 use crate::ops::optimizer::AdamW;
+use crate::train::EvalPart;
 use crate::train::updates::{self, Optimizer, Scales, Trainable, one_of};
 
 /// What is pre-trained.
@@ -227,21 +228,6 @@ impl Pretrainer {
         device.check().map(|()| model)
     }
 
-    /// Weights and gradients.
-    pub fn params(&self) -> &Params {
-        &self.params
-    }
-
-    /// Where it is trained.
-    pub fn device(&self) -> Device {
-        self.device
-    }
-
-    /// The flat first and second moments.
-    pub fn moments(&self) -> (&Tensor, &Tensor) {
-        self.optimizer.moments()
-    }
-
     /// All work between the upload of a micro-batch and that of the next.
     fn segment(&self, segment: Segment, dropout: StepDropout) {
         if segment.first {
@@ -308,6 +294,37 @@ impl Trainable for Pretrainer {
 
     fn config(&self) -> &BertConfig {
         &self.config
+    }
+
+    fn device(&self) -> Device {
+        self.device
+    }
+
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn moments(&self) -> (&Tensor, &Tensor) {
+        self.optimizer.moments()
+    }
+
+    fn size(batch: &PretrainBatch) -> (usize, usize) {
+        (batch.sequences(), batch.tokens())
+    }
+
+    fn parts(&self, l: &Losses) -> Vec<EvalPart> {
+        let part = |name, sums: &LossSums, labels: usize| EvalPart {
+            name,
+            loss_sum: sums.loss,
+            correct: Some(sums.correct as u64),
+            labels: labels as u64,
+            weight: 1.0,
+        };
+        let mut parts = vec![part("encoder", &l.encoder, l.encoder_labels)];
+        if self.objective == Objective::RetroMae {
+            parts.push(part("decoder", &l.decoder, l.decoder_labels));
+        }
+        parts
     }
 
     fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64) {

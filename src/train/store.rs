@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::files::disk::Disk;
-use crate::train::Engine;
+use crate::train::Arenas;
 use crate::train::checkpoint::{self, Checkpoint, Opened, State};
 
 /// Name of the folder of checkpoints in the output folder.
@@ -73,7 +73,7 @@ impl Store {
         let mut bad: Damaged = Vec::new();
         for (_, dir) in self.list()?.into_iter().rev() {
             match Checkpoint::open(&self.disk, &dir)? {
-                Opened::Good(checkpoint) => return Ok((Some(checkpoint), bad)),
+                Opened::Good(checkpoint) => return Ok((Some(*checkpoint), bad)),
                 Opened::Damaged(error) => bad.push((dir, error)),
             }
         }
@@ -100,7 +100,7 @@ impl Store {
     }
 
     /// Saves a checkpoint, then points the marker at it. When this returns, the checkpoint outlives a power cut.
-    pub fn save(&self, state: &State, engine: &dyn Engine) -> Result<PathBuf> {
+    pub fn save(&self, state: &State, engine: &dyn Arenas) -> Result<PathBuf> {
         let name = format!("{PREFIX}{:08}", state.step);
         let (temporary, fin) = (self.dir.join(format!(".tmp-{name}")), self.dir.join(&name));
         self.disk.remove(&temporary)?;
@@ -118,10 +118,15 @@ impl Store {
         Ok(fin)
     }
 
-    /// Removes the oldest checkpoints beyond the number to keep. The marker already points at the newest.
-    pub fn prune(&self) -> Result<()> {
+    /// Where the checkpoint of `step` is, if it is there.
+    pub fn at(&self, step: u64) -> Result<Option<PathBuf>> {
+        Ok(self.list()?.into_iter().find(|(at, _)| *at == step).map(|(_, dir)| dir))
+    }
+
+    /// Removes the oldest checkpoints beyond the number to keep, but for that of step `best`. The marker already points at the newest.
+    pub fn prune(&self, best: Option<u64>) -> Result<()> {
         let all = self.list()?;
-        for (step, dir) in &all[..all.len().saturating_sub(self.keep)] {
+        for (step, dir) in all[..all.len().saturating_sub(self.keep)].iter().filter(|(step, _)| Some(*step) != best) {
             // Renamed first: a half-removed folder must never look like a checkpoint.
             let trash = self.dir.join(format!(".trash-{step}"));
             self.disk.remove(&trash)?;

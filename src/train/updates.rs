@@ -9,6 +9,7 @@ use crate::ops::cross_entropy::Scale;
 use crate::ops::gather;
 use crate::ops::optimizer::{self, AdamW};
 use crate::rng::Dropout;
+use crate::train::EvalPart;
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,6 +31,21 @@ pub trait Trainable {
 
     /// The encoder's configuration.
     fn config(&self) -> &BertConfig;
+
+    /// Where it is trained.
+    fn device(&self) -> Device;
+
+    /// Weights and gradients.
+    fn params(&self) -> &Params;
+
+    /// The flat first and second moments.
+    fn moments(&self) -> (&Tensor, &Tensor);
+
+    /// Sequences and tokens of a micro-batch.
+    fn size(batch: &Self::Batch) -> (usize, usize);
+
+    /// The losses part by part.
+    fn parts(&self, losses: &Self::Losses) -> Vec<EvalPart>;
 
     /// Makes ready update number `t` (from 1) at learning rate `lr`.
     fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64);

@@ -87,7 +87,7 @@ fn choose(
         },
         Resume::From(dir) => {
             let checkpoint = match Checkpoint::open(disk, &dir)? {
-                Opened::Good(checkpoint) => checkpoint,
+                Opened::Good(checkpoint) => *checkpoint,
                 Opened::Damaged(e) => return Err(e),
             };
             // Steps after the chosen one would be taken for the newest state of this run if it were killed before its next save.

@@ -138,6 +138,29 @@ fn bf16_training_follows_the_cpu() {
     assert!(furthest <= 0.05 * learned, "losses are {furthest} apart where {learned} was learned");
 }
 
+/// Devices that have some of the queries each and the passages of all: their losses and gradients add up to those of one batch.
+#[test]
+fn queries_of_several_devices_against_the_passages_of_all() {
+    for untied in [false, true] {
+        let options = Options { distillation: None, ..options(untied) };
+        let room = Room { queries: 5, passages: 10, lengths: [12, 40], chunk: None };
+        let mut model = BiEncoder::new(Device::Cpu, &config(), options, room, DType::F64).unwrap();
+        model.params().load(5, 0.2, |_, _, _| Ok(false)).unwrap();
+        let all = ContrastiveBatch { teacher: None, ..batch(1) };
+        let (loss, whole) = gradients(&mut model, &[all.clone()]);
+        let of_device = |queries: std::ops::Range<usize>| ContrastiveBatch {
+            queries: all.queries.part(queries.clone()),
+            targets: all.targets[queries.clone()].to_vec(),
+            hidden: all.hidden.as_ref().map(|bits| bits[queries.clone()].to_vec()),
+            rows: all.rows[queries].to_vec(),
+            ..all.clone()
+        };
+        let (other, parts) = gradients(&mut model, &[of_device(0..2), of_device(2..3), of_device(3..5)]);
+        assert!((other / loss - 1.0).abs() < 1e-12, "{other} and {loss}");
+        assert!(apart(&parts, &whole) < 1e-7, "{}", apart(&parts, &whole));
+    }
+}
+
 /// A query's loss over the passages of a whole batch is not that over its own part of it: negatives count.
 #[test]
 fn every_passage_of_the_batch_is_a_candidate() {

@@ -7,6 +7,7 @@ use retromae_engine::graph::{Capacity, StepDropout};
 use retromae_engine::model::config::{Activation, BertConfig};
 use retromae_engine::rng::{Dropout, Site, Stream};
 use retromae_engine::train::step::{Objective, Pretrainer};
+use retromae_engine::train::updates::Trainable as _;
 
 pub const VOCABULARY: u32 = 41;
 pub const CAPACITY: Capacity = Capacity { tokens: 90, sequences: 6, length: 40, encoder_labels: 90 };

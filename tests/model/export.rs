@@ -57,6 +57,17 @@ pub fn bi_encoder(pooling: Pooling, normalize: bool, dense: bool) -> ExportKind 
     ExportKind::BiEncoder { pooling, normalize, projection: dense.then_some(16), untied: false }
 }
 
+/// Two encoders with their poolers, mean pooling and a projection of 16 each.
+pub fn untied(folder: &Path) -> ExportSpec {
+    let (pooling, normalize, projection) = (Pooling::Mean, false, Some(16));
+    ExportSpec { pooler: true, ..spec(ExportKind::BiEncoder { pooling, normalize, projection, untied: true }, folder) }
+}
+
+/// [`source`] of either of two encoders.
+pub fn either(name: &str, out: &mut Vec<f32>) -> Result<()> {
+    source(name.split_once("_model.").map_or(name, |(_, bare)| bare), out)
+}
+
 fn json_of(path: PathBuf) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }

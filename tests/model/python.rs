@@ -1,14 +1,18 @@
 //! The consumers themselves: transformers and sentence-transformers load what was exported. Left out, in one line, without Python.
 
-use crate::export::{bi_encoder, source, spec};
+use crate::export::{bi_encoder, either, source, spec, untied};
 use retromae_engine::device::{DType, Device};
 use retromae_engine::graph::Capacity;
 use retromae_engine::graph::inference::Inference;
 use retromae_engine::model::config::BertConfig;
 use retromae_engine::model::element::Dtype;
 use retromae_engine::model::export::{ExportKind, Pooling, export};
+use retromae_engine::model::names;
+use retromae_engine::model::parameters::Parameters;
+use retromae_engine::model::reranker::Reranker;
 use retromae_engine::model::safetensors::writer::{Spec, Writer};
 use retromae_engine::model::tensor_file::Info;
+use retromae_engine::model::towers::{SIDES, Towers};
 use retromae_engine::model::weights::Checkpoint;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -66,10 +70,14 @@ fn exports_load_in_transformers_and_sentence_transformers() {
         export(spec, &out, &mut source).unwrap();
         command.arg(out);
     }
+    // Two encoders in one folder: each is a model by itself.
+    let two = folder.path().join("two");
+    export(&untied(folder.path()), &two, &mut either).unwrap();
+    command.args(SIDES.map(|side| two.join(side)));
     let output = command.env("HF_HUB_OFFLINE", "1").output().unwrap();
     let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{text}\n{errors}");
-    assert_eq!(text.lines().filter(|l| l.starts_with("ok ")).count(), cases.len(), "{text}\n{errors}");
+    assert_eq!(text.lines().filter(|l| l.starts_with("ok ")).count(), cases.len() + 2, "{text}\n{errors}");
     println!("{text}");
 }
 
@@ -127,4 +135,47 @@ fn hidden_states_equal_those_of_transformers() {
     let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && text.contains("hidden states within"), "{text}\n{errors}");
     println!("{text}");
+}
+
+/// Folders that sentence-transformers itself saves, in whatever form its version writes them, read as they were.
+#[test]
+fn what_sentence_transformers_saves_is_read() {
+    if !available() {
+        eprintln!("left out: no Python with torch, transformers and sentence-transformers (set RETROMAE_PYTHON)");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let mut bi = spec(bi_encoder(Pooling::Mean, true, true), folder.path());
+    bi.prompts = ["query: ".into(), "passage: ".into()];
+    export(&bi, path("bi"), &mut source).unwrap();
+    export(&spec(ExportKind::CrossEncoder, folder.path()), path("cross"), &mut source).unwrap();
+    let program = "import sys; from sentence_transformers import CrossEncoder, SentenceTransformer; \
+                   SentenceTransformer(sys.argv[1] + '/bi').save(sys.argv[1] + '/bi-saved'); \
+                   CrossEncoder(sys.argv[1] + '/cross').save(sys.argv[1] + '/cross-saved')";
+    let mut command = Command::new(interpreter());
+    let output = command.args(["-c", program]).arg(folder.path()).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    let (given, saved) = (Towers::open(&path("bi")).unwrap(), Towers::open(&path("bi-saved")).unwrap());
+    assert_eq!((saved.projection, saved.settings.pooling), (Some(16), Some(Pooling::Mean)));
+    assert_eq!((saved.settings.normalize, &saved.settings.prompts), (Some(true), &given.settings.prompts));
+    assert!(saved.tokenizer().is_some() && saved.settings.max_seq_length == given.settings.max_seq_length);
+    let mut names: Vec<String> = names::encoder(&given.config).into_iter().map(|p| p.name).collect();
+    names.extend(["linear.weight", "linear.bias"].map(String::from));
+    same(&given, &saved, &names);
+    let (given, saved) = (Reranker::open(&path("cross")).unwrap(), Reranker::open(&path("cross-saved")).unwrap());
+    assert_eq!((saved.max_length, saved.note.as_deref()), (Some(given.config.max_position_embeddings), None));
+    let mut names: Vec<String> = names::encoder(&given.config).into_iter().map(|p| p.name).collect();
+    names.extend(["classifier.weight", "bert.pooler.dense.weight"].map(String::from));
+    same(&given, &saved, &names);
+}
+
+fn same(given: &dyn Parameters, saved: &dyn Parameters, names: &[String]) {
+    for name in names {
+        let shape = given.find(name).unwrap();
+        let [mut a, mut b] = [0.0, 1.0].map(|x| vec![x; shape.iter().product()]);
+        assert!(given.read(name, &shape, &mut a).unwrap() && saved.read(name, &shape, &mut b).unwrap(), "{name}");
+        assert!(a == b, "{name}");
+    }
 }

@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use retromae_engine::model::export::{ExportKind, Pooling, export};
+use retromae_engine::model::export::{Pooling, export};
 use retromae_engine::model::parameters::Parameters;
 use retromae_engine::model::sentence::SentenceSettings;
 use retromae_engine::model::towers::Towers;
 use serde_json::{Value, json};
 
-use crate::export::{bi_encoder, source, spec};
+use crate::export::{bi_encoder, either, source, spec, untied};
 use crate::{golden, line};
 
 /// An exported bi-encoder to take apart: mean pooling, a projection of 16, normalised.
@@ -163,7 +163,10 @@ fn prompts_and_lengths() {
     write(path, json!({"do_lower_case": false}));
     assert_eq!(Towers::open(&out).unwrap().settings.max_seq_length, Some(51));
     std::fs::remove_file(out.join("retromae_run.json")).unwrap();
-    assert_eq!(Towers::open(&out).unwrap().settings.max_seq_length, None);
+    for (said, expected) in [(json!(40), Some(40)), (json!(1e30), None), (Value::Null, None)] {
+        write(out.join("tokenizer_config.json"), json!({"model_max_length": said}));
+        assert_eq!(Towers::open(&out).unwrap().settings.max_seq_length, expected);
+    }
 }
 
 /// The first versions had the encoder in a folder of its own; a plain BERT says nothing.
@@ -192,12 +195,8 @@ fn old_layouts_and_plain_models() {
 #[test]
 fn two_sides_that_do_not_fit() {
     let dir = tempfile::tempdir().unwrap();
-    let kind =
-        |normalize| ExportKind::BiEncoder { pooling: Pooling::Cls, normalize, projection: Some(16), untied: true };
-    let mut tied =
-        |name: &str, out: &mut Vec<f32>| source(name.split_once("_model.").map_or(name, |(_, bare)| bare), out);
     let out = dir.path().join("two");
-    export(&spec(kind(false), dir.path()), &out, &mut tied).unwrap();
+    export(&untied(dir.path()), &out, &mut either).unwrap();
     assert_eq!(Towers::open(&out).unwrap().projection, Some(16));
     write(out.join("passage_model/modules.json"), modules(&[("2_Dense", "Dense"), ("3_Normalize", "Normalize")]));
     let text = line(Towers::open(&out));

@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::process::Stdio;
 
+use crate::pair_world::{DEV, PairWorld};
 use crate::world::{World, stderr};
 
 /// The device of these tests.
@@ -15,7 +16,9 @@ fn device() -> String {
 fn losses(out: &Path) -> Vec<(f64, String)> {
     let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
     let lines = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
-    lines.map(|l| (l["loss"].as_f64().unwrap(), format!("{} {}", l["loss_bits"], l["grad_norm_bits"]))).collect()
+    lines
+        .map(|l| (l["loss"].as_f64().unwrap_or(f64::NAN), format!("{} {}", l["loss_bits"], l["grad_norm_bits"])))
+        .collect()
 }
 
 #[test]
@@ -79,4 +82,43 @@ fn a_dry_run_tells_the_memory_of_the_precision() {
     };
     let (narrow, wide) = (memory("bf16"), memory("fp32"));
     assert!(narrow < wide && 2 * narrow > wide, "{narrow} bytes in bf16, {wide} in fp32");
+}
+
+/// Fine-tuning on a GPU: in f32 the CPU's losses, step by step, and its dev set; in bf16 a run that learns.
+#[test]
+fn fine_tuning_follows_the_cpu() {
+    let world = PairWorld::new();
+    let device = device();
+    let hard = ["--negatives", "@negatives.tsv", "--group-size", "3", "--learning-rate", "1e-3"];
+    let kinds: [(&str, &[&str]); 2] = [
+        ("contrastive", &["--teacher-scores", "@scores.tsv", "--chunk", "7", "--pooling", "mean"]),
+        ("cross-encoder", &["--dev-run", "@run.trec"]),
+    ];
+    for (objective, more) in kinds {
+        let run = |out: &str, on: &[&str]| {
+            let out = format!("{objective}-{out}");
+            world.trained(objective, &out, &[&hard[..], more, &DEV, on].concat());
+            losses(&world.path(&out))
+        };
+        let cpu = run("cpu", &["--device", "cpu"]);
+        let f32 = run("f32", &["--device", &device, "--precision", "fp32"]);
+        let bf16 = run("bf16", &["--device", &device]);
+        assert_eq!((cpu.len(), f32.len(), bf16.len()), (12 + 4, 16, 16));
+        for (line, ((a, _), (b, _))) in cpu.iter().zip(&f32).enumerate().filter(|(_, (a, _))| a.0.is_finite()) {
+            assert!((a - b).abs() <= 1e-3 * a.abs(), "{objective}, line {line}: {a} on the CPU, {b} on {device}");
+        }
+        for (line, ((a, _), (b, _))) in cpu.iter().zip(&bf16).enumerate().filter(|(_, (a, _))| a.0.is_finite()) {
+            assert!((a - b).abs() <= 0.1 * a.abs(), "{objective}, line {line}: {a} on the CPU, {b} in bf16");
+        }
+        let found = |out: &str| {
+            let text =
+                std::fs::read_to_string(world.path(&format!("{objective}-{out}")).join("metrics.jsonl")).unwrap();
+            let lines = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+            lines.filter_map(|line| line["mrr@10"].as_f64()).collect::<Vec<_>>()
+        };
+        assert_eq!(found("cpu").len(), 4);
+        for (a, b) in found("cpu").iter().zip(found("f32")) {
+            assert!((a - b).abs() < 0.05, "{objective}: {:?} and {:?}", found("cpu"), found("f32"));
+        }
+    }
 }

@@ -63,7 +63,7 @@ fn a_run_logs_evaluates_saves_and_prunes() {
         lines.iter().filter(|l| l["split"] == "eval").map(|l| l["loss"].as_f64().unwrap()).collect();
     let lowest = held_out.iter().copied().fold(f64::INFINITY, f64::min);
     let best = summary.state.best.unwrap();
-    assert!((best.loss - lowest).abs() < 1e-12, "{best:?} of {held_out:?}");
+    assert!((best.value - lowest).abs() < 1e-12, "{best:?} of {held_out:?}");
     assert!((held_out[best.step as usize / 8] - lowest).abs() < 1e-12, "{best:?} of {held_out:?}");
     assert!(job.told.text().contains("held-out loss"), "{}", job.told.text());
     assert!(job.told.text().contains("step 24/24"), "{}", job.told.text());

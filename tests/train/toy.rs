@@ -18,7 +18,7 @@ use retromae_engine::train::run::{Run, Summary};
 use retromae_engine::train::settings::Settings;
 use retromae_engine::train::signals::Stop;
 use retromae_engine::train::workspace::Workspace;
-use retromae_engine::train::{About, Arena, Batches, Engine, EvalPart, EvalReport, ParamInfo, StepReport};
+use retromae_engine::train::{About, Arena, Arenas, Batches, Engine, EvalPart, EvalReport, ParamInfo, StepReport};
 
 /// Steps of the toy's run.
 pub const STEPS: u64 = 24;
@@ -93,6 +93,8 @@ impl Toy {
 }
 
 impl Engine for Toy {
+    type Batch = PretrainBatch;
+
     fn step(&mut self, micro: &[PretrainBatch], step: u64, lr: f32) -> Result<StepReport> {
         std::thread::sleep(self.pace);
         if let Some((at, stop)) = &self.stop_at
@@ -133,10 +135,12 @@ impl Engine for Toy {
     fn evaluate(&mut self, batch: &PretrainBatch) -> Result<EvalReport> {
         let loss: f64 = batch.encoder_ids.iter().enumerate().map(|(position, &id)| self.term(id, position).1).sum();
         let labels = batch.tokens() as u64;
-        let part = |name, loss_sum| EvalPart { name, loss_sum, correct: labels / 2, labels };
+        let part = |name, loss_sum| EvalPart { name, loss_sum, correct: Some(labels / 2), labels, weight: 1.0 };
         Ok(EvalReport { parts: vec![part("encoder", loss), part("decoder", 2.0 * loss)] })
     }
+}
 
+impl Arenas for Toy {
     fn parameters(&self) -> Vec<ParamInfo> {
         Toy::table()
     }
@@ -190,7 +194,7 @@ pub fn settings(out: &Path, more: &str) -> Settings {
 }
 
 /// What the toy is made of.
-pub fn about(batches: &dyn Batches) -> About {
+pub fn about(batches: &dyn Batches<Batch = PretrainBatch>) -> About {
     About {
         model: "toy of 23 numbers".into(),
         model_fingerprint: "t1".into(),

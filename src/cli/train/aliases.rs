@@ -2,7 +2,7 @@
 //! the help; this table is their one place.
 
 /// Alias and the flag it stands for. All take the same value as the flag.
-pub const ALIASES: [(&str, &str); 37] = [
+pub const ALIASES: &[(&str, &str)] = &[
     // RetroMAE, `pretrain.run` (arguments.py)
     ("data_dir", "data"),
     ("train_data_dir", "data"),
@@ -13,6 +13,27 @@ pub const ALIASES: [(&str, &str); 37] = [
     ("model_name_or_path", "model"),
     ("max_seq_length", "max_length"),
     ("max_length", "max_length"),
+    // RetroMAE, `bi_encoder.run` and `cross_encoder.run` (arguments.py)
+    ("corpus_file", "corpus"),
+    ("train_query_file", "queries"),
+    ("train_qrels", "qrels"),
+    ("neg_file", "negatives"),
+    ("teacher_score_files", "teacher_scores"),
+    ("train_group_size", "group_size"),
+    ("sample_neg_from_topk", "negatives_depth"),
+    ("query_max_len", "query_length"),
+    ("passage_max_len", "passage_length"),
+    ("max_len", "max_length"),
+    ("sentence_pooling_method", "pooling"),
+    ("normlized", "normalize"),
+    ("untie_encoder", "untied"),
+    ("projection_out_dim", "projection"),
+    ("contrastive_loss_weight", "contrastive_loss_weight"),
+    ("tokenizer_name", "tokenizer"),
+    // transformers.TrainingArguments, of evaluation
+    ("metric_for_best_model", "best_metric"),
+    ("load_best_model_at_end", "keep_best"),
+    ("early_stopping_patience", "patience"),
     // transformers.TrainingArguments
     ("config_name", "config_name"),
     ("output_dir", "output"),
@@ -45,7 +66,10 @@ pub const ALIASES: [(&str, &str); 37] = [
 ];
 
 /// Flags of those scripts that change nothing here, and why. They are taken with or without a value.
-pub const IGNORED: [(&str, &str); 6] = [
+pub const IGNORED: &[(&str, &str)] = &[
+    ("negatives_x_device", "one process trains, and its batch is all there is"),
+    ("add_pooler", "the width given with --projection_out_dim says it"),
+    ("projection_in_dim", "it is the width of the model"),
     ("do_train", "training is what `train` does"),
     ("fp16", "precision follows the device, see --precision"),
     ("bf16", "precision follows the device, see --precision"),

@@ -3,10 +3,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use clap::ValueEnum;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use crate::data::corpus::Corpus;
 use crate::data::loader::{Ahead, Loader};
+use crate::data::order::Part;
 use crate::error::{Error, Result};
 
 use super::Pairs;
@@ -14,7 +17,8 @@ use super::groups::{Group, Groups};
 use super::texts::{Scratch, TextBatch, TextRules, Texts, pack};
 
 /// What happens to passages of a batch that would be wrong negatives of a query.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Duplicates {
     /// They are no candidates of that query.
     #[default]
@@ -94,9 +98,19 @@ impl ContrastiveBuilder {
         &self.groups
     }
 
-    /// The batch of these samples, in their order.
+    /// The same with `queries` of them held out for evaluation.
+    pub fn hold_out(mut self, queries: u64) -> Result<Self> {
+        self.groups.hold_out(queries).map(|()| self)
+    }
+
+    /// The batch of these samples of training, in their order.
     pub fn build(&self, samples: Range<u64>) -> Result<ContrastiveBatch> {
-        let chosen = Chosen::of(&self.groups, samples)?;
+        self.build_of(Part::Train, samples)
+    }
+
+    /// The batch of these samples of a part, in their order.
+    pub fn build_of(&self, part: Part, samples: Range<u64>) -> Result<ContrastiveBatch> {
+        let chosen = Chosen::of(&self.groups, part, samples)?;
         let queries: Vec<(u64, u32)> =
             chosen.groups.iter().map(|(sample, g)| (member_name(*sample, 0), g.query)).collect();
         let queries = self.queries.pack(&queries)?;
@@ -154,8 +168,8 @@ impl ContrastiveBuilder {
 
     /// The batches of a plan's steps, built ahead.
     pub fn load(self, ahead: Ahead) -> Result<Loader<ContrastiveBatch>> {
-        let queries = self.groups.queries_for(&ahead)?;
-        Loader::build_ahead(queries, ahead, move |samples| self.build(samples))
+        let (queries, part) = (self.groups.queries_for(&ahead)?, ahead.plan.part());
+        Loader::build_ahead(queries, ahead, move |samples| self.build_of(part, samples))
     }
 }
 
@@ -167,6 +181,11 @@ pub struct CrossBuilder {
 }
 
 impl CrossBuilder {
+    /// Queries and passages as the model gets them.
+    pub fn texts(&self) -> &PairTexts {
+        &self.texts
+    }
+
     /// A builder for the samples of `pairs` under `seed`; the other arguments are those of [`PairTexts::new`].
     pub fn new(seed: u64, pairs: Arc<Pairs>, query: TextRules, prefix: Vec<u32>, max_length: usize) -> Result<Self> {
         let (queries, passages) = (pairs.queries().corpus.clone(), pairs.passages().corpus.clone());
@@ -180,9 +199,19 @@ impl CrossBuilder {
         &self.groups
     }
 
-    /// The batch of these samples, in their order.
+    /// The same with `queries` of them held out for evaluation.
+    pub fn hold_out(mut self, queries: u64) -> Result<Self> {
+        self.groups.hold_out(queries).map(|()| self)
+    }
+
+    /// The batch of these samples of training, in their order.
     pub fn build(&self, samples: Range<u64>) -> Result<CrossBatch> {
-        let chosen = Chosen::of(&self.groups, samples)?;
+        self.build_of(Part::Train, samples)
+    }
+
+    /// The batch of these samples of a part, in their order.
+    pub fn build_of(&self, part: Part, samples: Range<u64>) -> Result<CrossBatch> {
+        let chosen = Chosen::of(&self.groups, part, samples)?;
         let pairs: Vec<(u64, u32, u32)> = chosen.members().collect();
         let pairs = self.texts.pack(&pairs)?;
         let (group, teacher) = (chosen.size, chosen.teacher());
@@ -191,8 +220,8 @@ impl CrossBuilder {
 
     /// The batches of a plan's steps, built ahead.
     pub fn load(self, ahead: Ahead) -> Result<Loader<CrossBatch>> {
-        let queries = self.groups.queries_for(&ahead)?;
-        Loader::build_ahead(queries, ahead, move |samples| self.build(samples))
+        let (queries, part) = (self.groups.queries_for(&ahead)?, ahead.plan.part());
+        Loader::build_ahead(queries, ahead, move |samples| self.build_of(part, samples))
     }
 }
 
@@ -224,6 +253,12 @@ impl PairTexts {
         Ok(PairTexts { queries, passages, max_length })
     }
 
+    /// Tokens of a pair.
+    pub fn length(&self, query: u32, passage: u32) -> Result<usize> {
+        // The passage without its [CLS].
+        Ok((self.queries.length(query)? + self.passages.length(passage)? - 1).min(self.max_length))
+    }
+
     /// The pairs `(name, query, passage)` in this order as one stream.
     pub fn pack(&self, pairs: &[(u64, u32, u32)]) -> Result<TextBatch> {
         let names = pairs.iter().map(|&(name, ..)| name).collect();
@@ -231,9 +266,7 @@ impl PairTexts {
             names,
             |k| {
                 let (_, query, passage) = pairs[k];
-                // The passage without its [CLS].
-                let passage = self.passages.length(passage)? - 1;
-                Ok((self.queries.length(query)? + passage).min(self.max_length))
+                self.length(query, passage)
             },
             |k, scratch, ids, types| {
                 let (_, query, passage) = pairs[k];
@@ -258,10 +291,10 @@ struct Chosen {
 }
 
 impl Chosen {
-    fn of(groups: &Groups, samples: Range<u64>) -> Result<Chosen> {
+    fn of(groups: &Groups, part: Part, samples: Range<u64>) -> Result<Chosen> {
         let size = groups.pairs().settings().group;
         let made: Vec<Result<(u64, Group)>> =
-            samples.into_par_iter().map(|sample| Ok((sample, groups.group(sample)?))).collect();
+            samples.into_par_iter().map(|sample| Ok((sample, groups.group_of(part, sample)?))).collect();
         // Errors in sample order: the same one is reported whatever the threads did.
         Ok(Chosen { groups: made.into_iter().collect::<Result<_>>()?, size })
     }

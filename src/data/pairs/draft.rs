@@ -206,12 +206,12 @@ fn complete(pairs: &mut Pairs, scores: &[Vec<f32>; 2]) -> Result<()> {
     if pairs.settings.missing_score == MissingScore::Error {
         if let Some(first) = &missing.first {
             let cause = format!("{} pairs have no score of the teacher (first: {first})", missing.count);
-            return Err(Error::refused(cause).remedy("score them too, or let missing scores drop their passages"));
+            return Err(Error::refused(cause).remedy("score them too, or give --missing-teacher drop"));
         }
         if let Some(first) = &few.first {
             let cause = format!("{} queries have fewer than {needed} scored negatives (first: {first})", few.count);
             return Err(Error::refused(cause)
-                .remedy("score more negatives, choose smaller groups, or let missing scores drop their queries"));
+                .remedy("score more negatives, choose smaller groups, or give --missing-teacher drop"));
         }
     }
     pairs.findings.unscored = missing;

@@ -1,11 +1,13 @@
 //! Queries and passages of two sets of shards, brought together by the files that name them by id.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
 use crate::data::shard::{Packing, ShardSet};
 use crate::data::source::Input;
+use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
 use super::findings::Findings;
@@ -62,6 +64,28 @@ pub fn check_sets(sets: &[&ShardSet], fingerprint: Option<&str>) -> Result<()> {
                 .remedy("tokenize with --packing docs"));
         }
     }
+    Ok(())
+}
+
+/// Refuses data whose token ids mean other tokens to the model in `folder` than to the tokenizer that made them. Tokenizers that only
+/// treat text differently are noted.
+pub fn same_tokenizer(folder: &Path, set: &ShardSet, notes: &mut Vec<String>) -> Result<()> {
+    let of_model = Tokenizer::load(folder)?;
+    let of_data = Tokenizer::load(set.dir())?;
+    if of_model.fingerprint() == of_data.fingerprint() {
+        return Ok(());
+    }
+    let folder = folder.display();
+    if let Some((id, data, model)) = of_data.first_difference(&of_model, of_data.vocab_size()) {
+        let cause = format!(
+            "made with another tokenizer than that of {folder}: token {id} is {data:?} in the data and {model:?} in the model"
+        );
+        return Err(Error::refused(cause).path(set.dir()).remedy(format!("tokenize with --tokenizer {folder}")));
+    }
+    let set = set.dir().display();
+    notes.push(format!(
+        "{set} and {folder}: the tokenizers have the same tokens but treat text differently, as in lower-casing"
+    ));
     Ok(())
 }
 
@@ -246,6 +270,6 @@ impl Reading<'_, Sealed> {
 }
 
 /// `path:line: id`.
-pub(super) fn place(path: &std::path::Path, line: u64, id: &str) -> String {
+pub(super) fn place(path: &Path, line: u64, id: &str) -> String {
     format!("{}:{line}: {id}", path.display())
 }

@@ -49,6 +49,12 @@ impl Groups {
         Ok(Groups { pairs, texts, order, seed })
     }
 
+    /// The same with `queries` of them held out for evaluation.
+    pub fn hold_out(&mut self, queries: u64) -> Result<()> {
+        self.order = Order::new(self.seed, self.pairs.rows() as u64, queries)?;
+        Ok(())
+    }
+
     /// The order of the queries.
     pub fn order(&self) -> &Order {
         &self.order
@@ -68,11 +74,17 @@ impl Groups {
         }
     }
 
-    /// The group of a sample.
+    /// The group of a sample of training.
     pub fn group(&self, sample: u64) -> Result<Group> {
+        self.group_of(Part::Train, sample)
+    }
+
+    /// The group of a sample of a part.
+    pub fn group_of(&self, part: Part, sample: u64) -> Result<Group> {
         let pairs = &*self.pairs;
-        let row = self.order.text(Part::Train, sample) as usize;
-        let epoch = sample / self.order.texts(Part::Train);
+        let row = self.order.text(part, sample) as usize;
+        // No epoch of training ever comes so far.
+        let epoch = if part == Part::Train { sample / self.order.texts(part) } else { u64::MAX };
         let mut making = Making {
             texts: &self.texts,
             random: Stream::new(self.seed, epoch, Site::Passages, sample),

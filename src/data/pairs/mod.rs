@@ -26,6 +26,10 @@ pub mod texts;
 
 use std::sync::Arc;
 
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
 use crate::data::corpus::Corpus;
 use crate::error::{Error, Result};
 
@@ -55,7 +59,8 @@ impl Side {
 }
 
 /// What happens to passages that a teacher gave no score.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum MissingScore {
     /// The data is refused.
     #[default]
@@ -169,6 +174,21 @@ impl Pairs {
     /// What was left out and why.
     pub fn findings(&self) -> &Findings {
         &self.findings
+    }
+
+    /// A digest of what belongs to what: of two sets of pairs over the same texts, equal only for equal pairs.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut sha = Sha256::new();
+        for row in 0..self.rows() {
+            let (positives, negatives) = (self.positives(row), self.negatives(row));
+            sha.update(bytemuck::cast_slice(&[self.query(row), positives.len() as u32, negatives.len() as u32]));
+            sha.update(bytemuck::cast_slice(positives));
+            sha.update(bytemuck::cast_slice(negatives));
+            for scores in [self.positive_scores(row), self.negative_scores(row)].into_iter().flatten() {
+                sha.update(bytemuck::cast_slice(scores));
+            }
+        }
+        sha.finalize().into()
     }
 
     /// Bytes of memory, texts and ids set aside.

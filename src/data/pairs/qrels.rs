@@ -1,12 +1,16 @@
 //! Judgements: which passages answer a query.
 
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
 use crate::data::source::Input;
 use crate::error::Result;
 
 use super::table::{self, Wrong};
 
 /// How a file holds judgements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum QrelsFormat {
     /// `qid pid[,pid...]`, separated by a tab: RetroMAE's `train_qrels.txt`. All are relevant.
     Lists,

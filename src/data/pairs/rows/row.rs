@@ -2,11 +2,15 @@
 
 use serde_json::{Map, Value};
 
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
 use crate::data::pairs::negatives::id_of;
 use crate::data::pairs::table::Wrong;
 
 /// How rows hold a query and its passages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum RowFormat {
     /// Tevatron: `query_id, query, positive_passages [{docid, title, text}], negative_passages`.
     TevatronTexts,

@@ -1,0 +1,189 @@
+//! [`Batches`] over queries and their passages: the prefetching loader for training, and the same held-out batches at every evaluation.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::data::corpus::Corpus;
+use crate::data::loader::{Ahead, Loader};
+use crate::data::order::{BatchSize, Batching, Part, Plan};
+use crate::data::pairs::batch::{ContrastiveBatch, ContrastiveBuilder, CrossBatch, CrossBuilder};
+use crate::data::pairs::groups::Groups;
+use crate::error::{Error, Result};
+use crate::train::Batches;
+use crate::train::batches::AHEAD;
+use crate::train::settings::Settings;
+
+/// What makes batches of groups: of a bi-encoder or of a cross-encoder.
+pub trait GroupBuilder: Clone {
+    /// A micro-batch.
+    type Batch: Send + 'static;
+
+    /// What the samples are.
+    fn groups(&self) -> &Groups;
+
+    /// The batch of these samples of a part.
+    ///
+    /// # Errors
+    /// A text that cannot be read, or a group that cannot be filled.
+    fn batch(&self, part: Part, samples: Range<u64>) -> Result<Self::Batch>;
+
+    /// The batches of a plan's steps, built ahead.
+    ///
+    /// # Errors
+    /// Threads that cannot be started.
+    fn ahead(self, ahead: Ahead) -> Result<Loader<Self::Batch>>;
+
+    /// The queries of a batch: rows of its pairs.
+    fn rows(batch: &Self::Batch) -> &[u32];
+}
+
+impl GroupBuilder for ContrastiveBuilder {
+    type Batch = ContrastiveBatch;
+
+    fn groups(&self) -> &Groups {
+        ContrastiveBuilder::groups(self)
+    }
+
+    fn batch(&self, part: Part, samples: Range<u64>) -> Result<ContrastiveBatch> {
+        self.build_of(part, samples)
+    }
+
+    fn ahead(self, ahead: Ahead) -> Result<Loader<ContrastiveBatch>> {
+        self.load(ahead)
+    }
+
+    fn rows(batch: &ContrastiveBatch) -> &[u32] {
+        &batch.rows
+    }
+}
+
+impl GroupBuilder for CrossBuilder {
+    type Batch = CrossBatch;
+
+    fn groups(&self) -> &Groups {
+        CrossBuilder::groups(self)
+    }
+
+    fn batch(&self, part: Part, samples: Range<u64>) -> Result<CrossBatch> {
+        self.build_of(part, samples)
+    }
+
+    fn ahead(self, ahead: Ahead) -> Result<Loader<CrossBatch>> {
+        self.load(ahead)
+    }
+
+    fn rows(batch: &CrossBatch) -> &[u32] {
+        &batch.rows
+    }
+}
+
+/// The batches of pairs.
+pub struct PairBatches<B: GroupBuilder> {
+    builder: B,
+    plan: Plan,
+    evaluation: Plan,
+    /// Started at the first batch, so that a plan costs no thread.
+    loader: Option<Loader<B::Batch>>,
+    /// Waiting of loaders that are gone.
+    waited: Duration,
+    cursor: u64,
+}
+
+impl<B: GroupBuilder> PairBatches<B> {
+    /// The batches that `builder` makes under `settings`.
+    ///
+    /// # Errors
+    /// Settings that give steps without queries.
+    pub fn new(builder: B, settings: &Settings) -> Result<Self> {
+        let order = builder.groups().order().clone();
+        let size = BatchSize::Sequences(u64::from(settings.batch_size.unwrap_or(32)));
+        // Texts are cut by the builder.
+        let batching = Batching { size, accumulation: u64::from(settings.accumulate), ranks: 1, max_length: 512 };
+        let end = match (settings.steps, settings.epochs) {
+            (None, Some(epochs)) => order.samples(epochs),
+            _ => u64::MAX,
+        };
+        let held_out = order.texts(Part::HeldOut);
+        let evaluation = Plan::new(order.clone(), Part::HeldOut, Batching { accumulation: 1, ..batching }, held_out)?;
+        let plan = Plan::new(order, Part::Train, batching, end)?;
+        Ok(PairBatches { builder, plan, evaluation, loader: None, waited: Duration::ZERO, cursor: 0 })
+    }
+
+    /// What makes the batches.
+    pub fn builder(&self) -> &B {
+        &self.builder
+    }
+
+    /// Queries held out.
+    pub fn held_out_count(&self) -> u64 {
+        self.plan.order().texts(Part::HeldOut)
+    }
+
+    fn queries(&self) -> &Arc<dyn Corpus> {
+        &self.builder.groups().pairs().queries().corpus
+    }
+}
+
+impl<B: GroupBuilder> Batches for PairBatches<B> {
+    type Batch = B::Batch;
+
+    fn next(&mut self) -> Result<Vec<B::Batch>> {
+        if self.loader.is_none() {
+            let ahead = Ahead { plan: self.plan.clone(), cursor: self.cursor, rank: 0, steps: AHEAD, threads: 1 };
+            self.loader = Some(self.builder.clone().ahead(ahead)?);
+        }
+        let step = self.loader.as_mut().and_then(Iterator::next).unwrap_or_else(|| {
+            Err(Error::refused(format!("the data ended at sample {}", self.cursor)).remedy("report this as a defect"))
+        })?;
+        self.cursor = step.next;
+        // At the end of the data a micro-batch may hold no query.
+        Ok(step.micro.into_iter().filter(|batch| !B::rows(batch).is_empty()).collect())
+    }
+
+    fn cursor(&self) -> u64 {
+        self.cursor
+    }
+
+    fn seek(&mut self, cursor: u64) -> Result<()> {
+        self.waited = self.waited();
+        self.loader = None;
+        self.cursor = cursor;
+        Ok(())
+    }
+
+    fn texts(&self) -> u64 {
+        self.plan.order().texts(Part::Train)
+    }
+
+    fn steps_of(&self, epochs: f64) -> Result<u64> {
+        let order = self.plan.order().clone();
+        let end = order.samples(epochs);
+        Plan::new(order, Part::Train, *self.plan.batching(), end)?.steps(&**self.queries(), 0)
+    }
+
+    fn held_out(&self) -> Box<dyn Iterator<Item = Result<B::Batch>> + '_> {
+        let mut cursor = 0;
+        Box::new(std::iter::from_fn(move || match self.evaluation.step(&**self.queries(), cursor) {
+            Ok(Some(step)) => {
+                let samples = cursor..step.next;
+                cursor = step.next;
+                Some(self.builder.batch(Part::HeldOut, samples))
+            }
+            Ok(None) => None,
+            Err(e) => {
+                cursor = u64::MAX;
+                Some(Err(e))
+            }
+        }))
+    }
+
+    fn names(&self, batch: &B::Batch) -> Vec<String> {
+        let pairs = self.builder.groups().pairs();
+        B::rows(batch).iter().map(|&row| pairs.queries().name(pairs.query(row as usize))).collect()
+    }
+
+    fn waited(&self) -> Duration {
+        self.waited + self.loader.as_ref().map_or(Duration::ZERO, Loader::waited)
+    }
+}

@@ -1,0 +1,167 @@
+//! [`Job`] of the pre-training objectives: shards of text, and an encoder with its heads.
+
+use std::sync::Arc;
+
+use crate::data::corpus::Corpus;
+use crate::data::masking::{LONGEST_TEXT, MaskRules};
+use crate::data::pairs::files::same_tokenizer;
+use crate::data::shard::{META, ShardSet};
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{Error, IoContext, Result};
+use crate::graph::{Capacity, check_gpu};
+use crate::model::config::BertConfig;
+use crate::model::digest::{self, Parts};
+use crate::model::names;
+use crate::model::parameters::Parameters;
+use crate::model::weights::Checkpoint;
+use crate::train::batches::CorpusBatches;
+use crate::train::origin::Purpose;
+use crate::train::parts::{Job, configuration, fit, keep_origin, short_digest};
+use crate::train::plan::Plan;
+use crate::train::settings::{Objective, Settings};
+use crate::train::step::{self, Pretrainer};
+use crate::train::target::Target;
+use crate::train::trainer::Trainer;
+use crate::train::updates::Trainable;
+use crate::train::workspace::Workspace;
+use crate::train::{About, Batches};
+
+/// Data and model of a pre-training run.
+pub struct Pretraining {
+    settings: Settings,
+    about: About,
+    batches: CorpusBatches,
+    notes: Vec<String>,
+    objective: step::Objective,
+    target: Target,
+    config: BertConfig,
+    weights: Option<Checkpoint>,
+    capacity: Capacity,
+    shards: Arc<ShardSet>,
+}
+
+impl Pretraining {
+    /// Opens what `settings` name and checks that it fits together.
+    ///
+    /// # Errors
+    /// What is missing, damaged, or does not belong together.
+    pub fn open(settings: &Settings, objective: step::Objective) -> Result<Self> {
+        let target = Target::open(&settings.device, settings.precision)?;
+        let data = settings
+            .data
+            .clone()
+            .ok_or_else(|| Error::usage("--data is missing").remedy("give the folder of shards"))?;
+        let shards = Arc::new(ShardSet::open(&data)?);
+        let facts = shards.facts().clone();
+        let mut notes: Vec<String> = target.note.clone().into_iter().collect();
+        let (mut config, start) = configuration(settings, facts.vocab_size as usize)?;
+        fit(&mut config, facts.vocab_size as usize, &data, &mut notes)?;
+        if let Some(folder) = start.folder.as_deref().filter(|folder| Tokenizer::is_at(folder)) {
+            same_tokenizer(folder, &shards, &mut notes)?;
+        }
+        let max_length = max_length(settings, &config, facts.longest as usize, &mut notes);
+        let weights = start.weights.as_deref().map(Checkpoint::open).transpose()?;
+        if let Some(weights) = &weights {
+            weights.check(&names::encoder(&config))?;
+        }
+
+        let decoder = (settings.objective == Objective::Retromae).then_some(settings.decoder_mask_probability);
+        let rules = MaskRules::new(settings.seed, facts.vocabulary(), settings.encoder_mask_probability, decoder)?;
+        let named = shards.clone();
+        let names = Box::new(move |text| named.id(text).ok().flatten().map(str::to_string));
+        let batches = CorpusBatches::new(shards.clone(), settings, rules, max_length, 1, names)?;
+
+        let capacity = capacity(settings, max_length);
+        let device = target.device;
+        if device.is_gpu() {
+            check_gpu(&config)?;
+        }
+        let footprint = Pretrainer::footprint(device, &config, objective, capacity, target.storage);
+        let texts = batches.texts();
+        let about = About {
+            model: format!(
+                "{}, {} layers of width {}, {} heads, {} tokens",
+                start.words,
+                config.num_hidden_layers,
+                config.hidden_size,
+                config.num_attention_heads,
+                config.vocab_size
+            ),
+            model_fingerprint: digest::of(start.weights.as_deref(), &config, Parts::All)?,
+            parameters: footprint.parameters as u64,
+            data: format!("{} sequences, {} tokens", facts.sequences, facts.tokens),
+            data_fingerprint: short_digest(&std::fs::read(data.join(META)).at(data.join(META), "cannot read")?),
+            texts,
+            tokens: (facts.tokens as f64 * texts as f64 / shards.texts().max(1) as f64) as u64,
+            held_out: batches.held_out_count(),
+            device: target.words.clone(),
+            precision: target.precision().into(),
+            memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
+        };
+        let settings = settings.clone();
+        Ok(Pretraining { settings, about, batches, notes, objective, target, config, weights, capacity, shards })
+    }
+}
+
+impl Job for Pretraining {
+    type Model = Pretrainer;
+    type Batches = CorpusBatches;
+
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn about(&self) -> &About {
+        &self.about
+    }
+
+    fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    fn batches(&mut self) -> &mut CorpusBatches {
+        &mut self.batches
+    }
+
+    fn keep_origin(&self, plan: &Plan, workspace: &Workspace) -> Result<()> {
+        let weights = self.weights.as_ref().map(|weights| weights as &dyn Parameters);
+        keep_origin((plan, workspace), &self.config, Purpose::Pretrain, self.shards.read_files()?, weights)
+    }
+
+    fn engine(&mut self, say: &mut dyn FnMut(String)) -> Result<Trainer<Pretrainer>> {
+        let (device, storage) = (self.target.device, self.target.storage);
+        let model = Pretrainer::new(device, &self.config, self.objective, self.capacity, storage)?;
+        let fresh = model.params().load(self.settings.seed, self.config.initializer_range, |name, shape, out| {
+            self.weights.as_ref().map_or(Ok(false), |weights| weights.read(name, shape, out))
+        })?;
+        if let (Some(weights), Some(first)) = (&self.weights, fresh.first()) {
+            say(format!(
+                "{}: {} parameters are not in it and start fresh: {first}, …",
+                weights.path().display(),
+                fresh.len()
+            ));
+        }
+        Ok(Trainer::new(model, &self.settings, None))
+    }
+}
+
+fn max_length(settings: &Settings, config: &BertConfig, longest: usize, notes: &mut Vec<String>) -> usize {
+    let asked = settings.max_length.map_or(longest, |n| longest.min(n as usize));
+    let most = config.max_position_embeddings.min(LONGEST_TEXT);
+    if asked > most {
+        notes.push(format!("texts of up to {asked} tokens are cut to the {most} positions of the model"));
+    }
+    asked.min(most)
+}
+
+/// The largest batch that can come up.
+fn capacity(settings: &Settings, length: usize) -> Capacity {
+    let (tokens, sequences) = match (settings.tokens_per_batch, settings.batch_size) {
+        // A text has at least [CLS] and [SEP].
+        (Some(tokens), _) => (tokens as usize, (tokens as usize / 2).max(1)),
+        (None, texts) => (texts.unwrap_or(1) as usize * length, texts.unwrap_or(1) as usize),
+    };
+    // A text of L tokens has round(L p) labels, at least one: at most L p + 1.
+    let labels = (tokens as f64 * settings.encoder_mask_probability).ceil() as usize + sequences;
+    Capacity { tokens, sequences, length, encoder_labels: labels.min(tokens) }
+}
