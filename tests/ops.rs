@@ -31,3 +31,5 @@ mod linear;
 mod optimizer;
 #[path = "ops/pool.rs"]
 mod pool;
+#[path = "ops/topk.rs"]
+mod topk;

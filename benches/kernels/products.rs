@@ -1,9 +1,12 @@
-//! Kernels around matrix products: the layers' products themselves, the LM head with its loss, the contrastive loss.
+//! Kernels around matrix products: the layers' products themselves, the LM head with its loss, the contrastive loss, top-k search.
+
+use std::cell::RefCell;
 
 use super::{Bench, Work};
 use retromae_engine::Result;
 use retromae_engine::device::{DType, Matrix, Output, Tensor};
 use retromae_engine::ops::cross_entropy::{self, CrossEntropy, Gradients, Scale};
+use retromae_engine::ops::topk::{self, TopK};
 use retromae_engine::ops::{Count, contrastive, linear};
 
 /// Bytes of logits that exist at a time on a GPU, as in `graph::mlm`.
@@ -16,7 +19,10 @@ pub fn cases(bench: &Bench<'_>) -> Result<()> {
     }
     head(bench)?;
     let sizes = if bench.tiny() { [(8, 24), (16, 64)] } else { [(512, 4096), (4096, 32768)] };
-    sizes.iter().try_for_each(|&(queries, passages)| in_batch(bench, queries, passages))
+    sizes.iter().try_for_each(|&(queries, passages)| in_batch(bench, queries, passages))?;
+    // One query reads the rows; many queries multiply.
+    let sizes = if bench.tiny() { [(1, 600, 10), (20, 600, 10)] } else { [(1, 1 << 20, 1000), (4096, 1 << 18, 1000)] };
+    sizes.iter().try_for_each(|&(queries, rows, k)| search(bench, queries, rows, k))
 }
 
 fn layer(bench: &Bench<'_>, name: &str, inputs: usize, outputs: usize) -> Result<()> {
@@ -128,6 +134,26 @@ fn in_batch(bench: &Bench<'_>, queries: usize, passages: usize) -> Result<()> {
             let scale = Scale { value: 1.0 / queries as f64, on_device: Some(&scale) };
             let (q, p, lse, dq, dp) = (&q, &p, &lse, &dq, &dp);
             contrastive::backward(device, &contrastive::Backward { shape, scale, q, p, lse, dq, dp });
+        })
+    })
+}
+
+/// Exact search from the start: with every block of rows that follows, candidates become fewer.
+fn search(bench: &Bench<'_>, queries: usize, rows: usize, k: usize) -> Result<()> {
+    let (device, width) = (bench.setup.device, bench.setup.dims.hidden);
+    let shape = topk::Shape { queries, width, k };
+    TopK::new(device, shape)?;
+    let work =
+        Work { flops: 2 * queries * rows * width, bytes: bench.bytes((queries + rows) * width) + 16 * queries * k };
+    bench.case(&format!("top {k} of {rows} for {queries}"), work, || {
+        let (q, x) = (bench.stored(queries * width, 1.0), bench.stored(rows * width, 1.0));
+        // Refused above, if at all.
+        let run = TopK::new(device, shape).ok().map(RefCell::new);
+        Box::new(move || {
+            if let Some(mut search) = run.as_ref().map(RefCell::borrow_mut) {
+                search.start(&q, queries);
+                search.add(&x, rows, 0);
+            }
         })
     })
 }

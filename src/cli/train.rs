@@ -14,10 +14,10 @@ use super::{Global, say};
 use crate::error::{Error, Result};
 use crate::files::Disk;
 use crate::train::export::{Request, export_run};
-use crate::train::parts::Job;
 use crate::train::parts::biencoder::BiEncoderJob;
 use crate::train::parts::pretrain::Pretraining;
 use crate::train::parts::ranker::RankerJob;
+use crate::train::parts::{Facts, Job};
 use crate::train::plan::Plan;
 use crate::train::progress::{Progress, human};
 use crate::train::run::{Run, Summary};
@@ -209,7 +209,8 @@ pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
 }
 
 fn train<J: Job>(mut job: J, args: &Arguments, global: &Global) -> Result<()> {
-    let plan = Plan::new(job.settings().clone(), job.about().clone(), job.batches())?;
+    let Facts { settings, about, notes } = job.facts().clone();
+    let plan = Plan::new(settings, about, job.batches())?;
     let settings = &plan.settings;
     let out = settings.output.clone().unwrap_or_default();
     if args.control.dry_run {
@@ -220,7 +221,7 @@ fn train<J: Job>(mut job: J, args: &Arguments, global: &Global) -> Result<()> {
 
     let stop = Stop::install()?;
     let mut progress = Progress::stderr(global.quiet);
-    args.notes.iter().chain(job.notes()).for_each(|note| progress.warn(note));
+    args.notes.iter().chain(&notes).for_each(|note| progress.warn(note));
     let workspace =
         Workspace::open(&Disk::default(), &plan, &args.control.overrides, &mut |line| progress.warn(&line))?;
     progress.say(&plan.to_text());

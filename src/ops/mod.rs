@@ -20,6 +20,7 @@ pub mod layernorm;
 pub mod linear;
 pub mod optimizer;
 pub mod pool;
+pub mod topk;
 
 use crate::device::Tensor;
 

@@ -1,5 +1,6 @@
 //! [`Batches`] over a corpus: the prefetching loader for training, and the same held-out batches at every evaluation.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +24,68 @@ pub fn held_out_texts(settings: &Settings, texts: u64) -> u64 {
 /// How a text is called in messages, from its number in the corpus.
 pub type Names = Box<dyn Fn(u64) -> Option<String> + Send>;
 
+/// Steps' batches that are built ahead, from any point.
+pub(super) struct Ahead<T> {
+    /// Started at the first batch, so that a plan costs no thread.
+    loader: Option<Loader<T>>,
+    /// Waiting of loaders that are gone.
+    waited: Duration,
+    cursor: u64,
+}
+
+impl<T> Default for Ahead<T> {
+    fn default() -> Self {
+        Ahead { loader: None, waited: Duration::ZERO, cursor: 0 }
+    }
+}
+
+impl<T: Send + 'static> Ahead<T> {
+    /// The micro-batches of the next step; `start` begins to load at a cursor.
+    pub fn next(&mut self, start: impl FnOnce(u64) -> Result<Loader<T>>) -> Result<Vec<T>> {
+        if self.loader.is_none() {
+            self.loader = Some(start(self.cursor)?);
+        }
+        let step = self.loader.as_mut().and_then(Iterator::next).unwrap_or_else(|| {
+            Err(Error::refused(format!("the data ended at sample {}", self.cursor)).remedy("report this as a defect"))
+        })?;
+        self.cursor = step.next;
+        Ok(step.micro)
+    }
+
+    pub fn cursor(&self) -> u64 {
+        self.cursor
+    }
+
+    pub fn seek(&mut self, cursor: u64) {
+        *self = Ahead { loader: None, waited: self.waited(), cursor };
+    }
+
+    pub fn waited(&self) -> Duration {
+        self.waited + self.loader.as_ref().map_or(Duration::ZERO, Loader::waited)
+    }
+}
+
+/// The batches of a whole plan, in its order.
+pub(super) fn all<'a, T: 'a>(
+    plan: &'a Plan,
+    corpus: &'a dyn Corpus,
+    build: impl Fn(Range<u64>) -> Result<T> + 'a,
+) -> Box<dyn Iterator<Item = Result<T>> + 'a> {
+    let mut cursor = 0;
+    Box::new(std::iter::from_fn(move || match plan.step(corpus, cursor) {
+        Ok(Some(step)) => {
+            let samples = cursor..step.next;
+            cursor = step.next;
+            Some(build(samples))
+        }
+        Ok(None) => None,
+        Err(e) => {
+            cursor = u64::MAX;
+            Some(Err(e))
+        }
+    }))
+}
+
 /// The batches of a corpus.
 pub struct CorpusBatches {
     corpus: Arc<dyn Corpus>,
@@ -31,11 +94,7 @@ pub struct CorpusBatches {
     rules: MaskRules,
     threads: usize,
     names: Names,
-    /// Started at the first batch, so that a plan costs no thread.
-    loader: Option<Loader>,
-    /// Waiting of loaders that are gone.
-    waited: Duration,
-    cursor: u64,
+    ahead: Ahead<PretrainBatch>,
 }
 
 impl CorpusBatches {
@@ -62,17 +121,7 @@ impl CorpusBatches {
         let held_out = order.texts(Part::HeldOut);
         let evaluation = Plan::new(order.clone(), Part::HeldOut, Batching { accumulation: 1, ..batching }, held_out)?;
         let plan = Plan::new(order, Part::Train, batching, end)?;
-        Ok(CorpusBatches {
-            corpus,
-            plan,
-            evaluation,
-            rules,
-            threads,
-            names,
-            loader: None,
-            waited: Duration::ZERO,
-            cursor: 0,
-        })
+        Ok(CorpusBatches { corpus, plan, evaluation, rules, threads, names, ahead: Ahead::default() })
     }
 
     /// Texts held out.
@@ -85,33 +134,27 @@ impl Batches for CorpusBatches {
     type Batch = PretrainBatch;
 
     fn next(&mut self) -> Result<Vec<PretrainBatch>> {
-        if self.loader.is_none() {
+        let micro = self.ahead.next(|cursor| {
             let settings = LoaderSettings {
                 plan: self.plan.clone(),
                 rules: self.rules,
-                cursor: self.cursor,
+                cursor,
                 rank: 0,
                 ahead: AHEAD,
                 threads: self.threads,
             };
-            self.loader = Some(Loader::start(self.corpus.clone(), settings)?);
-        }
-        let step = self.loader.as_mut().and_then(Iterator::next).unwrap_or_else(|| {
-            Err(Error::refused(format!("the data ended at sample {}", self.cursor)).remedy("report this as a defect"))
+            Loader::start(self.corpus.clone(), settings)
         })?;
-        self.cursor = step.next;
         // At the end of the data a micro-batch may hold no text.
-        Ok(step.micro.into_iter().filter(|batch| batch.sequences() > 0).collect())
+        Ok(micro.into_iter().filter(|batch| batch.sequences() > 0).collect())
     }
 
     fn cursor(&self) -> u64 {
-        self.cursor
+        self.ahead.cursor()
     }
 
     fn seek(&mut self, cursor: u64) -> Result<()> {
-        self.waited = self.waited();
-        self.loader = None;
-        self.cursor = cursor;
+        self.ahead.seek(cursor);
         Ok(())
     }
 
@@ -128,19 +171,7 @@ impl Batches for CorpusBatches {
     fn held_out(&self) -> Box<dyn Iterator<Item = Result<PretrainBatch>> + '_> {
         let batching = self.evaluation.batching();
         let builder = Builder::new(self.rules, self.evaluation.order().clone(), Part::HeldOut, batching.max_length);
-        let mut cursor = 0;
-        Box::new(std::iter::from_fn(move || match self.evaluation.step(&*self.corpus, cursor) {
-            Ok(Some(step)) => {
-                let samples = cursor..step.next;
-                cursor = step.next;
-                Some(builder.build(&*self.corpus, samples))
-            }
-            Ok(None) => None,
-            Err(e) => {
-                cursor = u64::MAX;
-                Some(Err(e))
-            }
-        }))
+        all(&self.evaluation, &*self.corpus, move |samples| builder.build(&*self.corpus, samples))
     }
 
     fn names(&self, batch: &PretrainBatch) -> Vec<String> {
@@ -152,6 +183,6 @@ impl Batches for CorpusBatches {
     }
 
     fn waited(&self) -> Duration {
-        self.waited + self.loader.as_ref().map_or(Duration::ZERO, Loader::waited)
+        self.ahead.waited()
     }
 }

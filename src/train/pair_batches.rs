@@ -9,9 +9,9 @@ use crate::data::loader::{Ahead, Loader};
 use crate::data::order::{BatchSize, Batching, Part, Plan};
 use crate::data::pairs::batch::{ContrastiveBatch, ContrastiveBuilder, CrossBatch, CrossBuilder};
 use crate::data::pairs::groups::Groups;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::train::Batches;
-use crate::train::batches::AHEAD;
+use crate::train::batches::{self, AHEAD};
 use crate::train::settings::Settings;
 
 /// What makes batches of groups: of a bi-encoder or of a cross-encoder.
@@ -83,11 +83,7 @@ pub struct PairBatches<B: GroupBuilder> {
     builder: B,
     plan: Plan,
     evaluation: Plan,
-    /// Started at the first batch, so that a plan costs no thread.
-    loader: Option<Loader<B::Batch>>,
-    /// Waiting of loaders that are gone.
-    waited: Duration,
-    cursor: u64,
+    ahead: batches::Ahead<B::Batch>,
 }
 
 impl<B: GroupBuilder> PairBatches<B> {
@@ -107,7 +103,7 @@ impl<B: GroupBuilder> PairBatches<B> {
         let held_out = order.texts(Part::HeldOut);
         let evaluation = Plan::new(order.clone(), Part::HeldOut, Batching { accumulation: 1, ..batching }, held_out)?;
         let plan = Plan::new(order, Part::Train, batching, end)?;
-        Ok(PairBatches { builder, plan, evaluation, loader: None, waited: Duration::ZERO, cursor: 0 })
+        Ok(PairBatches { builder, plan, evaluation, ahead: batches::Ahead::default() })
     }
 
     /// What makes the batches.
@@ -129,26 +125,19 @@ impl<B: GroupBuilder> Batches for PairBatches<B> {
     type Batch = B::Batch;
 
     fn next(&mut self) -> Result<Vec<B::Batch>> {
-        if self.loader.is_none() {
-            let ahead = Ahead { plan: self.plan.clone(), cursor: self.cursor, rank: 0, steps: AHEAD, threads: 1 };
-            self.loader = Some(self.builder.clone().ahead(ahead)?);
-        }
-        let step = self.loader.as_mut().and_then(Iterator::next).unwrap_or_else(|| {
-            Err(Error::refused(format!("the data ended at sample {}", self.cursor)).remedy("report this as a defect"))
+        let micro = self.ahead.next(|cursor| {
+            self.builder.clone().ahead(Ahead { plan: self.plan.clone(), cursor, rank: 0, steps: AHEAD, threads: 1 })
         })?;
-        self.cursor = step.next;
         // At the end of the data a micro-batch may hold no query.
-        Ok(step.micro.into_iter().filter(|batch| !B::rows(batch).is_empty()).collect())
+        Ok(micro.into_iter().filter(|batch| !B::rows(batch).is_empty()).collect())
     }
 
     fn cursor(&self) -> u64 {
-        self.cursor
+        self.ahead.cursor()
     }
 
     fn seek(&mut self, cursor: u64) -> Result<()> {
-        self.waited = self.waited();
-        self.loader = None;
-        self.cursor = cursor;
+        self.ahead.seek(cursor);
         Ok(())
     }
 
@@ -163,19 +152,8 @@ impl<B: GroupBuilder> Batches for PairBatches<B> {
     }
 
     fn held_out(&self) -> Box<dyn Iterator<Item = Result<B::Batch>> + '_> {
-        let mut cursor = 0;
-        Box::new(std::iter::from_fn(move || match self.evaluation.step(&**self.queries(), cursor) {
-            Ok(Some(step)) => {
-                let samples = cursor..step.next;
-                cursor = step.next;
-                Some(self.builder.batch(Part::HeldOut, samples))
-            }
-            Ok(None) => None,
-            Err(e) => {
-                cursor = u64::MAX;
-                Some(Err(e))
-            }
-        }))
+        let queries = &**self.queries();
+        batches::all(&self.evaluation, queries, |samples| self.builder.batch(Part::HeldOut, samples))
     }
 
     fn names(&self, batch: &B::Batch) -> Vec<String> {
@@ -184,6 +162,6 @@ impl<B: GroupBuilder> Batches for PairBatches<B> {
     }
 
     fn waited(&self) -> Duration {
-        self.waited + self.loader.as_ref().map_or(Duration::ZERO, Loader::waited)
+        self.ahead.waited()
     }
 }

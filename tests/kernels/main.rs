@@ -17,3 +17,4 @@ mod ops;
 mod optimizer;
 mod pool;
 mod reference;
+mod topk;

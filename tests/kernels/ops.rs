@@ -7,6 +7,7 @@ mod attention;
 mod groups;
 mod losses;
 mod rows;
+mod search;
 
 use crate::harness::*;
 use half::bf16;

@@ -1,9 +1,10 @@
 //! [`Job`] of a bi-encoder: pairs, and one or two encoders.
 
 use std::borrow::Cow;
+use std::fmt::Display;
 
 use super::pairs::{self, PairData};
-use super::{Job, configuration, fit, keep_origin};
+use super::{Facts, Job, configuration, fit, keep_origin, tell_fresh, words};
 use crate::data::corpus::Corpus;
 use crate::data::pairs::batch::ContrastiveBuilder;
 use crate::data::pairs::texts::{TextRules, Texts};
@@ -34,10 +35,8 @@ const TEMPERATURES: [f64; 2] = [1.0, 0.05];
 
 /// Data and model of a bi-encoder's run.
 pub struct BiEncoderJob {
-    settings: Settings,
-    about: About,
+    facts: Facts,
     batches: PairBatches<ContrastiveBuilder>,
-    notes: Vec<String>,
     target: Target,
     config: BertConfig,
     start: Option<Start>,
@@ -60,7 +59,7 @@ impl BiEncoderJob {
         let towers = path.as_deref().map(Towers::open).transpose()?;
         let data = PairData::open(&settings, towers.as_ref().and_then(Towers::tokenizer), &mut notes)?;
         let vocabulary = data.tokenizer.vocab_size() as usize;
-        let (mut config, words) = match &towers {
+        let (mut config, mut kind) = match &towers {
             Some(towers) => (towers.config.clone(), "BERT".to_string()),
             None => configuration(&settings, vocabulary).map(|(config, start)| (config, start.words))?,
         };
@@ -94,15 +93,11 @@ impl BiEncoderJob {
             check_gpu(&config)?;
         }
         let footprint = BiEncoder::footprint(&config, &options, room, target.storage);
+        if options.untied {
+            kind += " for queries, one for passages";
+        }
         let about = About {
-            model: format!(
-                "{}, {} layers of width {}, {} heads, {} tokens",
-                if options.untied { format!("{words} for queries, one for passages") } else { words },
-                config.num_hidden_layers,
-                config.hidden_size,
-                config.num_attention_heads,
-                config.vocab_size
-            ),
+            model: words(&kind, &config),
             model_fingerprint: digest::of(path.as_deref(), &config, Parts::Inference)?,
             parameters: footprint.parameters as u64,
             data: data.words.clone(),
@@ -114,19 +109,8 @@ impl BiEncoderJob {
             precision: target.precision().into(),
             memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
         };
-        Ok(BiEncoderJob {
-            settings,
-            about,
-            batches,
-            notes,
-            target,
-            config,
-            start: towers.map(Start),
-            options,
-            room,
-            data,
-            dev,
-        })
+        let facts = Facts { settings, about, notes };
+        Ok(BiEncoderJob { facts, batches, target, config, start: towers.map(Start), options, room, data, dev })
     }
 }
 
@@ -216,16 +200,8 @@ impl Job for BiEncoderJob {
     type Model = BiEncoder;
     type Batches = PairBatches<ContrastiveBuilder>;
 
-    fn settings(&self) -> &Settings {
-        &self.settings
-    }
-
-    fn about(&self) -> &About {
-        &self.about
-    }
-
-    fn notes(&self) -> &[String] {
-        &self.notes
+    fn facts(&self) -> &Facts {
+        &self.facts
     }
 
     fn batches(&mut self) -> &mut PairBatches<ContrastiveBuilder> {
@@ -239,7 +215,7 @@ impl Job for BiEncoderJob {
             normalize: self.options.shape.normalize,
             projection: self.options.shape.projection,
             untied: self.options.untied,
-            prompts: [text(&self.settings.query_prefix), text(&self.settings.passage_prefix)],
+            prompts: [text(&self.facts.settings.query_prefix), text(&self.facts.settings.passage_prefix)],
             max_length: self.room.lengths[0].max(self.room.lengths[1]),
         };
         let tokenizer = self.data.tokenizer_files();
@@ -250,15 +226,14 @@ impl Job for BiEncoderJob {
     fn engine(&mut self, say: &mut dyn FnMut(String)) -> Result<Trainer<BiEncoder>> {
         let (device, storage) = (self.target.device, self.target.storage);
         let model = BiEncoder::new(device, &self.config, self.options, self.room, storage)?;
-        let fresh = model.params().load(self.settings.seed, self.config.initializer_range, |name, shape, out| {
-            self.start.as_ref().map_or(Ok(false), |start| start.read(name, shape, out))
-        })?;
-        if let (Some(_), Some(first)) = (&self.start, fresh.first()) {
-            let model = self.settings.model.as_deref().unwrap_or_default();
-            say(format!("{model}: {} parameters are not in it and start fresh: {first}, …", fresh.len()));
-        }
+        let fresh =
+            model.params().load(self.facts.settings.seed, self.config.initializer_range, |name, shape, out| {
+                self.start.as_ref().map_or(Ok(false), |start| start.read(name, shape, out))
+            })?;
+        let model_name = self.facts.settings.model.as_ref().map(|name| name as &dyn Display);
+        tell_fresh(model_name, &fresh, say);
         let judge = self.dev.take().map(|dev| Box::new(dev) as Box<dyn Judge<BiEncoder>>);
-        Ok(Trainer::new(model, &self.settings, judge))
+        Ok(Trainer::new(model, &self.facts.settings, judge))
     }
 }
 

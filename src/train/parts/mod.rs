@@ -5,6 +5,7 @@ mod pairs;
 pub mod pretrain;
 pub mod ranker;
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -22,6 +23,17 @@ use crate::train::updates::Trainable;
 use crate::train::workspace::Workspace;
 use crate::train::{About, Batches};
 
+/// A job in words and figures.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The settings, with what the model decides filled in.
+    pub settings: Settings,
+    /// Data and model.
+    pub about: About,
+    /// Lines worth telling a person.
+    pub notes: Vec<String>,
+}
+
 /// Data and model of a run, opened and checked but not yet allocated.
 pub trait Job {
     /// What is trained.
@@ -29,14 +41,8 @@ pub trait Job {
     /// What it is trained on.
     type Batches: Batches<Batch = <Self::Model as Trainable>::Batch>;
 
-    /// The settings, with what the model decides filled in.
-    fn settings(&self) -> &Settings;
-
-    /// What data and model are, in words and figures.
-    fn about(&self) -> &About;
-
-    /// Lines worth telling a person.
-    fn notes(&self) -> &[String];
+    /// What is known before it costs anything.
+    fn facts(&self) -> &Facts;
 
     /// The batches.
     fn batches(&mut self) -> &mut Self::Batches;
@@ -72,6 +78,21 @@ fn keep_origin(
         purpose,
     };
     origin::keep(&workspace.disk, &workspace.out, &Origin { about, config, tokenizer, weights })
+}
+
+/// A model in words.
+fn words(kind: &str, config: &BertConfig) -> String {
+    format!(
+        "{kind}, {} layers of width {}, {} heads, {} tokens",
+        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size
+    )
+}
+
+/// One line about parameters that start fresh beside those that the model in `from` has.
+fn tell_fresh(from: Option<&dyn Display>, fresh: &[String], say: &mut dyn FnMut(String)) {
+    if let (Some(from), Some(first)) = (from, fresh.first()) {
+        say(format!("{from}: {} parameters are not in it and start fresh: {first}, …", fresh.len()));
+    }
 }
 
 /// Where a model comes from.

@@ -1,5 +1,6 @@
 //! [`Job`] of the pre-training objectives: shards of text, and an encoder with its heads.
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use crate::data::corpus::Corpus;
@@ -16,7 +17,7 @@ use crate::model::parameters::Parameters;
 use crate::model::weights::Checkpoint;
 use crate::train::batches::CorpusBatches;
 use crate::train::origin::Purpose;
-use crate::train::parts::{Job, configuration, fit, keep_origin, short_digest};
+use crate::train::parts::{Facts, Job, configuration, fit, keep_origin, short_digest, tell_fresh, words};
 use crate::train::plan::Plan;
 use crate::train::settings::{Objective, Settings};
 use crate::train::step::{self, Pretrainer};
@@ -28,10 +29,8 @@ use crate::train::{About, Batches};
 
 /// Data and model of a pre-training run.
 pub struct Pretraining {
-    settings: Settings,
-    about: About,
+    facts: Facts,
     batches: CorpusBatches,
-    notes: Vec<String>,
     objective: step::Objective,
     target: Target,
     config: BertConfig,
@@ -79,14 +78,7 @@ impl Pretraining {
         let footprint = Pretrainer::footprint(device, &config, objective, capacity, target.storage);
         let texts = batches.texts();
         let about = About {
-            model: format!(
-                "{}, {} layers of width {}, {} heads, {} tokens",
-                start.words,
-                config.num_hidden_layers,
-                config.hidden_size,
-                config.num_attention_heads,
-                config.vocab_size
-            ),
+            model: words(&start.words, &config),
             model_fingerprint: digest::of(start.weights.as_deref(), &config, Parts::All)?,
             parameters: footprint.parameters as u64,
             data: format!("{} sequences, {} tokens", facts.sequences, facts.tokens),
@@ -99,7 +91,8 @@ impl Pretraining {
             memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
         };
         let settings = settings.clone();
-        Ok(Pretraining { settings, about, batches, notes, objective, target, config, weights, capacity, shards })
+        let facts = Facts { settings, about, notes };
+        Ok(Pretraining { facts, batches, objective, target, config, weights, capacity, shards })
     }
 }
 
@@ -107,16 +100,8 @@ impl Job for Pretraining {
     type Model = Pretrainer;
     type Batches = CorpusBatches;
 
-    fn settings(&self) -> &Settings {
-        &self.settings
-    }
-
-    fn about(&self) -> &About {
-        &self.about
-    }
-
-    fn notes(&self) -> &[String] {
-        &self.notes
+    fn facts(&self) -> &Facts {
+        &self.facts
     }
 
     fn batches(&mut self) -> &mut CorpusBatches {
@@ -131,17 +116,13 @@ impl Job for Pretraining {
     fn engine(&mut self, say: &mut dyn FnMut(String)) -> Result<Trainer<Pretrainer>> {
         let (device, storage) = (self.target.device, self.target.storage);
         let model = Pretrainer::new(device, &self.config, self.objective, self.capacity, storage)?;
-        let fresh = model.params().load(self.settings.seed, self.config.initializer_range, |name, shape, out| {
-            self.weights.as_ref().map_or(Ok(false), |weights| weights.read(name, shape, out))
-        })?;
-        if let (Some(weights), Some(first)) = (&self.weights, fresh.first()) {
-            say(format!(
-                "{}: {} parameters are not in it and start fresh: {first}, …",
-                weights.path().display(),
-                fresh.len()
-            ));
-        }
-        Ok(Trainer::new(model, &self.settings, None))
+        let fresh =
+            model.params().load(self.facts.settings.seed, self.config.initializer_range, |name, shape, out| {
+                self.weights.as_ref().map_or(Ok(false), |weights| weights.read(name, shape, out))
+            })?;
+        let path = self.weights.as_ref().map(|weights| weights.path().display());
+        tell_fresh(path.as_ref().map(|path| path as &dyn Display), &fresh, say);
+        Ok(Trainer::new(model, &self.facts.settings, None))
     }
 }
 

@@ -1,7 +1,9 @@
 //! [`Job`] of a cross-encoder: pairs, and an encoder with a score.
 
+use std::fmt::Display;
+
 use super::pairs::{self, PairData};
-use super::{Job, configuration, fit, keep_origin};
+use super::{Facts, Job, configuration, fit, keep_origin, tell_fresh, words};
 use crate::data::pairs::batch::{CrossBuilder, PairTexts};
 use crate::error::Result;
 use crate::graph::{Capacity, check_gpu};
@@ -24,10 +26,8 @@ use crate::train::{About, Batches};
 
 /// Data and model of a cross-encoder's run.
 pub struct RankerJob {
-    settings: Settings,
-    about: About,
+    facts: Facts,
     batches: PairBatches<CrossBuilder>,
-    notes: Vec<String>,
     target: Target,
     config: BertConfig,
     weights: Option<Checkpoint>,
@@ -103,14 +103,7 @@ impl RankerJob {
             members.iter().try_fold(0, |sum, &passage| Ok(sum + texts.length(query, passage)?))
         })?;
         let about = About {
-            model: format!(
-                "{}, {} layers of width {}, {} heads, {} tokens",
-                start.words,
-                config.num_hidden_layers,
-                config.hidden_size,
-                config.num_attention_heads,
-                config.vocab_size
-            ),
+            model: words(&start.words, &config),
             model_fingerprint: digest::of(start.weights.as_deref(), &config, Parts::Inference)?,
             parameters: footprint.parameters as u64,
             data: data.words.clone(),
@@ -122,7 +115,8 @@ impl RankerJob {
             precision: target.precision().into(),
             memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
         };
-        Ok(RankerJob { settings, about, batches, notes, target, config, weights, capacity, data, dev })
+        let facts = Facts { settings, about, notes };
+        Ok(RankerJob { facts, batches, target, config, weights, capacity, data, dev })
     }
 }
 
@@ -130,16 +124,8 @@ impl Job for RankerJob {
     type Model = Ranker;
     type Batches = PairBatches<CrossBuilder>;
 
-    fn settings(&self) -> &Settings {
-        &self.settings
-    }
-
-    fn about(&self) -> &About {
-        &self.about
-    }
-
-    fn notes(&self) -> &[String] {
-        &self.notes
+    fn facts(&self) -> &Facts {
+        &self.facts
     }
 
     fn batches(&mut self) -> &mut PairBatches<CrossBuilder> {
@@ -152,20 +138,16 @@ impl Job for RankerJob {
     }
 
     fn engine(&mut self, say: &mut dyn FnMut(String)) -> Result<Trainer<Ranker>> {
-        let temperature = self.settings.temperature.unwrap_or(1.0) as f32;
+        let temperature = self.facts.settings.temperature.unwrap_or(1.0) as f32;
         let (device, storage) = (self.target.device, self.target.storage);
         let model = Ranker::new(device, &self.config, temperature, self.capacity, storage)?;
-        let fresh = model.params().load(self.settings.seed, self.config.initializer_range, |name, shape, out| {
-            self.weights.as_ref().map_or(Ok(false), |weights| weights.read(name, shape, out))
-        })?;
-        if let (Some(weights), Some(first)) = (&self.weights, fresh.first()) {
-            say(format!(
-                "{}: {} parameters are not in it and start fresh: {first}, …",
-                weights.path().display(),
-                fresh.len()
-            ));
-        }
+        let fresh =
+            model.params().load(self.facts.settings.seed, self.config.initializer_range, |name, shape, out| {
+                self.weights.as_ref().map_or(Ok(false), |weights| weights.read(name, shape, out))
+            })?;
+        let path = self.weights.as_ref().map(|weights| weights.path().display());
+        tell_fresh(path.as_ref().map(|path| path as &dyn Display), &fresh, say);
         let judge = self.dev.take().map(|dev| Box::new(dev) as Box<dyn Judge<Ranker>>);
-        Ok(Trainer::new(model, &self.settings, judge))
+        Ok(Trainer::new(model, &self.facts.settings, judge))
     }
 }
