@@ -81,7 +81,7 @@ fn main() -> Result<()> {
         let rate = 2.0 * (done.queries * done.rows) as f64 * width as f64 / seconds / 1e9;
         let peak = peak().map_or_else(|| "unknown".into(), |mib| format!("{mib} MiB"));
         println!(
-            "round {round}: {queries} queries, {rows} rows of {width}, k = {k}: {seconds:.2} s with reading and the run, {rate:.0} GFLOP/s, peak {peak}"
+            "round {round}: {queries} queries, {rows} rows of {width}, k = {k}: {seconds:.2} s, {rate:.0} GFLOP/s, peak {peak}"
         );
     }
     if arguments.len() < 5 {

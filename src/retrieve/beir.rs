@@ -1,7 +1,7 @@
 //! A data set in BEIR's layout, from texts to figures: encode, search, evaluate.
 //!
-//! A folder holds `corpus.jsonl`, `queries.jsonl` (each perhaps with `.gz` or `.zst`) and `qrels/SPLIT.tsv`. As in BEIR, only judged queries
-//! are searched for, a passage is `(title + " " + text).strip()`, and a passage with its query's id does not count.
+//! A folder holds `corpus.jsonl`, `queries.jsonl` (each perhaps with `.gz` or `.zst`) and `qrels/SPLIT.tsv`. As in BEIR, only judged
+//! queries are searched for, a passage is `(title + " " + text).strip()`, and a passage with its query's id does not count.
 
 use std::path::{Path, PathBuf};
 

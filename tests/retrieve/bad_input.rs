@@ -14,7 +14,8 @@ fn embeddings_that_do_not_belong_together_name_what_differs() {
     let dir = Dir::new();
     folder(&dir.at("c"), &ids("d", 4), 8, &vectors(1, 32), |_| {});
     let corpus = Rows::open(&[dir.at("c")]).unwrap();
-    let cases: [(&str, usize, fn(&mut Spec)); 4] = [
+    type Case = (&'static str, usize, fn(&mut Spec));
+    let cases: [Case; 4] = [
         ("differs in the model: other (ffff); that of c is m (0123456789ab)", 8, |spec| {
             (spec.model, spec.model_sha256) = ("other".into(), "ffff".into());
         }),
