@@ -85,8 +85,6 @@ enum Command {
     Train(Box<train::Arguments>),
     /// Make a checkpoint of a run a model that others load
     Export(export::Arguments),
-    /// Put the passages on a run's lists in the order of a cross-encoder's scores
-    Rerank(rerank::Arguments),
     /// Turn texts into embeddings
     Encode(Box<encode::Arguments>),
     /// Find the best passages of every query, exactly
@@ -97,6 +95,8 @@ enum Command {
     Evaluate(evaluate::Arguments),
     /// Judge a model on data sets in BEIR's layout: encode, search, evaluate
     Beir(Box<beir::Arguments>),
+    /// Put the passages on a run's lists in the order of a cross-encoder's scores
+    Rerank(rerank::Arguments),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -113,12 +113,12 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(args, global),
         Command::Train(args) => train::run(*args, global),
         Command::Export(args) => export::run(args, global),
-        Command::Rerank(args) => rerank::run(args, global),
         Command::Encode(args) => encode::run(*args, global),
         Command::Search(args) => search::run(args, global),
         Command::Evaluate(args) => evaluate::run(args, global),
         Command::Beir(args) => beir::run(*args, global),
         Command::Mine(args) => mine::run(args, global),
+        Command::Rerank(args) => rerank::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

@@ -6,15 +6,18 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use super::progress::Rows as Progress;
-use super::{Global, grouped, say};
+use super::{Global, Hardware, grouped, say};
 use crate::data::pairs::runs::RunFormat;
+use crate::device::DType;
 use crate::error::Result;
 use crate::retrieve::search::{Rows, Written, write_run};
+use crate::train::settings::Precision;
 
 /// Find the best passages of every query, exactly
 ///
 /// Inner products of all queries with all passages, in f32; the order of equal scores is that of the corpus. In TREC's form the second of
-/// two equal scores is written as the next smaller number, so that trec_eval sees the same order.
+/// two equal scores is written as the next smaller number, so that trec_eval sees the same order. On a GPU --precision bf16 rounds the
+/// embeddings; without it they are compared as they are.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Folders of the queries' embeddings
@@ -35,6 +38,8 @@ pub struct Arguments {
     /// Name of the run, in TREC's form
     #[arg(long, default_value = "retromae-engine", value_name = "NAME", value_parser = tag)]
     tag: String,
+    #[command(flatten)]
+    hardware: Hardware,
 }
 
 /// Form of a run that is written.
@@ -75,10 +80,14 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
             global.note(&format!("warning: {}: was encoded with --kind {kind}", folder.dir().display()));
         }
     }
+    let target = args.hardware.open(global)?;
+    // Rounded vectors change the order of near ones: only who asks for it gets them.
+    let storage = if args.hardware.precision == Precision::Bf16 { target.storage } else { DType::F32 };
     let total = queries.len();
     let progress = Progress::start(global.quiet, "queries");
     let to = Written { path: &args.output, format: args.format.format(), tag: &args.tag };
-    let done = write_run(&queries, &corpus, args.top_k as usize, &to, &|queries| progress.update(queries, Some(total)));
+    let (target, k) = ((target.device, storage), args.top_k as usize);
+    let done = write_run(target, (&queries, &corpus), k, &to, &|queries| progress.update(queries, Some(total)));
     progress.finish();
     let done = done?;
     global.write_json(&json!({

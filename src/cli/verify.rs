@@ -15,7 +15,7 @@ use crate::train::{checkpoint, origin, workspace};
 
 use super::{Global, grouped, say};
 
-/// Check every digest of what this program wrote: shards, checkpoints, exported models, embeddings, and the folder of a run with all of these.
+/// Check every digest of what this program wrote: shards, embeddings, checkpoints, exported models, and the folder of a run.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Folders or files

@@ -1,7 +1,7 @@
 //! A data set in BEIR's layout, from texts to figures: encode, search, evaluate.
 //!
-//! A folder holds `corpus.jsonl`, `queries.jsonl` (each perhaps with `.gz` or `.zst`) and `qrels/SPLIT.tsv`. As in BEIR, only judged queries
-//! are searched for, a passage is `(title + " " + text).strip()`, and a passage with its query's id does not count.
+//! A folder holds `corpus.jsonl`, `queries.jsonl` (each perhaps with `.gz` or `.zst`) and `qrels/SPLIT.tsv`. As in BEIR, only judged
+//! queries are searched for, a passage is `(title + " " + text).strip()`, and a passage with its query's id does not count.
 
 use std::path::{Path, PathBuf};
 
@@ -94,6 +94,7 @@ pub struct Judge<'m> {
     jobs: [Job; 2],
     /// Of queries and of passages; one where the model has one encoder.
     embedders: Vec<Embedder>,
+    device: Device,
 }
 
 impl<'m> Judge<'m> {
@@ -108,7 +109,7 @@ impl<'m> Judge<'m> {
         if model.untied() {
             embedders.push(model.embedder(target, Kind::Passage, longest)?);
         }
-        Ok(Judge { model, options, jobs, embedders })
+        Ok(Judge { model, options, jobs, embedders, device: target.0 })
     }
 
     /// Judges the model on one set, with the work left in `dir`: what an earlier run left there of the same is used.
@@ -140,7 +141,7 @@ impl<'m> Judge<'m> {
         let run = dir.join(format!("run-{split}.trec"));
         let to = Written { path: &run, format: RunFormat::Trec, tag: "retromae-engine" };
         // One more, since the query's own passage does not count.
-        let searched = write_run(&queries, &corpus, self.options.top_k + 1, &to, &|_| {})?;
+        let searched = write_run((self.device, DType::F32), (&queries, &corpus), self.options.top_k + 1, &to, &|_| {})?;
         let input = Input { path: run.clone(), bytes: None };
         let run = Run::read(&input, Some(RunFormat::Trec))?;
         let evaluation = evaluate(&run, &qrels, &self.options.metrics, &EvalRules::new(Rules::Trec))

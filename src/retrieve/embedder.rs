@@ -1,7 +1,5 @@
 //! A bi-encoder's tower as it is used: texts to embeddings, without optimizer, gradients or dropout.
 
-use sha2::{Digest, Sha256};
-
 use crate::data::pairs::texts::TextBatch;
 use crate::device::{DType, Device, Tensor};
 use crate::error::{Error, Result};
@@ -12,8 +10,6 @@ use crate::graph::params::{Params, Table, to_f32};
 use crate::graph::records::Records;
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
-use crate::model::names;
-use crate::model::parameters::Parameters;
 use crate::model::towers::{PROJECTION, PROJECTIONS, SIDES, Towers};
 
 /// What is embedded: decides the encoder where a model has two, and the prompt.
@@ -131,42 +127,6 @@ impl Embedder {
         let embeddings = to_f32(&self.embeddings.slice(0..count * self.width));
         self.device.check().map(|()| embeddings)
     }
-}
-
-/// SHA-256, in hex, of everything that the embeddings of a model depend on, pooling and prompts set aside: sizes and weights of both
-/// sides. It does not depend on the files' format.
-///
-/// # Errors
-/// Weights that cannot be read.
-pub fn digest(towers: &Towers) -> Result<String> {
-    let config = &towers.config;
-    let mut hash = Sha256::new();
-    let eps = config.layer_norm_eps.to_bits();
-    hash.update(format!("{} {:?} {eps}\n", config.num_attention_heads, config.hidden_act));
-    let mut values = Vec::new();
-    let mut add = |name: &str, shape: &[usize]| -> Result<()> {
-        values.clear();
-        values.resize(shape.iter().product(), 0f32);
-        if towers.read(name, shape, &mut values)? {
-            hash.update(format!("{name} {shape:?}\n"));
-            hash.update(bytemuck::cast_slice(&values));
-        }
-        Ok(())
-    };
-    let untied = towers.untied();
-    let prefixes = if untied { SIDES.map(|side| format!("{side}.")).to_vec() } else { vec![String::new()] };
-    let projections: &[&str] = if untied { &PROJECTIONS } else { &[PROJECTION] };
-    for prefix in &prefixes {
-        for param in names::encoder(config) {
-            add(&format!("{prefix}{}", param.name), &param.shape)?;
-        }
-    }
-    for part in projections.iter().flat_map(|name| ["weight", "bias"].map(|part| format!("{name}.{part}"))) {
-        if let Some(shape) = towers.find(&part) {
-            add(&part, &shape)?;
-        }
-    }
-    Ok(hex(&hash.finalize()))
 }
 
 /// Lower-case hexadecimal.

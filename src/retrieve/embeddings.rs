@@ -69,7 +69,7 @@ pub struct Spec {
     pub max_len: usize,
     /// `query` or `passage`.
     pub side: String,
-    /// SHA-256 of the weights.
+    /// What its weights and configuration are told apart by: the first 64 bits of a SHA-256.
     pub model_sha256: String,
     /// The model, as it was named.
     pub model: String,

@@ -3,6 +3,7 @@
 //! - [`model`]: a bi-encoder with its tokenizer; [`embedder`]: its tower, forward only; [`encode`]: files of texts to a folder of embeddings
 //! - [`embeddings`]: that folder; [`npy`]: its files
 //! - [`search`]: embeddings to ranked lists; [`topk`]: the best rows of each query, exactly
+//! - [`scorer`], [`rerank`]: a cross-encoder's scores, and lists in their order
 //! - [`mine`]: ranked lists to hard negatives
 //! - [`scorer`], [`rerank`]: a cross-encoder's scores, and lists in their order
 //! - [`beir`]: a data set in BEIR's layout, from texts to figures

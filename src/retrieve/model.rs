@@ -18,6 +18,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::device::{DType, Device};
 use crate::error::{Error, Result};
 use crate::graph::biencoder::Shape;
+use crate::model::digest;
 use crate::model::towers::Towers;
 use crate::retrieve::encode::source::Source;
 
@@ -124,7 +125,7 @@ impl Model {
         let note = said.is_none().then(|| {
             format!("{name} does not say how it pools: the state of [CLS] is taken (--pooling mean takes the mean)")
         });
-        let digest = embedder::digest(&towers)?;
+        let digest = digest::of(Some(path), &towers.config, digest::Parts::Inference)?;
         let (name, path, batch_tokens) = (name.to_string(), path.to_path_buf(), overrides.batch_tokens);
         Ok(Model { name, path, towers, tokenizer, digest, shape, batch_tokens, note })
     }

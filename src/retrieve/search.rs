@@ -1,7 +1,8 @@
 //! Exact search: for every query the rows of greatest inner product, in bounded memory.
 //!
 //! Queries come in groups whose candidates fit a budget; for each group all rows of the corpus are read once. Scores descend, equal ones
-//! are ordered by row; folders follow each other in the order given.
+//! are ordered by row; folders follow each other in the order given. On a GPU rows are uploaded block by block, as f32, or rounded to bf16
+//! where that is asked for.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,11 +10,13 @@ use std::time::Instant;
 
 use ahash::AHashSet;
 
-use super::embeddings::Embeddings;
+use super::embeddings::{Embeddings, block_rows};
 use super::topk::TopK;
 use crate::data::pairs::runs::{RunFormat, RunWriter};
+use crate::device::{DType, Device, Tensor};
 use crate::error::{Error, IoContext, Result};
 use crate::files;
+use crate::ops::topk;
 
 /// Bytes that the candidates of a group of queries may take.
 const BUDGET: usize = 512 << 20;
@@ -115,8 +118,8 @@ pub struct Searched {
 /// # Errors
 /// Embeddings that do not belong together or are damaged, two queries with one id, or an error of `each`.
 pub fn search(
-    queries: &Rows,
-    corpus: &Rows,
+    target: Target,
+    (queries, corpus): (&Rows, &Rows),
     k: usize,
     watch: &dyn Fn(u64),
     mut each: impl FnMut(&str, &[(u32, f32)]) -> Result<()>,
@@ -126,7 +129,7 @@ pub fn search(
     let group = (BUDGET / (4 * width + 16 * k + 64)).max(64) * width;
     let (mut waiting, mut begun, mut seen) = (Vec::new(), 0, AHashSet::new());
     let mut flush = |waiting: &mut Vec<f32>, begun: &mut u64| -> Result<()> {
-        let lists = one_group(waiting, corpus, k)?;
+        let lists = one_group(target, waiting, corpus, k)?;
         for (list, query) in lists.iter().zip(*begun..) {
             let id = queries.id(query);
             if !seen.insert(id) {
@@ -158,13 +161,71 @@ pub fn search(
     if waiting.is_empty() { Ok(()) } else { flush(&mut waiting, &mut begun) }
 }
 
-fn one_group(queries: &[f32], corpus: &Rows, k: usize) -> Result<Vec<Vec<(u32, f32)>>> {
-    let mut best = TopK::new(queries, corpus.width(), k);
+/// Where a search computes, and as what the numbers are stored there.
+pub type Target = (Device, DType);
+
+/// The search of a group of queries, on either device.
+enum Best {
+    Cpu(TopK),
+    Gpu { best: Box<topk::TopK>, rows: Tensor, k: usize },
+}
+
+impl Best {
+    fn new((device, storage): Target, queries: &[f32], width: usize, k: usize) -> Result<Best> {
+        if !device.is_gpu() {
+            return Ok(Best::Cpu(TopK::new(queries, width, k)));
+        }
+        let count = queries.len() / width;
+        let mut best = Box::new(topk::TopK::new(device, topk::Shape { queries: count, width, k })?);
+        let own = device.zeros(storage, queries.len());
+        upload(&own, queries);
+        best.start(&own, count);
+        Ok(Best::Gpu { best, rows: device.zeros(storage, block_rows(width) * width), k })
+    }
+
+    fn add(&mut self, first: u32, block: &[f32], width: usize) {
+        match self {
+            Best::Cpu(best) => best.add(first, block),
+            Best::Gpu { best, rows, .. } => {
+                upload(rows, block);
+                best.add(rows, block.len() / width, first);
+            }
+        }
+    }
+
+    fn finish(self, device: Device) -> Result<Vec<Vec<(u32, f32)>>> {
+        match self {
+            Best::Cpu(best) => Ok(best.finish()),
+            Best::Gpu { mut best, k, .. } => {
+                let (scores, rows) = best.results();
+                device.check()?;
+                let lists = rows.chunks_exact(k).zip(scores.chunks_exact(k));
+                // Places that no row took hold the largest number.
+                let list = |(rows, scores): (&[u32], &[f32])| {
+                    let hits = rows.iter().copied().zip(scores.iter().copied());
+                    hits.take_while(|hit| hit.0 != u32::MAX).collect()
+                };
+                Ok(lists.map(list).collect())
+            }
+        }
+    }
+}
+
+fn upload(to: &Tensor, values: &[f32]) {
+    match to.dtype() {
+        DType::BF16 => to.upload(&values.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>()),
+        _ => to.upload(values),
+    }
+}
+
+fn one_group(target: Target, queries: &[f32], corpus: &Rows, k: usize) -> Result<Vec<Vec<(u32, f32)>>> {
+    let width = corpus.width();
+    let mut best = Best::new(target, queries, width, k)?;
     corpus.each_block(|first, rows| {
-        best.add(first as u32, rows);
+        best.add(first as u32, rows, width);
         Ok(())
     })?;
-    Ok(best.finish())
+    best.finish(target.0)
 }
 
 /// How a run is written.
@@ -182,7 +243,13 @@ pub struct Written<'a> {
 ///
 /// # Errors
 /// As [`search`], a passage with the id of another one, or a failed write; the file then is as it was before.
-pub fn write_run(queries: &Rows, corpus: &Rows, k: usize, to: &Written<'_>, watch: &dyn Fn(u64)) -> Result<Searched> {
+pub fn write_run(
+    target: Target,
+    (queries, corpus): (&Rows, &Rows),
+    k: usize,
+    to: &Written<'_>,
+    watch: &dyn Fn(u64),
+) -> Result<Searched> {
     let started = Instant::now();
     files::probe(to.path)?;
     let mut done = Searched { rows: corpus.len(), ..Searched::default() };
@@ -190,7 +257,7 @@ pub fn write_run(queries: &Rows, corpus: &Rows, k: usize, to: &Written<'_>, watc
     let written = files::write_atomic(to.path, |w| {
         let mut writer = RunWriter::new(w, to.format, to.tag);
         let mut ids = AHashSet::new();
-        let searched = search(queries, corpus, k, watch, |query, list| {
+        let searched = search(target, (queries, corpus), k, watch, |query, list| {
             ids.clear();
             if let Some(twice) = list.iter().map(|hit| corpus.id(u64::from(hit.0))).find(|id| !ids.insert(*id)) {
                 return Err(Error::refused(format!("two passages of the corpus have the id {twice}"))

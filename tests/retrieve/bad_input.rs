@@ -14,7 +14,8 @@ fn embeddings_that_do_not_belong_together_name_what_differs() {
     let dir = Dir::new();
     folder(&dir.at("c"), &ids("d", 4), 8, &vectors(1, 32), |_| {});
     let corpus = Rows::open(&[dir.at("c")]).unwrap();
-    let cases: [(&str, usize, fn(&mut Spec)); 4] = [
+    type Case = (&'static str, usize, fn(&mut Spec));
+    let cases: [Case; 4] = [
         ("differs in the model: other (ffff); that of c is m (0123456789ab)", 8, |spec| {
             (spec.model, spec.model_sha256) = ("other".into(), "ffff".into());
         }),
@@ -28,7 +29,7 @@ fn embeddings_that_do_not_belong_together_name_what_differs() {
         let name = format!("q{i}");
         folder(&dir.at(&name), &ids("q", 2), width, &vectors(2, 2 * width), change);
         let queries = Rows::open(&[dir.at(&name)]).unwrap();
-        let message = dir.message(search(&queries, &corpus, 2, &|_| {}, |_, _| Ok(())));
+        let message = dir.message(search(CPU, (&queries, &corpus), 2, &|_| {}, |_, _| Ok(())));
         let expected = format!("{name}: {expected}; encode queries and passages with the same model and settings");
         assert_eq!(message, expected);
         assert!(dir.message(Rows::open(&[dir.at("c"), dir.at(&name)])).starts_with(&format!("{name}: differs in ")));
@@ -48,7 +49,7 @@ fn numbers_that_are_not_finite_are_refused_with_their_id() {
     }
     folder(&dir.at("huge"), &ids("d", 3), 8, &[3e38; 24], |_| {});
     let rows = Rows::open(&[dir.at("huge")]).unwrap();
-    let message = dir.message(search(&rows, &rows, 2, &|_| {}, |_, _| Ok(())));
+    let message = dir.message(search(CPU, (&rows, &rows), 2, &|_| {}, |_, _| Ok(())));
     assert!(message.starts_with("inner products of query d0 are not finite; "), "{message}");
 }
 

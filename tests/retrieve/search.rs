@@ -2,10 +2,11 @@
 
 use retromae_engine::data::pairs::runs::{Run, RunFormat};
 use retromae_engine::data::source::Input;
+use retromae_engine::device::{DType, Device};
 use retromae_engine::retrieve::npy::Stored;
 use retromae_engine::retrieve::search::{Rows, Searched, Written, search, write_run};
 
-use crate::support::{Dir, folder, ids, vectors};
+use crate::support::{CPU, Dir, folder, ids, vectors};
 
 /// Small integers: their sums are exact, and many are equal.
 fn integers(seed: u64, count: usize) -> Vec<f32> {
@@ -47,7 +48,7 @@ fn lists_over_several_folders_are_those_of_a_brute_force() {
     assert_eq!((queries.len(), corpus.len(), corpus.id(700), corpus.id(999)), (9, 1000, "d700", "d999"));
     for k in [1, 10, 1000, 5000] {
         let mut seen = 0;
-        search(&queries, &corpus, k, &|_| {}, |id, list| {
+        search(CPU, (&queries, &corpus), k, &|_| {}, |id, list| {
             assert_eq!(id, format!("q{seen}"));
             assert_eq!(list, brute(&q[seen * WIDTH..(seen + 1) * WIDTH], &rows, k));
             seen += 1;
@@ -59,12 +60,33 @@ fn lists_over_several_folders_are_those_of_a_brute_force() {
 }
 
 #[test]
+fn the_emulated_gpu_finds_the_same_lists() {
+    let dir = Dir::new();
+    let (queries, corpus, ..) = folders(&dir);
+    let (gpu, _) = Device::open("emulator").unwrap();
+    // Small integers are exact in bf16 too.
+    for storage in [DType::F32, DType::BF16] {
+        let lists = |target| {
+            let mut all = Vec::new();
+            search(target, (&queries, &corpus), 30, &|_| {}, |id, list| {
+                all.push((id.to_string(), list.to_vec()));
+                Ok(())
+            })
+            .unwrap();
+            all
+        };
+        assert!(lists((gpu, storage)) == lists(CPU), "{storage:?}");
+    }
+}
+
+#[test]
 fn runs_come_back_in_the_order_of_the_search_in_every_form() {
     let dir = Dir::new();
     let (queries, corpus, q, rows) = folders(&dir);
     for (name, format) in [("t", RunFormat::Trec), ("m", RunFormat::Msmarco), ("v", RunFormat::Tevatron)] {
         let path = dir.at(name);
-        let done = write_run(&queries, &corpus, 50, &Written { path: &path, format, tag: "tag" }, &|_| {}).unwrap();
+        let done =
+            write_run(CPU, (&queries, &corpus), 50, &Written { path: &path, format, tag: "tag" }, &|_| {}).unwrap();
         let counts = Searched { seconds: 0.0, nudged: 0, ..done };
         assert_eq!(counts, Searched { queries: 9, rows: 1000, hits: 450, nudged: 0, seconds: 0.0 });
         assert!(done.nudged > 0);
@@ -86,11 +108,11 @@ fn a_failed_search_leaves_the_old_run() {
     let path = dir.write("run", "old");
     let twice = Rows::open(&[dir.at("c1"), dir.at("c0"), dir.at("c1")]).unwrap();
     let to = Written { path: &path, format: RunFormat::Trec, tag: "tag" };
-    let message = dir.message(write_run(&queries, &twice, 1000, &to, &|_| {}));
+    let message = dir.message(write_run(CPU, (&queries, &twice), 1000, &to, &|_| {}));
     assert!(message.starts_with("two passages of the corpus have the id d700; "), "{message}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "old");
     let same = Rows::open(&[dir.at("q0"), dir.at("q0")]).unwrap();
-    let message = dir.message(write_run(&same, &corpus, 10, &to, &|_| {}));
+    let message = dir.message(write_run(CPU, (&same, &corpus), 10, &to, &|_| {}));
     assert!(message.starts_with("two queries have the id q0; "), "{message}");
     assert!(std::fs::read_dir(dir.at(".")).unwrap().all(|e| !e.unwrap().file_name().to_str().unwrap().contains("tmp")));
 }
