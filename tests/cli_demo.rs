@@ -44,7 +44,10 @@ fn the_demo_trains_goes_on_and_leaves_other_folders_alone() {
     let done = demo(&folder, "20", &json).output().unwrap();
     let shown = text(&done.stdout);
     assert!(done.status.success(), "{}", text(&done.stderr));
-    for part in ["tokenize --input '", "train --config-file '", "verify '", "frequencies alone", "from_pretrained(\""] {
+    let parts = ["tokenize --input '", "train --config-file '", "verify '", "frequencies alone", "from_pretrained(\""];
+    let more =
+        ["train --objective contrastive", "encode --model '", "search --queries '", "evaluate --run '", "BM25  "];
+    for part in parts.into_iter().chain(more) {
         assert!(shown.contains(part), "{part}: {shown}");
     }
     let figures = |path: &Path| serde_json::from_str::<Value>(&std::fs::read_to_string(path).unwrap()).unwrap();
@@ -59,6 +62,8 @@ fn the_demo_trains_goes_on_and_leaves_other_folders_alone() {
     let unigram = first["unigram"]["loss"].as_f64().unwrap();
     assert!(unigram > 5.0 && unigram < 8.0, "{unigram}");
     assert!(folder.join("run/model/model.safetensors").is_file());
+    assert!(folder.join("retriever/model/1_Pooling/config.json").is_file());
+    judged(&first, &folder);
 
     let again = demo(&folder, "20", &json).output().unwrap();
     assert!(again.status.success(), "{}", text(&again.stderr));
@@ -66,6 +71,7 @@ fn the_demo_trains_goes_on_and_leaves_other_folders_alone() {
     let second = figures(&json);
     assert_eq!(first["held_out"], second["held_out"]);
     assert_eq!(first["commands"], second["commands"]);
+    assert_eq!(first["retrieval"], second["retrieval"]);
 
     let other = demo(&folder, "30", &json).output().unwrap();
     assert_eq!(other.status.code(), Some(1));
@@ -80,6 +86,35 @@ fn the_demo_trains_goes_on_and_leaves_other_folders_alone() {
     assert_eq!(refused.status.code(), Some(1));
     assert!(text(&refused.stderr).contains("is not a demo's"), "{}", text(&refused.stderr));
     assert_eq!(std::fs::read_dir(&foreign).unwrap().count(), 1);
+}
+
+/// The table of a short demo: four systems, the figures that `evaluate` wrote, BM25 far above a model that saw next to nothing.
+fn judged(figures: &Value, folder: &Path) {
+    let systems = figures["retrieval"].as_object().unwrap();
+    assert_eq!(systems.keys().collect::<Vec<_>>(), ["untrained", "pre-trained", "fine-tuned", "bm25"]);
+    for (name, found) in systems {
+        let judged = std::fs::read_to_string(folder.join(name).with_extension("json")).unwrap();
+        let judged: Value = serde_json::from_str(&judged).unwrap();
+        assert_eq!((judged["queries"].as_u64(), judged["judged"].as_u64()), (Some(30), Some(30)), "{name}");
+        for metric in ["mrr@10", "ndcg@10", "recall@100"] {
+            let figure = found[metric].as_f64().unwrap();
+            assert!((0.0..=1.0).contains(&figure), "{name} {metric} {figure}");
+            assert_eq!(found[metric], judged[metric], "{name} {metric}");
+        }
+    }
+    let mrr = |name: &str| systems[name]["mrr@10"].as_f64().unwrap();
+    assert!(mrr("bm25") > 0.7 && mrr("bm25") > mrr("untrained") + 0.3, "{} {}", mrr("bm25"), mrr("untrained"));
+    // The two parts of the queries have none in common and are all of them.
+    let ids = |part: &str| -> Vec<String> {
+        let text = std::fs::read_to_string(folder.join(format!("{part}-qrels.tsv"))).unwrap();
+        text.lines().map(|line| line.split('\t').next().unwrap().to_string()).collect()
+    };
+    let (mut train, dev) = (ids("train"), ids("dev"));
+    assert_eq!((train.len(), dev.len()), (270, 30));
+    train.extend(dev);
+    train.sort();
+    train.dedup();
+    assert_eq!(train.len(), 300);
 }
 
 #[test]

@@ -1,9 +1,11 @@
-//! `demo`: the whole way from text to a model that others load, offline, with the commands a user would type.
+//! `demo`: the whole way from text to a retriever that others load and to its figures, offline, with the commands a user would type.
 //!
 //! The text, the vocabulary and the model's configuration are part of the binary. Each step is printed as a command line, parsed by
-//! the same parser and run by the same code as if it had been typed; nothing here knows a shortcut.
+//! the same parser and run by the same code as if it had been typed; nothing here knows a shortcut. BM25's lists alone are made here.
 
+mod commands;
 mod figures;
+mod ranking;
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -16,11 +18,14 @@ use serde_json::{Value, json};
 
 use super::{Cli, Global, Hardware, say};
 use crate::data::shard::ShardSet;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::files::{OutputDir, write_synced};
 use crate::train::settings::{Precision, Settings};
+use crate::train::signals::{self, Stop};
 use crate::train::workspace::MODEL;
+use commands::{Commands, Size, Step};
 use figures::Figures;
+use ranking::Ranking;
 
 /// 4,000 descriptions of Debian packages, and their one-line synopses; see assets/demo/README.md.
 const CORPUS: &[u8] = include_bytes!("../../assets/demo/corpus.jsonl.gz");
@@ -31,17 +36,16 @@ const ABOUT: &[u8] = include_bytes!("../../assets/demo/README.md");
 
 /// File that marks a folder as a demo's and holds what the demo in it was asked for.
 const MARKER: &str = "demo.json";
-/// Steps of the whole demo: about a minute on two cores.
-const STEPS: u64 = 1800;
-/// Texts held out: enough for a steady loss, few enough not to slow the demo.
-const HELD_OUT: u64 = 200;
+/// One query in so many is for the dev set.
+const DEV_EVERY: usize = 10;
 /// Limit of what an embedded file may unpack to.
 const MOST_TEXT: u64 = 64 << 20;
 
-/// Turn bundled text into a pre-trained encoder in about a minute, offline
+/// Turn bundled text into a retriever and judge it, in one to two minutes, offline
 ///
-/// Unpacks 4,000 texts, then runs the commands a user would type: tokenize, train, verify. Ends with the loss on held-out text
-/// before, during and after training, and how to load the model. The same command again goes on where it was stopped.
+/// Unpacks 4,000 texts with a query each, then runs the commands a user would type: tokenize, train (pre-training, fine-tuning), encode,
+/// search, evaluate, verify. Ends with the loss on held-out text, the figures of the untrained, the pre-trained and the fine-tuned
+/// encoder and of BM25 on queries that no training saw, and how to load the models. The same command again goes on where it was stopped.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Folder to make
@@ -58,48 +62,44 @@ pub struct Arguments {
 pub fn run(args: Arguments, global: &Global) -> Result<()> {
     let began = Instant::now();
     let demo = Demo::new(args, global);
+    let stop = Stop::install()?;
     demo.unpack(global)?;
-    let mut commands = Vec::new();
-    for command in demo.commands() {
-        let line = demo.line(&command);
-        if command.done {
-            global.note(&format!("there already, made by: {line}"));
-        } else {
-            say(&format!("\n$ {line}"))?;
-            demo.execute(&command)?;
+    let mut lines = Vec::new();
+    for step in demo.commands().steps() {
+        lines.extend(demo.take(step, global)?);
+        // Training stops by itself; the other commands are short, and end first.
+        if let Some(signal) = stop.requested() {
+            let cause = format!("stopped by {}", signals::name(signal));
+            let remedy = "run the same command to go on";
+            return Err(Error::new(Kind::Signal(signal), cause).path(&demo.dir).remedy(remedy));
         }
-        commands.push(line);
     }
     let shards = ShardSet::open(&demo.dir.join("shards"))?;
-    let figures = Figures::gather(&demo.dir.join("run"), &shards, demo.seed, HELD_OUT)?;
+    let figures = Figures::gather(&demo.dir.join("run"), &shards, demo.seed, demo.size.held_out)?;
+    let ranking = Ranking::gather(&demo.dir)?;
     let seconds = began.elapsed().as_secs_f64();
-    let model = demo.dir.join("run").join(MODEL);
-    say(&format!("\n{}\n\n{}", figures.to_text(seconds), demo.farewell(&model)))?;
+    let [model, retriever] = ["run", "retriever"].map(|run| demo.dir.join(run).join(MODEL));
+    let table = ranking.to_text(demo.size.texts / DEV_EVERY, demo.size.texts);
+    say(&format!("\n{}\n\n{table}\n\n{}", figures.to_text(seconds), demo.farewell(&model, &retriever)))?;
     let mut value = figures.to_json();
+    value["retrieval"] = ranking.to_json();
     value["seconds"] = json!(seconds);
     value["model"] = json!(model);
-    value["commands"] = json!(commands);
+    value["retriever"] = json!(retriever);
+    value["commands"] = json!(lines);
     global.write_json(&value)?;
-    figures.check(demo.whole)
+    figures.check(demo.size.whole)?;
+    ranking.check(&demo.dir, demo.size.whole)
 }
 
 struct Demo {
     dir: PathBuf,
-    steps: u64,
-    /// Not shortened: the figures must be those of a model that has learned something.
-    whole: bool,
+    size: Size,
     seed: u64,
-    /// Options of the demo that its commands get, too, and those that `train` gets.
+    /// Options of the demo that its commands get, too, and those that commands get which compute.
     passed_on: Vec<OsString>,
-    train: Vec<OsString>,
+    hardware: Vec<OsString>,
     program: OsString,
-}
-
-/// A command line, less the program's name.
-struct Command {
-    words: Vec<OsString>,
-    /// An earlier demo in this folder has run it.
-    done: bool,
 }
 
 impl Demo {
@@ -114,28 +114,27 @@ impl Demo {
         if global.quiet {
             passed_on.push("--quiet".into());
         }
-        let mut train = Vec::new();
+        let mut hardware = Vec::new();
         let Hardware { device, precision } = args.hardware;
         if device != "auto" {
-            train.extend(["--device".into(), device.into()]);
+            hardware.extend(["--device".into(), device.into()]);
         }
         if let Some(value) = precision.to_possible_value().filter(|_| precision != Precision::Auto) {
-            train.extend(["--precision".into(), value.get_name().into()]);
+            hardware.extend(["--precision".into(), value.get_name().into()]);
         }
         Demo {
             dir: args.output,
-            steps: args.steps.unwrap_or(STEPS),
-            whole: args.steps.is_none(),
+            size: Size::new(args.steps),
             seed: global.seed.unwrap_or(Settings::default().seed),
             passed_on,
-            train,
+            hardware,
             program: std::env::args_os().next().unwrap_or_else(|| "retromae-engine".into()),
         }
     }
 
     /// Makes the folder, or finds that of an earlier, equal demo.
     fn unpack(&self, global: &Global) -> Result<()> {
-        let asked = json!({ "engine": env!("CARGO_PKG_VERSION"), "steps": self.steps, "seed": self.seed });
+        let asked = json!({ "engine": env!("CARGO_PKG_VERSION"), "steps": self.size.steps, "seed": self.seed });
         let marker = self.dir.join(MARKER);
         if marker.is_file() {
             let text = std::fs::read_to_string(&marker).at(&marker, "cannot read")?;
@@ -155,51 +154,50 @@ impl Demo {
         }
         let folder = OutputDir::create(&self.dir, false, MARKER)?;
         let write = |name: &str, bytes: &[u8]| write_synced(&folder.path().join(name), |w| w.write_all(bytes));
-        write("corpus.jsonl", &unpacked(CORPUS)?)?;
-        write("queries.jsonl", &unpacked(QUERIES)?)?;
+        write("corpus.jsonl", &first(&unpacked(CORPUS)?, self.size.texts))?;
+        for (part, lines) in ["train", "dev"].iter().zip(split(&first(&unpacked(QUERIES)?, self.size.texts))) {
+            write(&format!("{part}-queries.jsonl"), &lines.concat())?;
+            write(&format!("{part}-qrels.tsv"), judgements(&lines).as_bytes())?;
+        }
         write("vocab.txt", VOCABULARY)?;
         write("config.json", CONFIG)?;
         write("README.md", ABOUT)?;
         write(MARKER, format!("{asked:#}\n").as_bytes())?;
         folder.commit()?;
-        say(&format!("unpacked 4,000 texts, a vocabulary and a model configuration to {}", self.dir.display()))
+        let texts = super::grouped(self.size.texts as u64);
+        let what = "texts, their queries and judgements, a vocabulary and a model configuration";
+        say(&format!("unpacked {texts} {what} to {}", self.dir.display()))
     }
 
-    /// What a user would type, in its order.
-    fn commands(&self) -> Vec<Command> {
-        let at = |name: &str| self.dir.join(name).into_os_string();
-        let tokenize = [("--input", at("corpus.jsonl")), ("--tokenizer", at("vocab.txt")), ("--output", at("shards"))];
-        let tokenize = flags("tokenize", tokenize).chain(["--max-length", "64"].map(OsString::from));
-        let every = (self.steps / 6).max(20).to_string();
-        let (steps, held_out) = (self.steps.to_string(), HELD_OUT.to_string());
-        let train = [("--config-file", at("config.json")), ("--data", at("shards")), ("--output", at("run"))];
-        let settings = [
-            ["--steps", &steps],
-            ["--batch-size", "8"],
-            ["--learning-rate", "1.5e-3"],
-            ["--eval-size", &held_out],
-            ["--eval-every", &every],
-            ["--save-every", &every],
-            ["--log-every", "50"],
-        ];
-        let train = flags("train", train).chain(settings.into_iter().flatten().map(OsString::from));
-        let verify = ["verify".into(), at("shards"), at("run")];
-        let passed_on = || self.passed_on.iter().cloned();
-        vec![
-            Command { words: tokenize.chain(passed_on()).collect(), done: ShardSet::is_set(&self.dir.join("shards")) },
-            Command { words: train.chain(self.train.iter().cloned()).chain(passed_on()).collect(), done: false },
-            Command { words: verify.into_iter().chain(passed_on()).collect(), done: false },
-        ]
+    fn commands(&self) -> Commands<'_> {
+        Commands { dir: &self.dir, size: self.size, passed_on: &self.passed_on, hardware: &self.hardware }
     }
 
-    /// The command as a shell takes it.
-    fn line(&self, command: &Command) -> String {
-        let words = std::iter::once(&self.program).chain(&command.words);
-        words.map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
+    /// Does a step; gives the command line, where it is one.
+    fn take(&self, step: Step, global: &Global) -> Result<Option<String>> {
+        let (about, words, done) = match step {
+            Step::Command { about, words, done } => (about, words, done),
+            Step::Bm25 { run } => {
+                say(&format!("\n# BM25 beside them: its lists are written to {}", run.display()))?;
+                let [corpus, queries] = ["corpus.jsonl", "dev-queries.jsonl"].map(|name| self.dir.join(name));
+                return ranking::write_bm25(&corpus, &queries, &run).map(|()| None);
+            }
+        };
+        let all = std::iter::once(&self.program).chain(&words);
+        // The command as a shell takes it.
+        let line = all.map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ");
+        if done {
+            global.note(&format!("there already, made by: {line}"));
+            return Ok(Some(line));
+        }
+        let about = if about.is_empty() { String::new() } else { format!("\n# {about}") };
+        say(&format!("{about}\n$ {line}"))?;
+        self.execute(&words)?;
+        Ok(Some(line))
     }
 
-    fn execute(&self, command: &Command) -> Result<()> {
-        let cli = Cli::try_parse_from(std::iter::once(&self.program).chain(&command.words)).map_err(|e| {
+    fn execute(&self, words: &[OsString]) -> Result<()> {
+        let cli = Cli::try_parse_from(std::iter::once(&self.program).chain(words)).map_err(|e| {
             let told = e.to_string();
             let told = told.lines().next().unwrap_or_default().trim_start_matches("error: ");
             Error::usage(told).remedy("give the demo another --output; else report this as a defect")
@@ -207,29 +205,45 @@ impl Demo {
         super::run(cli)
     }
 
-    fn farewell(&self, model: &Path) -> String {
+    fn farewell(&self, model: &Path, retriever: &Path) -> String {
         let program = quoted(&self.program.to_string_lossy());
         let dir = quoted(&self.dir.to_string_lossy());
-        let model = model.display();
         format!(
-            "The model, in Python:\n\
+            "The models, in Python:\n\
              \x20   from transformers import AutoModelForMaskedLM\n\
-             \x20   model = AutoModelForMaskedLM.from_pretrained({path:?})\n\
+             \x20   model = AutoModelForMaskedLM.from_pretrained({model:?})\n\
              \x20   from sentence_transformers import SentenceTransformer\n\
-             \x20   model = SentenceTransformer({path:?})\n\
+             \x20   retriever = SentenceTransformer({retriever:?})\n\
              \n\
              With your own text (txt, jsonl, tsv or parquet), starting from a model you have:\n\
              \x20   {program} tokenize --input TEXTS --tokenizer MODEL --output shards\n\
              \x20   {program} train --model MODEL --data shards --output run\n\
+             With queries and their passages, go on as above, from the second tokenize.\n\
              The texts of the demo, and what was made of them, are in {dir}.",
-            path = model.to_string(),
+            model = model.display().to_string(),
+            retriever = retriever.display().to_string(),
         )
     }
 }
 
-/// A subcommand and its flags with their values, as words.
-fn flags<const N: usize>(name: &str, flags: [(&'static str, OsString); N]) -> impl Iterator<Item = OsString> {
-    std::iter::once(name.into()).chain(flags.into_iter().flat_map(|(flag, value)| [flag.into(), value]))
+/// The first lines of a text.
+fn first(text: &[u8], lines: usize) -> Vec<u8> {
+    text.split_inclusive(|b| *b == b'\n').take(lines).collect::<Vec<_>>().concat()
+}
+
+/// Lines for training and for the dev set.
+fn split(queries: &[u8]) -> [Vec<&[u8]>; 2] {
+    let mut parts = [Vec::new(), Vec::new()];
+    for (i, line) in queries.split_inclusive(|b| *b == b'\n').enumerate() {
+        parts[usize::from(i % DEV_EVERY == DEV_EVERY - 1)].push(line);
+    }
+    parts
+}
+
+/// Judgements of queries, as lines of JSON, by TREC's form: the passage of a query has its id.
+fn judgements(queries: &[&[u8]]) -> String {
+    let ids = queries.iter().filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+    ids.filter_map(|query| query["_id"].as_str().map(|id| format!("{id}\t0\t{id}\t1\n"))).collect()
 }
 
 fn unpacked(gzip: &[u8]) -> Result<Vec<u8>> {
@@ -263,6 +277,11 @@ mod tests {
     fn the_bundled_files_belong_together() -> Result<()> {
         let lines = |gzip| unpacked(gzip).map(|text| text.split(|b| *b == b'\n').filter(|l| !l.is_empty()).count());
         assert_eq!((lines(CORPUS)?, lines(QUERIES)?), (4000, 4000));
+        let parts = unpacked(QUERIES)?;
+        let [train, dev] = split(&parts);
+        assert_eq!([train.len(), dev.len()], [3600, 400]);
+        assert_eq!(judgements(&dev).lines().count(), 400);
+        assert!(judgements(&train).starts_with("2vcard\t0\t2vcard\t1\n"));
         let config: Value = serde_json::from_slice(CONFIG).unwrap_or_default();
         let tokens = VOCABULARY.split(|b| *b == b'\n').filter(|l| !l.is_empty()).count();
         assert_eq!(config["vocab_size"].as_u64(), Some(tokens as u64));

@@ -71,7 +71,7 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Turn bundled text into a pre-trained encoder in about a minute, offline
+    /// Turn bundled text into a retriever and judge it, in one to two minutes, offline
     Demo(demo::Arguments),
     /// Tell what this machine offers the engine, and what each part means
     Doctor(doctor::Arguments),
