@@ -78,7 +78,7 @@ impl Embedder {
             true => (format!("{}.", SIDES[kind.side()]), PROJECTIONS[kind.side()]),
             false => (String::new(), PROJECTION),
         };
-        let (mut table, mut plan) = (Table::default(), Plan::default());
+        let (mut table, mut plan) = (Table::default(), Plan::forward_only());
         let tower = Tower::new(&mut table, &mut plan, config, capacity, shape, (&prefix, projection));
         let params = table.allocate_weights(device, storage);
         let missing = params.load(0, 0.0, |name, shape, out| towers.read(name, shape, out))?;

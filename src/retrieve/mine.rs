@@ -1,8 +1,8 @@
 //! Hard negatives: passages that rank high for a query and do not answer it.
 //!
-//! A list is gone through by rank, and a passage is dropped by the first rule that applies: outside the ranks, a positive, a text equal to a
-//! positive's, a text taken already, too high a score, too near to the positives' scores in the run, too near by a cross-encoder's scores.
-//! Of what is left the first are taken, or random ones. What each rule dropped is counted.
+//! A list is gone through by rank, and a passage is dropped by the first rule that applies: outside the ranks, a positive, too high a
+//! score, too near to the positives' scores in the run, a text equal to a positive's, a text taken already, too near by a cross-encoder's
+//! scores. Of what is left the first are taken, or random ones. What each rule dropped is counted.
 //!
 //! With s⁺ the lowest score of the query's positives on its list, a passage of score s is kept by the absolute margin m when
 //! `s ≤ s⁺ − m`, and by the relative margin r when `s ≤ s⁺ − r |s⁺|`. By a cross-encoder's scores it is kept when its own is at least the

@@ -1,6 +1,7 @@
 //! What a trained model is for: texts to embeddings, embeddings to ranked lists, lists to hard negatives and to reranked lists.
 //!
-//! - [`model`]: a bi-encoder with its tokenizer; [`embedder`]: its tower, forward only; [`encode`]: files of texts to a folder of embeddings
+//! - [`model`]: a bi-encoder with its tokenizer; [`embedder`]: its tower, forward only
+//! - [`encode`]: files of texts to a folder of embeddings
 //! - [`embeddings`]: that folder; [`npy`]: its files
 //! - [`search`]: embeddings to ranked lists; [`topk`]: the best rows of each query, exactly
 //! - [`scorer`], [`rerank`]: a cross-encoder's scores, and lists in their order

@@ -147,7 +147,7 @@ fn queries_of_several_devices_against_the_passages_of_all() {
         let mut model = BiEncoder::new(Device::Cpu, &config(), options, room, DType::F64).unwrap();
         model.params().load(5, 0.2, |_, _, _| Ok(false)).unwrap();
         let all = ContrastiveBatch { teacher: None, ..batch(1) };
-        let (loss, whole) = gradients(&mut model, &[all.clone()]);
+        let (loss, whole) = gradients(&mut model, std::slice::from_ref(&all));
         let of_device = |queries: std::ops::Range<usize>| ContrastiveBatch {
             queries: all.queries.part(queries.clone()),
             targets: all.targets[queries.clone()].to_vec(),

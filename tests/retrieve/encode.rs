@@ -5,6 +5,7 @@ use std::path::Path;
 use retromae_engine::data::shard::{Packing, TitleSep};
 use retromae_engine::data::tokenize;
 use retromae_engine::data::tokenizer::Tokenizer;
+use retromae_engine::device::{DType, Device};
 use retromae_engine::files::Disk;
 use retromae_engine::retrieve::embedder::Kind;
 use retromae_engine::retrieve::embeddings::{Embeddings, Layout, Meta};
@@ -12,7 +13,7 @@ use retromae_engine::retrieve::encode;
 use retromae_engine::retrieve::model::{Model, Overrides, Texts};
 use retromae_engine::retrieve::npy::Stored;
 
-use crate::support::{CPU, Dir, WIDTH, content, encode_on, jsonl, open, passages, texts};
+use crate::support::{CPU, Dir, WIDTH, content, encode_on, jsonl, open, passages, reading, texts};
 
 /// All rows of a folder.
 pub fn rows(dir: &Path) -> Vec<Vec<f32>> {
@@ -168,4 +169,26 @@ fn a_repeated_id_is_left_out_and_a_missing_one_is_the_number() {
     let done = encode_on(&Disk::default(), &model, &input, &dir.at("out"), &passages(10)).unwrap();
     assert_eq!(std::fs::read_to_string(dir.at("out/ids.txt")).unwrap(), "x\n1\n2\n");
     assert_eq!((done.rows, done.counts.duplicates, done.counts.empty), (3, 1, 1));
+}
+
+#[test]
+fn the_emulated_gpu_gives_the_rows_of_the_cpu() {
+    let dir = Dir::new();
+    let model = open(&dir.model("model", 1));
+    let input = dir.write("all.jsonl", jsonl(&texts(30)));
+    encode_on(&Disk::default(), &model, &input, &dir.at("cpu"), &passages(100)).unwrap();
+    let expected = rows(&dir.at("cpu"));
+    let (gpu, _) = Device::open("emulator").unwrap();
+    // Several batches of equal work: queued, recorded, replayed.
+    for (name, storage, tolerance) in [("f32", DType::F32, 1e-5), ("bf16", DType::BF16, 3e-2)] {
+        let job = model.job((gpu, storage), &passages(100)).unwrap();
+        let inputs = retromae_engine::data::source::expand(&[input.to_str().unwrap().into()]).unwrap();
+        let source = model.documents(&job, inputs, reading()).unwrap();
+        let mut embedder = model.embedder((gpu, storage), Kind::Passage, &job).unwrap();
+        encode::run(&Disk::default(), source, &mut embedder, &job, &dir.at(name), &|_| {}).unwrap();
+        for (i, (row, expected)) in rows(&dir.at(name)).iter().zip(&expected).enumerate() {
+            let error = row.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+            assert!(error <= tolerance, "{name}, text {i}: {error}");
+        }
+    }
 }

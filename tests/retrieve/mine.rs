@@ -115,6 +115,6 @@ fn judgements_of_other_queries_are_refused() {
     let run = run(&dir);
     let other = Qrels::read(&input(&dir, "other", "1048585 0 7187158 1\n"), None).unwrap().0;
     let message = dir.message(mine(&run, &other, &Equality::Unknown, None, &rules()));
-    let expected = "none of the 3 queries of the run (as q1) has a positive among the judgements (as of 1048585); check that run and judgements belong together";
-    assert_eq!(message, expected);
+    let expected = "none of the 3 queries of the run (as q1) has a positive among the judgements (as of 1048585); ";
+    assert!(message.starts_with(expected), "{message}");
 }
