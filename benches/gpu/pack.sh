@@ -61,7 +61,7 @@ chmod -R u+w "$pack"
 rm -rf .gpu
 mkdir .gpu
 # The programs share most of their content, and -9 looks back far enough to see it.
-tar -C "$pack" -c . | xz -9 >.gpu/pack.tar.xz
+tar -C "$pack" -c . | xz "-${XZ:-9}" >.gpu/pack.tar.xz
 cp "$pack/BUILD.txt" .gpu/BUILD.txt
 
 # What travels: this folder, and every file of the tree that git does not ignore.
