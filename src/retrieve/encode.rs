@@ -2,7 +2,7 @@
 //!
 //! One thread reads and tokenizes some thousand texts ahead while the device works. These are sorted by length, packed without padding,
 //! and their embeddings put back into the order of the input; a text's embedding does not depend on its neighbours. Rows go to files of
-//! a fixed number of rows ([`writer`]), so that a run that was killed goes on after its last complete file, and memory does not grow with
+//! a fixed number of rows (`writer`), so that a run that was killed goes on after its last complete file, and memory does not grow with
 //! the input.
 
 pub mod source;
