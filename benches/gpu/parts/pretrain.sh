@@ -63,8 +63,17 @@ tune() {
             grep -aE '^(\||cranfield)' "$said" >>"$work/tables" || true
         done
     done
-    # Goal G10: passages a second from text, the model's own speed beside that of everything.
+    # Goal G10: passages a second from text.
     try "encode from text" 90 "${libraries[@]}" "$engine" encode --model "$runs/tuned/model" --input "$set/corpus.jsonl.gz" \
         --output "$work/embeddings" --max-length 128 --device "$device" --json "$raw/encode.json" || true
     tail -n 3 "$said" >>"$work/tables" || true
+    local how=()
+    [ "$device" = cuda ] || how=(--device cpu --no-compile)
+    if has_torch; then
+        try "PyTorch encodes the same" 120 "$python" "$here/encode_peer.py" --model "$runs/tuned/model" --input "$set/corpus.jsonl.gz" \
+            --max-length 128 --json "$raw/encode-peer.json" "${how[@]}" || true
+        tail -n 1 "$said" >>"$work/tables" || true
+    else
+        left_out "PyTorch encodes the same" "$python has no torch"
+    fi
 }
