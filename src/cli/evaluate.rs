@@ -37,7 +37,7 @@ pub struct Arguments {
     metrics: Vec<Metric>,
     /// Form of the run [default: found by its first line]
     #[arg(long, value_enum)]
-    run_format: Option<RunFormatArg>,
+    run_format: Option<RunFormat>,
     /// Under trec rules: average over all judged queries, those without a list count 0 (trec_eval -c)
     #[arg(long)]
     complete: bool,
@@ -74,14 +74,6 @@ enum RulesArg {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum RunFormatArg {
-    Trec,
-    Msmarco,
-    Tevatron,
-    Pairs,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
 enum IdenticalArg {
     Auto,
     Ignore,
@@ -105,14 +97,8 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
             IdenticalArg::Keep => IdenticalIds::Keep,
         },
     };
-    let format = args.run_format.map(|format| match format {
-        RunFormatArg::Trec => RunFormat::Trec,
-        RunFormatArg::Msmarco => RunFormat::Msmarco,
-        RunFormatArg::Tevatron => RunFormat::Tevatron,
-        RunFormatArg::Pairs => RunFormat::Pairs,
-    });
     let judge = |path: &Path| -> Result<Evaluation> {
-        let run = Run::read(&input(path), format)?;
+        let run = Run::read(&input(path), args.run_format)?;
         let found = evaluate(&run, &qrels, &args.metrics, &rules).map_err(|e| e.path(path))?;
         if let Some((ours, judged)) = strangers(&run, &qrels) {
             global.note(&format!(

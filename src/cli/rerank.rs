@@ -5,22 +5,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use clap::ValueEnum;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::progress::Progress;
+use super::search::FormatArg;
 use super::{Global, Hardware, grouped, say};
 use crate::data::masking::LONGEST_TEXT;
 use crate::data::pairs::batch::PairTexts;
 use crate::data::pairs::files::{check_sets, same_tokenizer};
 use crate::data::pairs::runs::{Run, RunFormat};
 use crate::data::pairs::texts::TextRules;
-use crate::data::shard::{META, ShardSet};
+use crate::data::shard::ShardSet;
 use crate::data::source::Input;
 use crate::data::tokenizer::Tokenizer;
-use crate::error::{Error, IoContext, Kind, Result};
-use crate::files::Disk;
+use crate::error::{Error, Kind, Result};
+use crate::files::{Disk, hex16};
 use crate::graph::{Capacity, check_gpu};
 use crate::model::parameters::Parameters;
 use crate::model::reranker::Reranker;
@@ -80,10 +80,10 @@ pub struct Arguments {
     tokens_per_batch: Option<u32>,
     /// Format of the reranked run
     #[arg(long, value_enum, default_value = "trec")]
-    format: Format,
+    format: FormatArg,
     /// Format of the lists, where the first line does not tell
     #[arg(long, value_enum, conflicts_with = "pairs")]
-    run_format: Option<InputFormat>,
+    run_format: Option<RunFormat>,
     /// Name of the run in TREC's format
     #[arg(long, value_name = "NAME", default_value = "retromae-engine", value_parser = tag)]
     tag: String,
@@ -92,21 +92,6 @@ pub struct Arguments {
     overwrite: bool,
     #[command(flatten)]
     hardware: Hardware,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
-    Trec,
-    Msmarco,
-    Tevatron,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum InputFormat {
-    Trec,
-    Msmarco,
-    Tevatron,
-    Pairs,
 }
 
 /// A tag is one column.
@@ -120,11 +105,7 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     let outputs = Outputs {
         run: args.output.clone(),
         scores: args.scores.clone(),
-        format: match args.format {
-            Format::Trec => RunFormat::Trec,
-            Format::Msmarco => RunFormat::Msmarco,
-            Format::Tevatron => RunFormat::Tevatron,
-        },
+        format: args.format.format(),
         tag: args.tag.clone(),
         overwrite: args.overwrite,
     };
@@ -210,6 +191,7 @@ impl Data {
         let [queries, passages] = [&args.queries, &args.corpus].map(|dir| ShardSet::open(dir).map(Arc::new));
         let (queries, passages) = (queries?, passages?);
         check_sets(&[&queries, &passages], None)?;
+        let tokenizer = Tokenizer::load(model.tokenizer().unwrap_or(passages.dir()))?;
         let mut notes = Vec::new();
         for set in [&queries, &passages] {
             let tokens = set.facts().vocab_size as usize;
@@ -219,7 +201,7 @@ impl Data {
                 return Err(Error::refused(cause).path(set.dir()).remedy("tokenize with the tokenizer of the model"));
             }
             if let Some(folder) = model.tokenizer() {
-                same_tokenizer(folder, set, &mut notes)?;
+                same_tokenizer((&tokenizer, folder), set, &mut notes)?;
             }
         }
         notes.iter().for_each(|note| global.note(&format!("warning: {note}")));
@@ -232,19 +214,13 @@ impl Data {
             return Err(Error::usage(cause).remedy(format!("choose at most {most}")));
         }
         let query_length = args.query_length.unwrap_or(max_length / 2);
-        let tokenizer = Tokenizer::load(model.tokenizer().unwrap_or(passages.dir()))?;
-        let prefix = |text: &str| -> Result<Vec<u32>> {
-            let mut tokens = Vec::new();
-            tokenizer.encoder().encode(text, LONGEST_TEXT, &mut tokens)?;
-            Ok(tokens.iter().map(|token| token.id()).collect())
-        };
-        let query = TextRules { max_length: query_length, prefix: prefix(&args.query_prefix)? };
-        let texts =
-            PairTexts::new(queries.clone(), passages.clone(), query, prefix(&args.passage_prefix)?, max_length)?;
+        let [query_prefix, passage_prefix] = [&args.query_prefix, &args.passage_prefix].map(|text| tokenizer.ids(text));
+        let query = TextRules { max_length: query_length, prefix: query_prefix? };
+        let texts = PairTexts::new(queries.clone(), passages.clone(), query, passage_prefix?, max_length)?;
 
         let (path, format) = match (&args.pairs, &args.run) {
             (Some(pairs), _) => (pairs, Some(RunFormat::Pairs)),
-            (None, Some(run)) => (run, args.run_format.map(InputFormat::resolved)),
+            (None, Some(run)) => (run, args.run_format),
             (None, None) => return Err(Error::usage("--run is missing").remedy("give --run or --pairs")),
         };
         let input = Input { path: path.clone(), bytes: None };
@@ -256,22 +232,9 @@ impl Data {
     }
 }
 
-impl InputFormat {
-    fn resolved(self) -> RunFormat {
-        match self {
-            InputFormat::Trec => RunFormat::Trec,
-            InputFormat::Msmarco => RunFormat::Msmarco,
-            InputFormat::Tevatron => RunFormat::Tevatron,
-            InputFormat::Pairs => RunFormat::Pairs,
-        }
-    }
-}
-
-/// What tells a set from others: its description holds digests of all its shards.
+/// What tells a set from others.
 fn digest_of(set: &ShardSet) -> Result<String> {
-    let path = set.dir().join(META);
-    let bytes = std::fs::read(&path).at(&path, "cannot read")?;
-    Ok(Sha256::digest(bytes).iter().take(8).map(|b| format!("{b:02x}")).collect())
+    Ok(hex16(&Sha256::digest(set.description()?)))
 }
 
 /// All that scores depend on.

@@ -193,6 +193,13 @@ impl Tokenizer {
         Encoder { tokenizer: self, cache: Cache::default() }
     }
 
+    /// Ids of the tokens of a short text such as a prefix, without special tokens.
+    pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
+        let mut tokens = Vec::new();
+        self.encoder().encode(text, usize::MAX, &mut tokens)?;
+        Ok(tokens.into_iter().map(Token::id).collect())
+    }
+
     /// Encodes through the crate alone, without special tokens; what [`Encoder::encode`] is tested against.
     pub fn encode_reference(&self, text: &str) -> Result<Vec<Token>> {
         let mut out = Vec::new();

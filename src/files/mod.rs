@@ -54,6 +54,16 @@ pub fn probe(path: &Path) -> Result<()> {
     made.at(path, "cannot create")
 }
 
+/// Lower-case hexadecimal, as digests are written.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The first 64 bits of a digest in hexadecimal: things are told apart by them, nothing is protected by them.
+pub fn hex16(digest: &[u8]) -> String {
+    hex(&digest[..digest.len().min(8)])
+}
+
 /// `.name<suffix>` beside `path`.
 pub(crate) fn sibling(path: &Path, suffix: &str) -> Result<PathBuf> {
     let Some(name) = path.file_name() else {

@@ -8,6 +8,7 @@ use super::config::BertConfig;
 use super::towers::SIDES;
 use super::weights::ENHANCED_DECODER;
 use crate::error::{IoContext, Result};
+use crate::files::hex16;
 
 /// What a model is told apart by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +38,7 @@ pub fn of(path: Option<&Path>, config: &BertConfig, parts: Parts) -> Result<Stri
         let mut file = std::fs::File::open(&path).at(&path, "cannot open")?;
         std::io::copy(&mut file, &mut sha).at(&path, "cannot read")?;
     }
-    Ok(sha.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect())
+    Ok(hex16(&sha.finalize()))
 }
 
 /// The files of weights in `folder`, and in the folders of its modules and sides, by name.

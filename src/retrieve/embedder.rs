@@ -129,11 +129,6 @@ impl Embedder {
     }
 }
 
-/// Lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
 /// How many tokens and texts go through a tower at once: enough to keep the device busy, few enough for its memory.
 pub fn capacity(device: Device, config: &BertConfig, length: usize, tokens: Option<usize>) -> Capacity {
     let tokens = tokens.unwrap_or(if device.is_gpu() { 32_768 } else { 2_048 }).max(length);

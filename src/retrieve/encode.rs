@@ -16,7 +16,7 @@ use self::source::{Source, SourceCounts};
 use self::writer::Writer;
 use super::embedder::Embedder;
 use super::embeddings::{Layout, Meta, Spec};
-use crate::data::pairs::texts::TextBatch;
+use crate::data::pairs::texts::{TextBatch, by_length};
 use crate::data::shard::Special;
 use crate::data::tokenize::stream::Documented;
 use crate::error::{Error, Result};
@@ -173,36 +173,29 @@ fn embed(embedder: &mut Embedder, job: &Job, texts: &Documented, mut done: impl 
     let start = |i: usize| if i == 0 { 0 } else { texts.ends[i - 1] };
     let border = 2 + job.prefix.len();
     let length = |i: usize| (texts.ends[i] - start(i) + border).min(job.spec.max_len);
-    let mut order: Vec<usize> = (0..count).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(length(i)));
-    let mut rows = vec![0.0; count * width];
-    let mut next = 0;
-    while next < count {
+    let lengths: Vec<usize> = (0..count).map(length).collect();
+    let (mut rows, mut named) = (vec![0.0; count * width], 0u64);
+    for members in by_length(&lengths, (capacity.sequences, capacity.tokens)) {
         let mut batch = TextBatch { cu_seqlens: vec![0], ..TextBatch::default() };
-        let first = next;
-        while next < count && next - first < capacity.sequences {
-            let i = order[next];
-            if batch.ids.len() + length(i) > capacity.tokens {
-                break;
-            }
+        for &i in &members {
             batch.ids.push(job.special.cls);
             batch.ids.extend_from_slice(&job.prefix);
-            batch.ids.extend_from_slice(&texts.tokens[start(i)..][..length(i) - border]);
+            batch.ids.extend_from_slice(&texts.tokens[start(i)..][..lengths[i] - border]);
             batch.ids.push(job.special.sep);
             batch.cu_seqlens.push(batch.ids.len() as u32);
-            batch.samples.push(next as u64);
-            next += 1;
+            batch.samples.push(named);
+            named += 1;
         }
         batch.types = vec![0; batch.ids.len()];
         let embedded = embedder.embed(&batch)?;
-        for (&i, row) in order[first..next].iter().zip(embedded.chunks_exact(width)) {
+        for (&i, row) in members.iter().zip(embedded.chunks_exact(width)) {
             if row.iter().any(|x| !x.is_finite()) {
                 return Err(Error::refused(format!("the embedding of {} is not finite", texts.ids[i]))
                     .remedy("check the model with `verify`, or use --precision fp32"));
             }
             rows[i * width..(i + 1) * width].copy_from_slice(row);
         }
-        done((next - first) as u64, batch.ids.len() as u64);
+        done(members.len() as u64, batch.ids.len() as u64);
     }
     Ok(rows)
 }

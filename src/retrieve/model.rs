@@ -17,6 +17,7 @@ use crate::data::tokenize::stream::{StreamOptions, TextStream};
 use crate::data::tokenizer::Tokenizer;
 use crate::device::{DType, Device};
 use crate::error::{Error, Result};
+use crate::files::hex;
 use crate::graph::biencoder::Shape;
 use crate::model::digest;
 use crate::model::towers::Towers;
@@ -155,8 +156,7 @@ impl Model {
         }
         let own = settings.prompts[texts.kind.side()].clone().unwrap_or_default();
         let prefix = texts.prefix.clone().unwrap_or(own);
-        let mut tokens = Vec::new();
-        tokenizer.encoder().encode(&prefix, usize::MAX, &mut tokens)?;
+        let tokens = tokenizer.ids(&prefix)?;
         if max_len < tokens.len() + 3 {
             let cause =
                 format!("{max_len} tokens leave no room beside [CLS], [SEP] and {} of the prefix", tokens.len());
@@ -177,7 +177,7 @@ impl Model {
         };
         Ok(Job {
             spec,
-            prefix: tokens.into_iter().map(|token| token.id()).collect(),
+            prefix: tokens,
             special: tokenizer.special(),
             layout: texts.layout,
             shard_rows: texts.shard_rows,
@@ -201,7 +201,7 @@ impl Model {
     /// Shards of another tokenizer, or of blocks.
     pub fn shards(&self, job: &Job, dirs: &[PathBuf]) -> Result<Source> {
         let shards = ShardTexts::open(dirs, room(job))?;
-        let fingerprint = embedder::hex(&self.tokenizer()?.fingerprint());
+        let fingerprint = hex(&self.tokenizer()?.fingerprint());
         check_sets(&shards.sets().iter().collect::<Vec<&ShardSet>>(), Some(&fingerprint))?;
         Ok(Source::Shards(shards))
     }

@@ -3,7 +3,7 @@
 //! Pairs are scored in parts. A finished part is kept beside the output, so that a rerank that was interrupted goes on after it and ends
 //! with the same bytes. Inside a part, pairs go through the model by length, and packed: none is padded.
 
-use std::cmp::{Ordering, Reverse};
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,13 +17,12 @@ use crate::data::pairs::batch::PairTexts;
 use crate::data::pairs::findings::Tally;
 use crate::data::pairs::ids::IdIndex;
 use crate::data::pairs::runs::{ResolvedRun, Run, RunFormat, RunWriter};
-use crate::data::pairs::texts::TextBatch;
+use crate::data::pairs::texts::{TextBatch, by_length};
 use crate::data::shard::ShardSet;
 use crate::data::source::Input;
 use crate::error::{Error, Result};
 use crate::files::unfinished::{Settings, Unfinished};
 use crate::files::{self, Disk};
-use crate::graph::Capacity;
 
 /// Batches packed ahead of the model.
 const AHEAD: usize = 2;
@@ -100,7 +99,7 @@ impl Candidates {
                 sha.update(format!("{query}\t{}\n", hit.id));
             }
         }
-        sha.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect()
+        files::hex16(&sha.finalize())
     }
 
     /// The ids of pair `at`, for a message.
@@ -296,14 +295,16 @@ fn score_part(
     pairs: &[(u32, u32)],
     tell: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<Vec<f32>> {
-    let batches = batches(texts, pairs, scorer.capacity())?;
+    let lengths = pairs.iter().map(|&(query, passage)| texts.length(query, passage)).collect::<Result<Vec<_>>>()?;
+    let capacity = scorer.capacity();
+    let batches = by_length(&lengths, (capacity.sequences, capacity.tokens));
     let mut scores = vec![0.0; pairs.len()];
     std::thread::scope(|scope| {
         let (send, packed) = sync_channel::<Result<TextBatch>>(AHEAD);
         let batches = &batches;
         scope.spawn(move || {
             for batch in batches {
-                let named: Vec<_> = batch.iter().map(|&k| (0, pairs[k as usize].0, pairs[k as usize].1)).collect();
+                let named: Vec<_> = batch.iter().map(|&k| (0, pairs[k].0, pairs[k].1)).collect();
                 if send.send(texts.pack(&named)).is_err() {
                     // Nobody waits for it any more: the work has ended with an error.
                     return;
@@ -314,7 +315,7 @@ fn score_part(
         for (batch, packed) in batches.iter().zip(packed) {
             let packed = packed?;
             for (&k, score) in batch.iter().zip(scorer.scores(&packed)?) {
-                scores[k as usize] = score;
+                scores[k] = score;
             }
             done += batch.len();
             tell(done, packed.tokens())?;
@@ -322,24 +323,4 @@ fn score_part(
         Ok(())
     })?;
     Ok(scores)
-}
-
-/// The pairs by their numbers in batches that fit: the longest first, and of equal length as they come.
-fn batches(texts: &PairTexts, pairs: &[(u32, u32)], capacity: Capacity) -> Result<Vec<Vec<u32>>> {
-    let mut order = Vec::with_capacity(pairs.len());
-    for (k, &(query, passage)) in pairs.iter().enumerate() {
-        order.push((texts.length(query, passage)?, k as u32));
-    }
-    order.sort_by_key(|&(length, k)| (Reverse(length), k));
-    let (mut batches, mut batch, mut tokens) = (Vec::new(), Vec::new(), 0);
-    for (length, k) in order {
-        if !batch.is_empty() && (tokens + length > capacity.tokens || batch.len() == capacity.sequences) {
-            batches.push(std::mem::take(&mut batch));
-            tokens = 0;
-        }
-        tokens += length;
-        batch.push(k);
-    }
-    batches.push(batch);
-    Ok(batches)
 }

@@ -86,6 +86,25 @@ pub(super) fn all<'a, T: 'a>(
     }))
 }
 
+/// The steps of training under `settings`, and the batches of what is held out.
+pub(super) fn plans(settings: &Settings, order: Order, size: BatchSize, max_length: usize) -> Result<[Plan; 2]> {
+    let batching = Batching { size, accumulation: u64::from(settings.accumulate), ranks: 1, max_length };
+    let end = match (settings.steps, settings.epochs) {
+        (None, Some(epochs)) => order.samples(epochs),
+        _ => u64::MAX,
+    };
+    let held_out = order.texts(Part::HeldOut);
+    let evaluation = Plan::new(order.clone(), Part::HeldOut, Batching { accumulation: 1, ..batching }, held_out)?;
+    Ok([Plan::new(order, Part::Train, batching, end)?, evaluation])
+}
+
+/// Steps of the training that `plan` is of in `epochs` epochs.
+pub(super) fn steps_of(plan: &Plan, corpus: &dyn Corpus, epochs: f64) -> Result<u64> {
+    let order = plan.order().clone();
+    let end = order.samples(epochs);
+    Plan::new(order, Part::Train, *plan.batching(), end)?.steps(corpus, 0)
+}
+
 /// The batches of a corpus.
 pub struct CorpusBatches {
     corpus: Arc<dyn Corpus>,
@@ -113,14 +132,7 @@ impl CorpusBatches {
             (Some(tokens), _) => BatchSize::Tokens(u64::from(tokens)),
             (None, sequences) => BatchSize::Sequences(u64::from(sequences.unwrap_or(32))),
         };
-        let batching = Batching { size, accumulation: u64::from(settings.accumulate), ranks: 1, max_length };
-        let end = match (settings.steps, settings.epochs) {
-            (None, Some(epochs)) => order.samples(epochs),
-            _ => u64::MAX,
-        };
-        let held_out = order.texts(Part::HeldOut);
-        let evaluation = Plan::new(order.clone(), Part::HeldOut, Batching { accumulation: 1, ..batching }, held_out)?;
-        let plan = Plan::new(order, Part::Train, batching, end)?;
+        let [plan, evaluation] = plans(settings, order, size, max_length)?;
         Ok(CorpusBatches { corpus, plan, evaluation, rules, threads, names, ahead: Ahead::default() })
     }
 
@@ -163,9 +175,7 @@ impl Batches for CorpusBatches {
     }
 
     fn steps_of(&self, epochs: f64) -> Result<u64> {
-        let order = self.plan.order().clone();
-        let end = order.samples(epochs);
-        Plan::new(order, Part::Train, *self.plan.batching(), end)?.steps(&*self.corpus, 0)
+        steps_of(&self.plan, &*self.corpus, epochs)
     }
 
     fn held_out(&self) -> Box<dyn Iterator<Item = Result<PretrainBatch>> + '_> {

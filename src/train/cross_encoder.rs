@@ -2,6 +2,7 @@
 //! scores of its query's group.
 
 use crate::data::pairs::batch::CrossBatch;
+use crate::data::pairs::texts::TextBatch;
 use crate::device::{DType, Device, Tensor};
 use crate::error::Result;
 use crate::graph::activations::{Activations, Plan, Slot};
@@ -133,9 +134,9 @@ impl Ranker {
     ///
     /// # Errors
     /// A failure of the GPU.
-    pub fn scores(&mut self, batch: &CrossBatch) -> Result<Vec<f32>> {
+    pub fn scores(&mut self, pairs: &TextBatch) -> Result<Vec<f32>> {
         let segment = Segment {
-            bounds: self.set(batch, false),
+            bounds: self.set(pairs, false),
             group: 1,
             first: false,
             gradients: false,
@@ -146,8 +147,8 @@ impl Ranker {
         let mut records = std::mem::take(&mut self.records);
         records.run(self.device, segment, || self.graph.forward(&self.pass(StepDropout::OFF), &self.inputs));
         self.records = records;
-        let pairs = batch.pairs.samples.len();
-        let all = to_f32(&self.buffers.tensor(self.graph.scores()).slice(0..pairs * COLUMNS));
+        let count = pairs.sequences();
+        let all = to_f32(&self.buffers.tensor(self.graph.scores()).slice(0..count * COLUMNS));
         self.device.check().map(|()| all.into_iter().step_by(COLUMNS).collect())
     }
 
@@ -156,9 +157,9 @@ impl Ranker {
     }
 
     /// Uploads a batch.
-    fn set(&mut self, batch: &CrossBatch, gradients: bool) -> Bounds {
-        let places: Vec<u32> = (0..batch.pairs.samples.len() as u32).collect();
-        self.inputs.set(&batch.pairs, &places, gradients)
+    fn set(&mut self, pairs: &TextBatch, gradients: bool) -> Bounds {
+        let places: Vec<u32> = (0..pairs.sequences() as u32).collect();
+        self.inputs.set(pairs, &places, gradients)
     }
 
     /// All work between the upload of a micro-batch and that of the next.
@@ -243,7 +244,7 @@ impl Trainable for Ranker {
         dropout.announce(self.device);
         let mut records = std::mem::take(&mut self.records);
         for (i, batch) in micro.iter().enumerate() {
-            let bounds = self.set(batch, gradients);
+            let bounds = self.set(&batch.pairs, gradients);
             // Whole groups of what the pairs' work is laid out for.
             self.queries.set(queries(batch), bounds.sequences / batch.group);
             let segment = Segment {

@@ -1,13 +1,14 @@
 //! The dev set of a fine-tuning run: queries with judgements, searched or reranked with the model as it is, as `search`, `rerank` and
 //! `evaluate` would do it afterwards.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::data::pairs::batch::{CrossBatch, PairTexts};
+use crate::data::pairs::batch::PairTexts;
 use crate::data::pairs::ids::IdIndex;
 use crate::data::pairs::runs::Run;
-use crate::data::pairs::texts::Texts;
+use crate::data::pairs::texts::{Texts, by_length};
 use crate::data::shard::ShardSet;
 use crate::data::source;
 use crate::error::{Error, Result};
@@ -133,16 +134,6 @@ impl DevSet {
         Ok(Some(DevSet { queries, passages, judged, query_ids, passage_ids, notes }))
     }
 
-    /// Judged queries.
-    pub fn len(&self) -> usize {
-        self.judged.len()
-    }
-
-    /// Whether there is none; never so after [`DevSet::open`].
-    pub fn is_empty(&self) -> bool {
-        self.judged.is_empty()
-    }
-
     /// For a bi-encoder, which embeds `queries` and `passages`, cut as in training.
     pub fn search(self, settings: &Settings, queries: Texts, passages: Texts) -> DevSearch {
         let all = u32::try_from(passages.texts()).unwrap_or(u32::MAX);
@@ -175,12 +166,13 @@ impl DevSet {
     pub fn rerank(self, settings: &Settings, texts: PairTexts) -> Result<DevRerank> {
         let path = settings.dev_run.clone().unwrap_or_default();
         let inputs = source::expand(&[path.to_string_lossy().into_owned()])?;
+        let judged: HashMap<u32, usize> = self.judged.iter().enumerate().map(|(i, one)| (one.query, i)).collect();
         let (mut lists, mut seen) = (Vec::new(), 0);
         for input in &inputs {
             let run = Run::read(input, None)?.resolve(input, &self.query_ids, &self.passage_ids)?;
             seen += run.queries.len();
             for (i, &query) in run.queries.iter().enumerate() {
-                if let Some(judged) = self.judged.iter().position(|j| j.query == query) {
+                if let Some(&judged) = judged.get(&query) {
                     lists.push((judged, run.lists.get(i).to_vec()));
                 }
             }
@@ -195,25 +187,6 @@ impl DevSet {
         }
         Ok(DevRerank { judged: self.judged, texts, lists })
     }
-}
-
-/// Texts by falling length, in pieces of at most so many texts and tokens.
-fn by_length(lengths: &[usize], (texts, tokens): (usize, usize)) -> Vec<Vec<usize>> {
-    let mut order: Vec<usize> = (0..lengths.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(lengths[i]));
-    let mut pieces: Vec<Vec<usize>> = Vec::new();
-    let mut held = 0;
-    for i in order {
-        match pieces.last_mut() {
-            Some(piece) if piece.len() < texts && held + lengths[i] <= tokens => piece.push(i),
-            _ => {
-                pieces.push(vec![i]);
-                held = 0;
-            }
-        }
-        held += lengths[i];
-    }
-    pieces
 }
 
 /// A dev set that a bi-encoder searches.
@@ -286,13 +259,6 @@ pub struct DevRerank {
     lists: Vec<(usize, Vec<u32>)>,
 }
 
-impl DevRerank {
-    /// Pairs that are scored.
-    pub fn pairs(&self) -> usize {
-        self.lists.iter().map(|(_, list)| list.len()).sum()
-    }
-}
-
 impl Judge<Ranker> for DevRerank {
     fn judge(&mut self, model: &mut Ranker, go_on: &dyn Fn() -> bool) -> Result<Vec<(Metric, f64)>> {
         let pairs: Vec<(u64, u32, u32)> = self
@@ -309,14 +275,8 @@ impl Judge<Ranker> for DevRerank {
                 return Ok(Vec::new());
             }
             let named: Vec<_> = piece.iter().map(|&i| pairs[i]).collect();
-            let batch = CrossBatch {
-                pairs: self.texts.pack(&named)?,
-                group: 1,
-                teacher: None,
-                rows: Vec::new(),
-                members: Vec::new(),
-            };
-            piece.iter().zip(model.scores(&batch)?).for_each(|(&i, score)| scores[i] = score);
+            let packed = self.texts.pack(&named)?;
+            piece.iter().zip(model.scores(&packed)?).for_each(|(&i, score)| scores[i] = score);
         }
         let mut first = 0;
         let figures = self.lists.iter().map(|(judged, list)| {

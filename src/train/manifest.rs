@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::files::disk::{CHUNK, Disk, File};
+use crate::files::hex;
 
 /// Name of the manifest.
 pub(super) const FILE: &str = "manifest.json";
@@ -171,8 +172,4 @@ pub(super) fn json_bytes(value: &Value) -> Vec<u8> {
 
 fn digest_of(manifest: &Map<String, Value>) -> String {
     hex(&Sha256::digest(Value::Object(manifest.clone()).to_string()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::data::corpus::Corpus;
 use crate::data::loader::{Ahead, Loader};
-use crate::data::order::{BatchSize, Batching, Part, Plan};
+use crate::data::order::{BatchSize, Part, Plan};
 use crate::data::pairs::batch::{ContrastiveBatch, ContrastiveBuilder, CrossBatch, CrossBuilder};
 use crate::data::pairs::groups::Groups;
 use crate::error::Result;
@@ -95,14 +95,7 @@ impl<B: GroupBuilder> PairBatches<B> {
         let order = builder.groups().order().clone();
         let size = BatchSize::Sequences(u64::from(settings.batch_size.unwrap_or(32)));
         // Texts are cut by the builder.
-        let batching = Batching { size, accumulation: u64::from(settings.accumulate), ranks: 1, max_length: 512 };
-        let end = match (settings.steps, settings.epochs) {
-            (None, Some(epochs)) => order.samples(epochs),
-            _ => u64::MAX,
-        };
-        let held_out = order.texts(Part::HeldOut);
-        let evaluation = Plan::new(order.clone(), Part::HeldOut, Batching { accumulation: 1, ..batching }, held_out)?;
-        let plan = Plan::new(order, Part::Train, batching, end)?;
+        let [plan, evaluation] = batches::plans(settings, order, size, 512)?;
         Ok(PairBatches { builder, plan, evaluation, ahead: batches::Ahead::default() })
     }
 
@@ -146,9 +139,7 @@ impl<B: GroupBuilder> Batches for PairBatches<B> {
     }
 
     fn steps_of(&self, epochs: f64) -> Result<u64> {
-        let order = self.plan.order().clone();
-        let end = order.samples(epochs);
-        Plan::new(order, Part::Train, *self.plan.batching(), end)?.steps(&**self.queries(), 0)
+        batches::steps_of(&self.plan, &**self.queries(), epochs)
     }
 
     fn held_out(&self) -> Box<dyn Iterator<Item = Result<B::Batch>> + '_> {

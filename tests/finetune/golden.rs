@@ -200,7 +200,7 @@ fn check_cross(device: Device, storage: DType, allowed: impl Fn(&str) -> f64) {
     compare(&golden, model.params(), &[("loss", losses.total())], allowed);
     // The scores are those that the loss is made of.
     for _ in 0..3 {
-        let scores = model.scores(&batch).unwrap();
+        let scores = model.scores(&batch.pairs).unwrap();
         let loss = |group: &[f32]| {
             let sum: f64 = group.iter().map(|&s| f64::from(s - group[0]).exp()).sum();
             sum.ln()

@@ -54,7 +54,7 @@ fn the_golden_case() {
     let capacity = Capacity { tokens: batch.pairs.tokens(), sequences: pairs, length: 48, encoder_labels: 0 };
     let mut trained = Ranker::new(Device::Cpu, &model.config, 1.0, capacity, DType::F32).unwrap();
     trained.params().load(0, 0.0, |name, shape, out| model.read(name, shape, out)).unwrap();
-    let expected = trained.scores(&batch).unwrap();
+    let expected = trained.scores(&batch.pairs).unwrap();
     let scores = scorer(&dir.join("model"), Device::Cpu, DType::F32, capacity).scores(&batch.pairs).unwrap();
     assert_eq!(scores, expected, "forward alone is the forward of training");
 

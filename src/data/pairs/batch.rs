@@ -79,6 +79,11 @@ pub struct ContrastiveBuilder {
 }
 
 impl ContrastiveBuilder {
+    /// Queries and passages as the model gets them.
+    pub fn texts(&self) -> [&Texts; 2] {
+        [&self.queries, &self.passages]
+    }
+
     /// A builder for the samples of `pairs` under `seed`.
     pub fn new(
         seed: u64,

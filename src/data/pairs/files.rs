@@ -67,16 +67,16 @@ pub fn check_sets(sets: &[&ShardSet], fingerprint: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Refuses data whose token ids mean other tokens to the model in `folder` than to the tokenizer that made them. Tokenizers that only
-/// treat text differently are noted.
-pub fn same_tokenizer(folder: &Path, set: &ShardSet, notes: &mut Vec<String>) -> Result<()> {
-    let of_model = Tokenizer::load(folder)?;
+/// Refuses data whose token ids mean other tokens to the model than to the tokenizer that made them. Tokenizers that only
+/// treat text differently are noted. `model`: its tokenizer, and where that is from.
+pub fn same_tokenizer(model: (&Tokenizer, &Path), set: &ShardSet, notes: &mut Vec<String>) -> Result<()> {
+    let (of_model, folder) = model;
     let of_data = Tokenizer::load(set.dir())?;
     if of_model.fingerprint() == of_data.fingerprint() {
         return Ok(());
     }
     let folder = folder.display();
-    if let Some((id, data, model)) = of_data.first_difference(&of_model, of_data.vocab_size()) {
+    if let Some((id, data, model)) = of_data.first_difference(of_model, of_data.vocab_size()) {
         let cause = format!(
             "made with another tokenizer than that of {folder}: token {id} is {data:?} in the data and {model:?} in the model"
         );

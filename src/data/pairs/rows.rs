@@ -15,6 +15,7 @@ use crate::data::source::Input;
 use crate::data::tokenize::encode_document;
 use crate::data::tokenizer::{Encoder, Token, Tokenizer};
 use crate::error::{Error, Kind, Result};
+use crate::files::hex;
 
 use super::files::{check_sets, place};
 use super::ids::IdIndex;
@@ -59,7 +60,7 @@ pub fn from_rows(
     }
     let index = match &corpus {
         Some(set) => {
-            let fingerprint: String = tokenizer.fingerprint().iter().map(|b| format!("{b:02x}")).collect();
+            let fingerprint = hex(&tokenizer.fingerprint());
             check_sets(&[set], Some(&fingerprint))?;
             Some(IdIndex::new(set.clone()).map_err(|e| e.path(set.dir()))?)
         }

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use ahash::AHashMap;
+use clap::ValueEnum;
 
 use crate::data::source::Input;
 use crate::error::{Error, Result};
@@ -14,7 +15,7 @@ use super::lists::Lists;
 use super::table::{self, Wrong};
 
 /// How a file holds a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum RunFormat {
     /// `qid Q0 docid rank score tag`, separated by blanks or tabs.
     Trec,

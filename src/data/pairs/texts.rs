@@ -1,5 +1,6 @@
 //! Texts as the model gets them: with their prefix, cut to their limit, packed into one stream.
 
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -164,6 +165,26 @@ impl Texts {
             },
         )
     }
+}
+
+/// Texts by falling length, those of equal length in their order, in batches of at most `texts` texts and `tokens` tokens. A text that is
+/// longer than that is alone.
+pub fn by_length(lengths: &[usize], (texts, tokens): (usize, usize)) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by_key(|&i| Reverse(lengths[i]));
+    let mut batches: Vec<Vec<usize>> = Vec::new();
+    let mut held = 0;
+    for i in order {
+        match batches.last_mut() {
+            Some(batch) if batch.len() < texts && held + lengths[i] <= tokens => batch.push(i),
+            _ => {
+                batches.push(vec![i]);
+                held = 0;
+            }
+        }
+        held += lengths[i];
+    }
+    batches
 }
 
 fn changed(i: u32) -> Error {

@@ -7,8 +7,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, IoContext, Result};
-use crate::files;
 use crate::files::sealed::{self, Sealed};
+use crate::files::{self, hex};
 
 use super::file::Shard;
 use super::format::{Header, VERSION};
@@ -218,9 +218,4 @@ impl Meta {
             counts: self.counts.clone(),
         }
     }
-}
-
-/// Lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::data::masking::Vocabulary;
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 
 use file::Shard;
 pub use meta::{Counts, META, Special};
@@ -191,6 +191,13 @@ impl ShardSet {
     pub fn id(&self, i: u64) -> Result<Option<&str>> {
         let (shard, k) = self.locate(i)?;
         shard.id(k)
+    }
+
+    /// The description beside the shards, which holds the digest of every header, which holds that of everything behind it: two sets of
+    /// equal descriptions are equal.
+    pub fn description(&self) -> Result<Vec<u8>> {
+        let path = self.dir.join(META);
+        std::fs::read(&path).at(&path, "cannot read")
     }
 
     /// The tokenizer's files by name, their digests checked.

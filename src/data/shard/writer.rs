@@ -4,10 +4,10 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
-use crate::files::{self, disk::File};
+use crate::files::{self, disk::File, hex};
 
 use super::format::{BLOCK, HEADER, Header, Layout};
-use super::meta::{Counts, FileDigest, Meta, ShardEntry, Special, hex};
+use super::meta::{Counts, FileDigest, Meta, ShardEntry, Special};
 use super::{Packing, TitleSep, shard_name};
 
 /// Ids take at most this much of one shard.

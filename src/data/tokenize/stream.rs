@@ -16,6 +16,7 @@ use crate::data::shard::TitleSep;
 use crate::data::source::{self, Document, Documents, Format, Input};
 use crate::data::tokenizer::{Token, Tokenizer};
 use crate::error::{Error, Kind, Result};
+use crate::files::hex;
 
 /// How documents are read and cut.
 #[derive(Clone, Debug)]
@@ -93,7 +94,7 @@ impl TextStream {
 
     /// SHA-256, in hex, of all documents so far: ids, titles and texts as read.
     pub fn digest(&self) -> String {
-        self.digest.clone().finalize().iter().map(|b| format!("{b:02x}")).collect()
+        hex(&self.digest.clone().finalize())
     }
 
     /// Passes over `count` documents; false when there are fewer.

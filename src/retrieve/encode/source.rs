@@ -1,14 +1,13 @@
 //! What is encoded: raw text, tokenized on the way, or token shards.
 
-use std::io::Read;
 use std::path::PathBuf;
 
 use sha2::{Digest, Sha256};
 
-use super::super::embedder::hex;
-use crate::data::shard::{META, ShardSet};
+use crate::data::shard::ShardSet;
 use crate::data::tokenize::stream::{Documented, TextStream};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
+use crate::files::hex;
 
 /// What was read so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -109,12 +108,8 @@ impl ShardTexts {
     pub fn open(dirs: &[PathBuf], room: usize) -> Result<ShardTexts> {
         let sets = dirs.iter().map(|dir| ShardSet::open(dir)).collect::<Result<Vec<_>>>()?;
         let mut hash = Sha256::new();
-        for dir in dirs {
-            // The description holds the digest of every header, which holds that of everything behind it.
-            let (path, mut text) = (dir.join(META), Vec::new());
-            let file = std::fs::File::open(&path).at(&path, "cannot open")?;
-            file.take(1 << 30).read_to_end(&mut text).at(&path, "cannot read")?;
-            hash.update(&text);
+        for set in &sets {
+            hash.update(set.description()?);
         }
         Ok(ShardTexts { sets, room, at: 0, counts: SourceCounts::default(), digest: hex(&hash.finalize()) })
     }

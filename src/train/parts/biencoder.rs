@@ -5,7 +5,6 @@ use std::fmt::Display;
 
 use super::pairs::{self, PairData};
 use super::{Facts, Job, configuration, fit, keep_origin, tell_fresh, words};
-use crate::data::corpus::Corpus;
 use crate::data::pairs::batch::ContrastiveBuilder;
 use crate::data::pairs::texts::{TextRules, Texts};
 use crate::error::{Error, Result};
@@ -59,12 +58,12 @@ impl BiEncoderJob {
         let towers = path.as_deref().map(Towers::open).transpose()?;
         let data = PairData::open(&settings, towers.as_ref().and_then(Towers::tokenizer), &mut notes)?;
         let vocabulary = data.tokenizer.vocab_size() as usize;
-        let (mut config, mut kind) = match &towers {
+        let (config, mut kind) = match &towers {
             Some(towers) => (towers.config.clone(), "BERT".to_string()),
             None => configuration(&settings, vocabulary).map(|(config, start)| (config, start.words))?,
         };
         let named = settings.queries.clone().or(settings.data.clone()).unwrap_or_default();
-        fit(&mut config, vocabulary, &named, &mut notes)?;
+        fit(&config, vocabulary, &named, &mut notes)?;
 
         let options = options(&mut settings, towers.as_ref(), &data)?;
         let rules = [
@@ -92,6 +91,11 @@ impl BiEncoderJob {
         if target.device.is_gpu() {
             check_gpu(&config)?;
         }
+        let [queries, passages] = batches.builder().texts();
+        let tokens = pairs::tokens(batches.builder().groups(), |query, members| {
+            let own = queries.length(query)?;
+            members.iter().try_fold(own, |sum, &passage| Ok(sum + passages.length(passage)?))
+        })?;
         let footprint = BiEncoder::footprint(&config, &options, room, target.storage);
         if options.untied {
             kind += " for queries, one for passages";
@@ -103,7 +107,7 @@ impl BiEncoderJob {
             data: data.words.clone(),
             data_fingerprint: data.fingerprint.clone(),
             texts: batches.texts(),
-            tokens: tokens(&batches, &rules)?,
+            tokens,
             held_out: batches.held_out_count(),
             device: target.words.clone(),
             precision: target.precision().into(),
@@ -177,23 +181,6 @@ fn open_dev(
         ));
     }
     Ok(dev)
-}
-
-/// Tokens of an epoch, about.
-fn tokens(batches: &PairBatches<ContrastiveBuilder>, rules: &[TextRules; 2]) -> Result<u64> {
-    let groups = batches.builder().groups();
-    let side = |corpus: &dyn Corpus, text: u32, rules: &TextRules| {
-        let length = corpus.length(u64::from(text))? + rules.prefix.len();
-        Ok::<_, Error>(length.min(rules.max_length))
-    };
-    let (queries, passages) = (&groups.pairs().queries().corpus, &groups.pairs().passages().corpus);
-    pairs::tokens(groups, |query, members| {
-        let mut sum = side(&**queries, query, &rules[0])?;
-        for &passage in members {
-            sum += side(&**passages, passage, &rules[1])?;
-        }
-        Ok(sum)
-    })
 }
 
 impl Job for BiEncoderJob {

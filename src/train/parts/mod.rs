@@ -8,8 +8,6 @@ pub mod ranker;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::config::BertConfig;
@@ -130,7 +128,7 @@ pub(super) fn configuration(settings: &Settings, vocabulary: usize) -> Result<(B
 }
 
 /// Refuses a model whose vocabulary lacks tokens of the data.
-pub(super) fn fit(config: &mut BertConfig, vocabulary: usize, data: &Path, notes: &mut Vec<String>) -> Result<()> {
+pub(super) fn fit(config: &BertConfig, vocabulary: usize, data: &Path, notes: &mut Vec<String>) -> Result<()> {
     if config.vocab_size < vocabulary {
         let cause = format!("the tokens are of a vocabulary of {vocabulary}, the model has {}", config.vocab_size);
         return Err(Error::refused(cause).path(data).remedy("tokenize with the tokenizer of the model"));
@@ -142,13 +140,4 @@ pub(super) fn fit(config: &mut BertConfig, vocabulary: usize, data: &Path, notes
         ));
     }
     Ok(())
-}
-
-pub(super) fn short_digest(bytes: &[u8]) -> String {
-    hex16(&Sha256::digest(bytes))
-}
-
-/// The first 64 bits: two runs are told apart by them, nothing is protected by them.
-pub(super) fn hex16(digest: &[u8]) -> String {
-    digest.iter().take(8).map(|b| format!("{b:02x}")).collect()
 }

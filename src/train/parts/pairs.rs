@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::hex16;
 use crate::data::masking::LONGEST_TEXT;
 use crate::data::order::Part;
 use crate::data::pairs::files::{PairFiles, from_files, same_tokenizer};
@@ -14,10 +13,11 @@ use crate::data::pairs::negatives::SystemRules;
 use crate::data::pairs::rows::{RowRules, from_rows};
 use crate::data::pairs::texts::TextRules;
 use crate::data::pairs::{Pairs, PairsSettings, Side};
-use crate::data::shard::{META, ShardSet, TitleSep};
+use crate::data::shard::{ShardSet, TitleSep};
 use crate::data::source;
 use crate::data::tokenizer::Tokenizer;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
+use crate::files::hex16;
 use crate::model::config::BertConfig;
 use crate::train::settings::Settings;
 
@@ -54,12 +54,12 @@ impl PairData {
         })?;
         let tokenizer = Tokenizer::load(folder)?;
         for set in sets.iter().filter(|set| set.dir() != folder) {
-            same_tokenizer(folder, set, notes)?;
+            same_tokenizer((&tokenizer, folder), set, notes)?;
         }
         let folder = folder.to_path_buf();
         let mut sha = Sha256::new();
         for set in &sets {
-            sha.update(std::fs::read(set.dir().join(META)).at(set.dir().join(META), "cannot read")?);
+            sha.update(set.description()?);
         }
         let pairs = match (&settings.data, queries, corpus) {
             (Some(rows), _, corpus) => from_settings_rows(settings, rows, &tokenizer, corpus, rules)?,
@@ -94,14 +94,13 @@ impl PairData {
         if asked > most {
             notes.push(format!("{what} of up to {asked} tokens are cut to the {most} positions of the model"));
         }
-        let mut tokens = Vec::new();
-        self.tokenizer.encoder().encode(prefix.unwrap_or_default(), LONGEST_TEXT, &mut tokens)?;
-        Ok(TextRules { max_length: asked.min(most), prefix: tokens.iter().map(|token| token.id()).collect() })
+        Ok(TextRules { max_length: asked.min(most), prefix: self.tokenizer.ids(prefix.unwrap_or_default())? })
     }
 
     /// Refuses sets whose tokens mean others to the model.
     pub fn same_tokenizer(&self, sets: &[&ShardSet], notes: &mut Vec<String>) -> Result<()> {
-        sets.iter().filter(|set| set.dir() != self.folder).try_for_each(|set| same_tokenizer(&self.folder, set, notes))
+        let model = (&self.tokenizer, self.folder.as_path());
+        sets.iter().filter(|set| set.dir() != self.folder).try_for_each(|set| same_tokenizer(model, set, notes))
     }
 
     /// What a checkpoint needs of the tokenizer.

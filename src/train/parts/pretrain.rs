@@ -3,12 +3,15 @@
 use std::fmt::Display;
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
+
 use crate::data::corpus::Corpus;
 use crate::data::masking::{LONGEST_TEXT, MaskRules};
 use crate::data::pairs::files::same_tokenizer;
-use crate::data::shard::{META, ShardSet};
+use crate::data::shard::ShardSet;
 use crate::data::tokenizer::Tokenizer;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
+use crate::files::hex16;
 use crate::graph::{Capacity, check_gpu};
 use crate::model::config::BertConfig;
 use crate::model::digest::{self, Parts};
@@ -17,7 +20,7 @@ use crate::model::parameters::Parameters;
 use crate::model::weights::Checkpoint;
 use crate::train::batches::CorpusBatches;
 use crate::train::origin::Purpose;
-use crate::train::parts::{Facts, Job, configuration, fit, keep_origin, short_digest, tell_fresh, words};
+use crate::train::parts::{Facts, Job, configuration, fit, keep_origin, tell_fresh, words};
 use crate::train::plan::Plan;
 use crate::train::settings::{Objective, Settings};
 use crate::train::step::{self, Pretrainer};
@@ -53,10 +56,10 @@ impl Pretraining {
         let shards = Arc::new(ShardSet::open(&data)?);
         let facts = shards.facts().clone();
         let mut notes: Vec<String> = target.note.clone().into_iter().collect();
-        let (mut config, start) = configuration(settings, facts.vocab_size as usize)?;
-        fit(&mut config, facts.vocab_size as usize, &data, &mut notes)?;
+        let (config, start) = configuration(settings, facts.vocab_size as usize)?;
+        fit(&config, facts.vocab_size as usize, &data, &mut notes)?;
         if let Some(folder) = start.folder.as_deref().filter(|folder| Tokenizer::is_at(folder)) {
-            same_tokenizer(folder, &shards, &mut notes)?;
+            same_tokenizer((&Tokenizer::load(folder)?, folder), &shards, &mut notes)?;
         }
         let max_length = max_length(settings, &config, facts.longest as usize, &mut notes);
         let weights = start.weights.as_deref().map(Checkpoint::open).transpose()?;
@@ -82,7 +85,7 @@ impl Pretraining {
             model_fingerprint: digest::of(start.weights.as_deref(), &config, Parts::All)?,
             parameters: footprint.parameters as u64,
             data: format!("{} sequences, {} tokens", facts.sequences, facts.tokens),
-            data_fingerprint: short_digest(&std::fs::read(data.join(META)).at(data.join(META), "cannot read")?),
+            data_fingerprint: hex16(&Sha256::digest(shards.description()?)),
             texts,
             tokens: (facts.tokens as f64 * texts as f64 / shards.texts().max(1) as f64) as u64,
             held_out: batches.held_out_count(),

@@ -50,12 +50,12 @@ impl RankerJob {
         let folder = start.as_ref().and_then(|(_, start)| start.tokenizer());
         let data = PairData::open(&settings, folder, &mut notes)?;
         let vocabulary = data.tokenizer.vocab_size() as usize;
-        let (mut config, start) = match start {
+        let (config, start) = match start {
             Some(start) => start,
             None => configuration(&settings, vocabulary)?,
         };
         let named = settings.queries.clone().or(settings.data.clone()).unwrap_or_default();
-        fit(&mut config, vocabulary, &named, &mut notes)?;
+        fit(&config, vocabulary, &named, &mut notes)?;
         let weights = start.weights.as_deref().map(Checkpoint::open).transpose()?;
         if let Some(weights) = &weights {
             weights.check(&names::encoder(&config))?;
