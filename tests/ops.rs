@@ -25,6 +25,8 @@ mod group_loss;
 mod group_scores;
 #[path = "ops/layernorm.rs"]
 mod layernorm;
+#[path = "ops/lexical.rs"]
+mod lexical;
 #[path = "ops/linear.rs"]
 mod linear;
 #[path = "ops/optimizer.rs"]

@@ -17,6 +17,7 @@ mod gpu;
 pub mod group_loss;
 pub mod group_scores;
 pub mod layernorm;
+pub mod lexical;
 pub mod linear;
 pub mod optimizer;
 pub mod pool;

@@ -13,6 +13,7 @@ mod gather;
 mod group;
 mod harness;
 mod layernorm;
+mod lexical;
 mod ops;
 mod optimizer;
 mod pool;
