@@ -11,6 +11,7 @@ use retromae_engine::error::{IoContext, Result};
 use retromae_engine::ops::pool::Pooling;
 use retromae_engine::retrieve::embeddings::{Layout, Meta, Part, Spec};
 use retromae_engine::retrieve::npy::{Stored, header};
+use retromae_engine::retrieve::representation::Representation;
 use retromae_engine::retrieve::search::{Rows, Written, write_run};
 use retromae_engine::rng::{Site, Stream};
 
@@ -41,6 +42,9 @@ fn make(dir: &Path, prefix: &str, seed: u64, count: usize, width: usize) -> Resu
     let spec = Spec {
         dim: width,
         dtype: Stored::F32,
+        representation: Representation::Cls,
+        lexical_top_k: 0,
+        vocab_size: 0,
         normalized: true,
         pooling: Pooling::Cls,
         prefix: String::new(),

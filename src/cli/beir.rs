@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::encode::ModelArgs;
+use super::encode::{ModelArgs, RepresentationArgs};
 use super::evaluate::figures;
 use super::progress::Rows as Progress;
 use super::{Global, Hardware, grouped, say};
@@ -51,6 +51,8 @@ pub struct Arguments {
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
     #[command(flatten)]
+    kept: RepresentationArgs,
+    #[command(flatten)]
     hardware: Hardware,
 }
 
@@ -91,17 +93,22 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     let model = args.model.open(global)?;
     let target = args.hardware.open(global)?;
     let length = |n: Option<u32>| n.map(|n| n as usize);
+    let texts = |kind| Texts {
+        representation: args.kept.representation,
+        lexical_top_k: args.kept.lexical_top_k as usize,
+        ..Texts::new(kind)
+    };
     let options = Options {
         split: args.split.clone(),
         queries: Texts {
             max_length: length(args.query_length.or(args.max_length)),
             prefix: args.query_prefix.clone(),
-            ..Texts::new(Kind::Query)
+            ..texts(Kind::Query)
         },
         passages: Texts {
             max_length: length(args.max_length),
             prefix: args.passage_prefix.clone(),
-            ..Texts::new(Kind::Passage)
+            ..texts(Kind::Passage)
         },
         top_k: args.top_k as usize,
         metrics: if args.metrics.is_empty() { METRICS.to_vec() } else { args.metrics.clone() },
@@ -123,6 +130,7 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         .collect();
     let mut json = figures(metrics, &averages);
     json.insert("split".into(), json!(args.split));
+    json.insert("representation".into(), json!(args.kept.representation));
     json.insert("model".into(), json!(args.model.model));
     json.insert("datasets".into(), Value::Object(judged.iter().map(|set| (set.name.clone(), one(set))).collect()));
     global.write_json(&Value::Object(json))?;

@@ -16,8 +16,9 @@ use crate::ops::pool::Pooling;
 use crate::retrieve::embedder::Kind;
 use crate::retrieve::embeddings::Layout;
 use crate::retrieve::encode;
-use crate::retrieve::model::{Model, Overrides, Reading, Texts};
+use crate::retrieve::model::{LEXICAL_TOP_K, Model, Overrides, Reading, Texts};
 use crate::retrieve::npy::Stored;
+use crate::retrieve::representation::Representation;
 use crate::train::target::Target;
 
 /// Turn texts into embeddings
@@ -56,7 +57,10 @@ pub struct Arguments {
     /// What separates documents of plain text
     #[arg(long, value_enum, default_value = "line")]
     doc_sep: DocSep,
-    /// Files to write: npy for this program and numpy, faiss-flat for faiss.read_index, retromae for the published code
+    #[command(flatten)]
+    kept: RepresentationArgs,
+    /// Files to write: npy for this program and numpy, faiss-flat for faiss.read_index, retromae for the published code, pyserini for npy
+    /// and JSON lines of the lexical embeddings beside
     #[arg(long, value_enum, default_value = "npy")]
     format: Layout,
     /// Type of the stored numbers
@@ -67,6 +71,17 @@ pub struct Arguments {
     shard_rows: Option<u64>,
     #[command(flatten)]
     hardware: Hardware,
+}
+
+/// What is kept of a text.
+#[derive(Debug, clap::Args)]
+pub struct RepresentationArgs {
+    /// What is kept of a text: cls the dense embedding, pooled as the model says; lexical the tokens to which the MLM head gives most
+    #[arg(long, value_enum, default_value = "cls")]
+    pub representation: Representation,
+    /// Tokens of a lexical embedding
+    #[arg(long, value_name = "K", default_value_t = LEXICAL_TOP_K as u32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub lexical_top_k: u32,
 }
 
 /// The model that embeds.
@@ -125,6 +140,8 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         layout: args.format,
         shard_rows: args.shard_rows,
         overwrite: args.overwrite,
+        representation: args.kept.representation,
+        lexical_top_k: args.kept.lexical_top_k as usize,
         ..Texts::new(args.kind)
     };
     if (args.format, args.dtype) == (Layout::FaissFlat, Stored::F16) {
@@ -153,7 +170,7 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     global.write_json(&json!({
         "rows": done.rows, "resumed": done.resumed, "dim": job.spec.dim, "tokens": done.tokens, "empty": done.counts.empty,
         "truncated": done.counts.truncated, "duplicates": done.counts.duplicates, "seconds": done.seconds,
-        "texts_per_second": rate, "model_sha256": job.spec.model_sha256, "output": args.output,
+        "representation": job.spec.representation, "lexical_top_k": job.spec.lexical_top_k, "texts_per_second": rate, "model_sha256": job.spec.model_sha256, "output": args.output,
     }))?;
     let counts = [
         ("rows", done.rows),
@@ -164,6 +181,11 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         ("duplicates", done.counts.duplicates),
     ];
     let lines: Vec<String> = counts.iter().map(|(name, n)| format!("{name:<11}{:>15}", grouped(*n))).collect();
-    let (dim, output, seconds) = (job.spec.dim, args.output.display(), done.seconds);
-    say(&format!("{}\n{dim} wide, written to {output} in {seconds:.1} s, {rate:.1} texts/s", lines.join("\n")))
+    let (output, seconds) = (args.output.display(), done.seconds);
+    let wide = match (job.spec.dim, job.spec.lexical_top_k) {
+        (dim, 0) => format!("{dim} wide"),
+        (0, k) => format!("{k} tokens each"),
+        (dim, k) => format!("{dim} wide and {k} tokens each"),
+    };
+    say(&format!("{}\n{wide}, written to {output} in {seconds:.1} s, {rate:.1} texts/s", lines.join("\n")))
 }

@@ -8,14 +8,14 @@ use serde_json::json;
 use super::progress::Rows as Progress;
 use super::{Global, Hardware, grouped, say};
 use crate::data::pairs::runs::RunFormat;
-use crate::device::DType;
-use crate::error::Result;
+use crate::device::{DType, Device};
+use crate::error::{Error, Result};
 use crate::retrieve::search::{Rows, Written, write_run};
 use crate::train::settings::Precision;
 
 /// Find the best passages of every query, exactly
 ///
-/// Inner products of all queries with all passages, in f32; the order of equal scores is that of the corpus. In TREC's form the second of
+/// Inner products of all queries with all passages, in f32, those of lexical embeddings added where there are some; the order of equal scores is that of the corpus. In TREC's form the second of
 /// two equal scores is written as the next smaller number, so that trec_eval sees the same order. On a GPU --precision bf16 rounds the
 /// embeddings; without it they are compared as they are.
 #[derive(Debug, clap::Args)]
@@ -80,7 +80,17 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
             global.note(&format!("warning: {}: was encoded with --kind {kind}", folder.dir().display()));
         }
     }
-    let target = args.hardware.open(global)?;
+    let mut target = args.hardware.open(global)?;
+    let representation = corpus.representation();
+    if representation.lexical() && target.device.is_gpu() {
+        if args.hardware.device != "auto" {
+            let (name, device) = (representation.name(), &args.hardware.device);
+            return Err(Error::usage(format!("--device {device}: {name} embeddings are searched on the CPU"))
+                .remedy("use --device cpu, or leave it out"));
+        }
+        global.note("lexical embeddings are searched on the CPU");
+        target.device = Device::Cpu;
+    }
     // Rounded vectors change the order of near ones: only who asks for it gets them.
     let storage = if args.hardware.precision == Precision::Bf16 { target.storage } else { DType::F32 };
     let total = queries.len();

@@ -1,14 +1,14 @@
 //! A tower of a bi-encoder: from packed texts to one embedding each. Queries and passages share a tower, or have one each.
 //!
 //! `e = normalize(W pool(hidden) + b)`, projection and normalisation where asked for. With CLS pooling only the first row of each text is
-//! computed in the encoder's last layer; mean pooling needs all of them.
+//! computed in the encoder's last layer; mean pooling needs all of them, and so does whoever reads the last hidden states beside.
 
 use super::activations::{Plan, Slot};
 use super::block::Linear;
 use super::encoder::Encoder;
 use super::extent::{Bounds, Extent};
 use super::inputs::{Rows, TokenInputs};
-use super::params::Table;
+use super::params::{Id, Table};
 use super::{Capacity, Pass};
 use crate::data::pairs::texts::TextBatch;
 use crate::device::{DType, Device, Output, Tensor};
@@ -46,20 +46,51 @@ pub struct TowerInputs {
     pub count: Extent,
     device: Device,
     capacity: Capacity,
-    pooling: Pooling,
+    needed: Needed,
+}
+
+/// Rows that are needed of the encoder's last layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needed {
+    /// The first of each text.
+    First,
+    /// All.
+    All,
+}
+
+impl Needed {
+    /// What pooling alone needs.
+    pub fn by(pooling: Pooling) -> Self {
+        match pooling {
+            Pooling::Cls => Needed::First,
+            Pooling::Mean => Needed::All,
+        }
+    }
+
+    fn rows(self, capacity: Capacity) -> usize {
+        match self {
+            Needed::First => capacity.sequences,
+            Needed::All => capacity.tokens,
+        }
+    }
 }
 
 impl TowerInputs {
     /// Room for chunks up to `capacity`.
     pub fn new(device: Device, config: &BertConfig, capacity: Capacity, pooling: Pooling) -> Self {
+        Self::with(device, config, capacity, Needed::by(pooling))
+    }
+
+    /// The same for a tower of [`Tower::with`].
+    pub fn with(device: Device, config: &BertConfig, capacity: Capacity, needed: Needed) -> Self {
         TowerInputs {
             tokens: TokenInputs::new(device, capacity, config.vocab_size, config.type_vocab_size),
-            rows: Rows::new(device, rows(capacity, pooling), capacity),
+            rows: Rows::new(device, needed.rows(capacity), capacity),
             places: device.zeros(DType::U32, capacity.sequences),
             count: Extent::new(device),
             device,
             capacity,
-            pooling,
+            needed,
         }
     }
 
@@ -73,11 +104,9 @@ impl TowerInputs {
         if gradients {
             self.tokens.set_groups(&texts.ids, &texts.types, cu, &bounds);
         }
-        match self.pooling {
-            Pooling::Cls => self.rows.set(&cu[..count], cu, bounds.sequences, &bounds),
-            Pooling::Mean => {
-                self.rows.set(&(0..texts.ids.len() as u32).collect::<Vec<_>>(), cu, bounds.tokens, &bounds)
-            }
+        match self.needed {
+            Needed::First => self.rows.set(&cu[..count], cu, bounds.sequences, &bounds),
+            Needed::All => self.rows.set(&(0..texts.ids.len() as u32).collect::<Vec<_>>(), cu, bounds.tokens, &bounds),
         };
         self.places.upload(places);
         self.count.set(count, bounds.sequences);
@@ -85,18 +114,11 @@ impl TowerInputs {
     }
 }
 
-/// Rows needed of the encoder's last layer.
-fn rows(capacity: Capacity, pooling: Pooling) -> usize {
-    match pooling {
-        Pooling::Cls => capacity.sequences,
-        Pooling::Mean => capacity.tokens,
-    }
-}
-
 /// An encoder and what makes an embedding of its states.
 pub struct Tower {
     encoder: Encoder,
     shape: Shape,
+    needed: Needed,
     hidden: usize,
     projection: Option<Linear>,
     /// `[S, C]`: pooled states, and their gradient.
@@ -120,16 +142,25 @@ impl Tower {
         config: &BertConfig,
         capacity: Capacity,
         shape: Shape,
+        names: (&str, &str),
+    ) -> Self {
+        Self::with(t, plan, config, capacity, (shape, Needed::by(shape.pooling)), names)
+    }
+
+    /// The same with the last hidden states of the rows `needed`, at least those that pooling needs.
+    pub fn with(
+        t: &mut Table,
+        plan: &mut Plan,
+        config: &BertConfig,
+        capacity: Capacity,
+        (shape, needed): (Shape, Needed),
         (prefix, projection): (&str, &str),
     ) -> Self {
         let (sequences, c, w) = (capacity.sequences, config.hidden_size, shape.width(config));
-        let needed = rows(capacity, shape.pooling);
-        let encoder = t.within(prefix, |t| Encoder::new(t, plan, config, capacity, needed));
-        let (pooled, d_pooled) = match shape.pooling {
-            Pooling::Cls => (encoder.output(), encoder.gradients.rows),
-            Pooling::Mean => {
-                (plan.add("tower.pooled", sequences, c), plan.add_gradient("tower.d_pooled", sequences, c))
-            }
+        let encoder = t.within(prefix, |t| Encoder::new(t, plan, config, capacity, needed.rows(capacity)));
+        let (pooled, d_pooled) = match needed {
+            Needed::First => (encoder.output(), encoder.gradients.rows),
+            Needed::All => (plan.add("tower.pooled", sequences, c), plan.add_gradient("tower.d_pooled", sequences, c)),
         };
         let linear = shape.projection.map(|_| Linear::new(t, projection.into(), w, c));
         let (projected, d_projected) = match linear {
@@ -146,6 +177,7 @@ impl Tower {
         Tower {
             encoder,
             shape,
+            needed,
             hidden: c,
             projection: linear,
             pooled,
@@ -156,6 +188,16 @@ impl Tower {
             d_embedding,
             length,
         }
+    }
+
+    /// Where [`Self::forward`] leaves the last hidden states of the rows needed, `[R, C]`.
+    pub fn hidden(&self) -> Slot {
+        self.encoder.output()
+    }
+
+    /// The word embeddings, which an MLM head projects with.
+    pub fn word(&self) -> Id {
+        self.encoder.embeddings.word
     }
 
     fn width(&self) -> usize {
@@ -171,7 +213,7 @@ impl Tower {
     pub fn forward(&self, p: &Pass<'_>, inputs: &TowerInputs, all: &Tensor) {
         let (count, c, w) = (inputs.count.get(), self.hidden, self.width());
         self.encoder.forward(p, &inputs.tokens, &inputs.rows);
-        if self.shape.pooling == Pooling::Mean {
+        if self.needed == Needed::All {
             pool::forward(p.device, self.pool(inputs), p.b(self.encoder.output()), p.b(self.pooled));
         }
         if let Some(projection) = &self.projection {
@@ -196,7 +238,7 @@ impl Tower {
             let dx = (p.b(self.d_pooled), Output::Set);
             projection.backward(p, (count, c, w), p.b(self.pooled), p.b(self.d_projected), dx);
         }
-        if self.shape.pooling == Pooling::Mean {
+        if self.needed == Needed::All {
             pool::backward(p.device, self.pool(inputs), p.b(self.d_pooled), p.b(self.encoder.gradients.rows));
         }
         self.encoder.backward(p, &inputs.tokens, &inputs.rows);

@@ -14,6 +14,7 @@ pub mod encoder;
 pub mod extent;
 pub mod inference;
 pub mod inputs;
+pub mod lexical;
 pub mod mlm;
 pub mod params;
 pub mod records;

@@ -105,6 +105,21 @@ impl Towers {
         self.encoders.len() == 2
     }
 
+    /// Refuses encoder number `side` (of one or two) if it has no MLM head, or one that does not fit the configuration.
+    ///
+    /// # Errors
+    /// The head, or some of it, is missing.
+    pub fn require_mlm_head(&self, side: usize) -> Result<()> {
+        let weights = &self.encoders[side.min(self.encoders.len() - 1)];
+        let head = names::mlm_head(&self.config);
+        if head.iter().any(|param| weights.contains(&param.name)) {
+            return weights.check(&head);
+        }
+        Err(Error::refused("holds no MLM head: no cls.predictions.*, which a lexical representation is made with")
+            .path(weights.file())
+            .remedy("give a model that still has the head it was pre-trained with, or use --representation cls"))
+    }
+
     /// The folder of the model's tokenizer, where it came with one.
     pub fn tokenizer(&self) -> Option<&Path> {
         self.folders.iter().map(PathBuf::as_path).find(|folder| Tokenizer::is_at(folder))

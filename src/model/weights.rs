@@ -105,6 +105,14 @@ impl Checkpoint {
         &self.path
     }
 
+    /// The file of weights, or what was opened if there are several.
+    pub fn file(&self) -> &Path {
+        match &self.files[..] {
+            [file] => file.path(),
+            _ => &self.path,
+        }
+    }
+
     /// The canonical names of all parameters, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)

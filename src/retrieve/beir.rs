@@ -141,7 +141,9 @@ impl<'m> Judge<'m> {
         let run = dir.join(format!("run-{split}.trec"));
         let to = Written { path: &run, format: RunFormat::Trec, tag: "retromae-engine" };
         // One more, since the query's own passage does not count.
-        let searched = write_run((self.device, DType::F32), (&queries, &corpus), self.options.top_k + 1, &to, &|_| {})?;
+        // Lexical embeddings are searched on the CPU.
+        let device = if corpus.representation().lexical() { Device::Cpu } else { self.device };
+        let searched = write_run((device, DType::F32), (&queries, &corpus), self.options.top_k + 1, &to, &|_| {})?;
         let input = Input { path: run.clone(), bytes: None };
         let run = Run::read(&input, Some(RunFormat::Trec))?;
         let evaluation = evaluate(&run, &qrels, &self.options.metrics, &EvalRules::new(Rules::Trec))

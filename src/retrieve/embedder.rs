@@ -1,11 +1,13 @@
 //! A bi-encoder's tower as it is used: texts to embeddings, without optimizer, gradients or dropout.
 
+use super::representation::{Embedded, Representation};
 use crate::data::pairs::texts::TextBatch;
 use crate::device::{DType, Device, Tensor};
 use crate::error::{Error, Result};
 use crate::graph::activations::{Activations, Plan};
-use crate::graph::biencoder::{Shape, Tower, TowerInputs};
+use crate::graph::biencoder::{Needed, Shape, Tower, TowerInputs};
 use crate::graph::extent::Bounds;
+use crate::graph::lexical::LexicalHead;
 use crate::graph::params::{Params, Table, to_f32};
 use crate::graph::records::Records;
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
@@ -45,16 +47,18 @@ pub struct Embedder {
     params: Params,
     buffers: Activations,
     tower: Tower,
+    lexical: Option<LexicalHead>,
     inputs: TowerInputs,
     /// `[S, W]`.
     embeddings: Tensor,
-    width: usize,
+    dim: usize,
+    representation: Representation,
     capacity: Capacity,
     records: Records<Bounds>,
 }
 
 impl Embedder {
-    /// The tower of `kind` in `towers`, for batches up to `capacity`.
+    /// The tower of `kind` in `towers`, for batches up to `capacity`; of a lexical representation the `k` largest tokens are kept.
     ///
     /// # Errors
     /// Weights that cannot be read, not enough memory, or a model whose sizes the kernels do not have.
@@ -64,6 +68,7 @@ impl Embedder {
         shape: Shape,
         kind: Kind,
         capacity: Capacity,
+        (representation, k): (Representation, usize),
     ) -> Result<Embedder> {
         let config = &towers.config;
         let width = shape.width(config);
@@ -73,13 +78,23 @@ impl Embedder {
                 let cause = format!("embeddings are {width} wide; the GPU's kernels need a multiple of 8");
                 return Err(Error::refused(cause).remedy("use --device cpu, or a model of another size"));
             }
+            if representation.lexical() && config.vocab_size >= 1 << 24 {
+                let cause = format!("{} tokens; the GPU's kernels need fewer than {}", config.vocab_size, 1 << 24);
+                return Err(Error::refused(cause).remedy("use --device cpu"));
+            }
         }
         let (prefix, projection) = match towers.untied() {
             true => (format!("{}.", SIDES[kind.side()]), PROJECTIONS[kind.side()]),
             false => (String::new(), PROJECTION),
         };
         let (mut table, mut plan) = (Table::default(), Plan::forward_only());
-        let tower = Tower::new(&mut table, &mut plan, config, capacity, shape, (&prefix, projection));
+        let needed = if representation.lexical() { Needed::All } else { Needed::by(shape.pooling) };
+        let names = (prefix.as_str(), projection);
+        let tower = Tower::with(&mut table, &mut plan, config, capacity, (shape, needed), names);
+        let lexical = representation.lexical().then(|| {
+            let (word, rows) = (tower.word(), (capacity.tokens, capacity.sequences));
+            table.within(&prefix, |t| LexicalHead::new((device, storage), (t, &mut plan), config, word, rows, k))
+        });
         let params = table.allocate_weights(device, storage);
         let missing = params.load(0, 0.0, |name, shape, out| towers.read(name, shape, out))?;
         if let Some(name) = missing.first() {
@@ -90,18 +105,21 @@ impl Embedder {
             params,
             buffers: plan.allocate(device, storage),
             tower,
-            inputs: TowerInputs::new(device, config, capacity, shape.pooling),
+            lexical,
+            inputs: TowerInputs::with(device, config, capacity, needed),
             embeddings: device.zeros(storage, capacity.sequences * width),
-            width,
+            dim: width,
+            representation,
             capacity,
             records: Records::default(),
         };
         device.check().map(|()| embedder)
     }
 
-    /// Width of the embeddings, W.
-    pub fn width(&self) -> usize {
-        self.width
+    /// Numbers and tokens of a text: W, and K; 0 for what the representation lacks.
+    pub fn widths(&self) -> (usize, usize) {
+        let dim = if self.representation.dense() { self.dim } else { 0 };
+        (dim, self.lexical.as_ref().map_or(0, LexicalHead::k))
     }
 
     /// The largest batch.
@@ -109,23 +127,34 @@ impl Embedder {
         self.capacity
     }
 
-    /// The embeddings `[S, W]` of the texts of a batch, which must fit the capacity.
+    /// The embeddings of the texts of a batch, which must fit the capacity.
     ///
     /// # Errors
     /// A failure of the device.
-    pub fn embed(&mut self, texts: &TextBatch) -> Result<Vec<f32>> {
+    pub fn embed(&mut self, texts: &TextBatch) -> Result<Embedded> {
         let count = texts.sequences();
         let places: Vec<u32> = (0..count as u32).collect();
         let bounds = self.inputs.set(texts, &places, false);
         let mut records = std::mem::take(&mut self.records);
+        let pass =
+            Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout: StepDropout::OFF };
         records.run(self.device, bounds, || {
-            let pass =
-                Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout: StepDropout::OFF };
             self.tower.forward(&pass, &self.inputs, &self.embeddings);
+            if let Some(head) = &self.lexical {
+                head.forward(&pass, &self.inputs.tokens, pass.b(self.tower.hidden()));
+            }
         });
+        let mut embedded = Embedded::default();
+        if self.representation.dense() {
+            embedded.dense = to_f32(&self.embeddings.slice(0..count * self.dim));
+        }
+        if let Some(head) = &self.lexical {
+            let (ids, weights) = head.words(&pass);
+            let used = 0..count * head.k();
+            (embedded.ids, embedded.weights) = (ids.slice(used.clone()).to_vec(), to_f32(&weights.slice(used)));
+        }
         self.records = records;
-        let embeddings = to_f32(&self.embeddings.slice(0..count * self.width));
-        self.device.check().map(|()| embeddings)
+        self.device.check().map(|()| embedded)
     }
 }
 

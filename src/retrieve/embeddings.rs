@@ -1,21 +1,27 @@
 //! A folder of embeddings: what it says of itself, and its rows, read in order in bounded memory.
 //!
-//! `meta.json` names the files with their digests, `ids.txt` holds the id of every row, a line each. Rows are read through the file and
+//! `meta.json` names the files with their digests, `ids.txt` holds the id of every row, a line each. What a row has lies in columns: the dense
+//! embedding, and of a lexical one the token ids and the weights, `[n, K]` each, the largest weight first. Rows are read through the file and
 //! not through a map: a file that is cut meanwhile is then an error and not a signal. Digests are checked on the way.
+
+mod columns;
+mod reader;
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::npy::{FAISS_HEADER, HEADER, Stored};
-use crate::data::shard::Verified;
+use super::representation::Representation;
 use crate::error::{Error, IoContext, Result};
 use crate::files::sealed::{self, Sealed};
 use crate::ops::pool::Pooling;
+
+pub(super) use columns::decode_ids;
+pub use columns::{Column, Files};
+pub use reader::{Embeddings, block_rows};
 
 /// File that describes the folder.
 pub const META: &str = "meta.json";
@@ -39,6 +45,8 @@ pub enum Layout {
     FaissFlat,
     /// One file as the published code reads it: `passage_reps/passage.npy` or `query_reps/query.npy`, and the ids beside it.
     Retromae,
+    /// As `npy`, and lexical embeddings also as JSON lines for Pyserini's impact index: `pyserini/vectors-00000.jsonl`, ….
+    Pyserini,
 }
 
 /// One file of rows.
@@ -55,7 +63,16 @@ pub struct Part {
 /// What embeddings were made with; equal for all rows of a folder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
-    /// Numbers of an embedding, W.
+    /// What of a text is stored.
+    #[serde(default, skip_serializing_if = "Representation::is_cls")]
+    pub representation: Representation,
+    /// Tokens of a lexical embedding, K; 0 without one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub lexical_top_k: usize,
+    /// Tokens in the vocabulary of a lexical embedding; 0 without one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub vocab_size: usize,
+    /// Numbers of a dense embedding, W; 0 without one.
     pub dim: usize,
     /// Type of the numbers.
     pub dtype: Stored,
@@ -77,28 +94,40 @@ pub struct Spec {
     pub computed: String,
 }
 
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
 impl Spec {
-    /// The first thing that makes inner products of these embeddings and others meaningless: what, and the two values.
+    /// The first thing that makes scores of these embeddings and others meaningless: what, and the two values. Queries may have other
+    /// numbers of tokens than passages.
     pub fn difference(&self, other: &Spec) -> Option<(&'static str, String, String)> {
         let of = |spec: &Spec| {
+            let dense = spec.representation.dense();
             let pooling = format!("{:?}", spec.pooling).to_lowercase();
+            let model = format!("{} ({})", spec.model, spec.model_sha256.get(..12).unwrap_or(&spec.model_sha256));
+            let normalisation = if spec.normalized { "on" } else { "off" }.to_string();
             [
+                ("the model", spec.model_sha256 == self.model_sha256, model),
                 (
-                    "the model",
-                    format!("{} ({})", spec.model, spec.model_sha256.get(..12).unwrap_or(&spec.model_sha256)),
+                    "the representation",
+                    spec.representation == self.representation,
+                    spec.representation.name().to_string(),
                 ),
-                ("the dimension", spec.dim.to_string()),
-                ("the pooling", pooling),
-                ("normalisation", if spec.normalized { "on" } else { "off" }.to_string()),
+                ("the dimension", spec.dim == self.dim, spec.dim.to_string()),
+                ("the pooling", !dense || spec.pooling == self.pooling, pooling),
+                ("normalisation", !dense || spec.normalized == self.normalized, normalisation),
             ]
         };
-        let (a, b) = (of(self), of(other));
-        let same_model = self.model_sha256 == other.model_sha256;
-        let pairs = a.into_iter().zip(b).enumerate();
-        pairs
-            .into_iter()
-            .find(|(i, ((_, a), (_, b)))| if *i == 0 { !same_model } else { a != b })
-            .map(|(_, ((what, a), (_, b)))| (what, a, b))
+        let pair = of(self).into_iter().zip(of(other)).find(|(_, (_, same, _))| !same);
+        pair.map(|((what, _, ours), (_, _, theirs))| (what, ours, theirs))
+    }
+
+    /// The same of embeddings that are ranked against each other: then no row may have more tokens than another.
+    pub fn difference_in_rank(&self, other: &Spec) -> Option<(&'static str, String, String)> {
+        let k = |spec: &Spec| spec.lexical_top_k.to_string();
+        let tokens = || (self.lexical_top_k != other.lexical_top_k).then(|| ("--lexical-top-k", k(self), k(other)));
+        self.difference(other).or_else(tokens)
     }
 }
 
@@ -120,22 +149,24 @@ pub struct Meta {
     /// CRC32C of `ids.txt`.
     pub ids_crc: u32,
     /// The files, in the order of the rows.
-    pub shards: Vec<Part>,
+    #[serde(flatten)]
+    pub files: Files,
 }
 
 impl Meta {
     /// A description by this program.
-    pub fn new(layout: Layout, spec: Spec, source_sha256: String, ids_crc: u32, shards: Vec<Part>) -> Meta {
+    pub fn new(layout: Layout, spec: Spec, source_sha256: String, ids_crc: u32, files: impl Into<Files>) -> Meta {
+        let files = files.into();
         Meta {
             kind: KIND.into(),
             format: FORMAT,
             created_by: concat!("retromae-engine ", env!("CARGO_PKG_VERSION")).into(),
             layout,
-            count: shards.iter().map(|part| part.rows).sum(),
+            count: files.rows(&spec),
             spec,
             source_sha256,
             ids_crc,
-            shards,
+            files,
         }
     }
 
@@ -184,12 +215,14 @@ impl Meta {
         if meta.format != FORMAT {
             return Err(bad(format!("embeddings of format {}; this program reads {FORMAT}", meta.format)));
         }
-        let rows = meta.shards.iter().try_fold(0u64, |sum, part| sum.checked_add(part.rows));
-        if rows != Some(meta.count) || meta.spec.dim == 0 || meta.spec.dim > WIDEST {
+        let Spec { dim, lexical_top_k: k, vocab_size, representation, .. } = meta.spec;
+        let (dense, lexical) = (dim > 0 && dim <= WIDEST, k > 0 && k <= vocab_size && k <= WIDEST);
+        let agrees = (dense, lexical) == (representation.dense(), representation.lexical());
+        if !agrees || !meta.files.agree(&meta.spec, meta.count) {
             return Err(bad("contradicts itself".into()));
         }
         let inside = |name: &str| Path::new(name).components().all(|c| matches!(c, std::path::Component::Normal(_)));
-        if meta.shards.iter().any(|part| !inside(&part.file)) {
+        if meta.files.all().any(|part| !inside(&part.file)) {
             return Err(bad("names a file outside its folder".into()));
         }
         Ok(meta)
@@ -205,201 +238,5 @@ impl Meta {
     /// Bytes before the first row of a file.
     fn header(&self) -> usize {
         if self.layout == Layout::FaissFlat { FAISS_HEADER } else { HEADER }
-    }
-}
-
-/// An open folder.
-#[derive(Debug)]
-pub struct Embeddings {
-    dir: PathBuf,
-    meta: Meta,
-    ids: IdList,
-    files: Vec<File>,
-}
-
-/// Rows that are read at a time: some megabytes.
-pub fn block_rows(dim: usize) -> usize {
-    ((16 << 20) / (4 * dim)).clamp(64, 1 << 16)
-}
-
-impl Embeddings {
-    /// Opens a folder: description and ids are checked, sizes of the files too; the rows when they are read.
-    ///
-    /// # Errors
-    /// Something is missing, damaged or of another size.
-    pub fn open(dir: &Path) -> Result<Embeddings> {
-        let meta = Meta::read(dir)?;
-        let ids = IdList::read(&dir.join(IDS), &meta)?;
-        let mut files = Vec::new();
-        for part in &meta.shards {
-            let path = dir.join(&part.file);
-            let file = File::open(&path).at(&path, "cannot open")?;
-            let found = file.metadata().at(&path, "cannot look at")?.len();
-            let expected = meta.header() as u64 + part.rows * (meta.spec.dim * meta.spec.dtype.size()) as u64;
-            if found != expected {
-                return Err(Error::refused(format!("has {found} bytes where {META} says {expected}"))
-                    .path(&path)
-                    .remedy(AGAIN));
-            }
-            files.push(file);
-        }
-        Ok(Embeddings { dir: dir.to_path_buf(), meta, ids, files })
-    }
-
-    /// The folder.
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// What the folder says of itself.
-    pub fn meta(&self) -> &Meta {
-        &self.meta
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> u64 {
-        self.meta.count
-    }
-
-    /// The id of row `row`, which must exist.
-    pub fn id(&self, row: u64) -> &str {
-        self.ids.get(row as usize)
-    }
-
-    /// Hands out all rows in order, some thousand at a time: `each(first, [n, W])`. While a block is worked on the next is read. Digests
-    /// are compared at the end of every file.
-    ///
-    /// # Errors
-    /// A failed read, a file that does not match its digest, a number that is not finite, or an error of `each`.
-    pub fn each_block(&self, mut each: impl FnMut(u64, &[f32]) -> Result<()>) -> Result<()> {
-        let (to, blocks) = std::sync::mpsc::sync_channel::<Result<(u64, Vec<f32>)>>(1);
-        let (back, used) = std::sync::mpsc::channel::<Vec<f32>>();
-        std::thread::scope(|scope| {
-            scope.spawn(move || {
-                let mut first = 0;
-                for part in 0..self.files.len() {
-                    let sent = self.read_part(part, |from, bytes| {
-                        let mut block = used.try_recv().unwrap_or_default();
-                        self.decode(part, from, bytes, &mut block)?;
-                        // Nobody listens any more after an error there.
-                        Ok(to.send(Ok((first + from, block))).is_ok())
-                    });
-                    match sent {
-                        Ok(true) => first += self.meta.shards[part].rows,
-                        Ok(false) => return,
-                        Err(e) => return drop(to.send(Err(e))),
-                    }
-                }
-            });
-            for block in blocks {
-                let (first, rows) = block?;
-                each(first, &rows)?;
-                // The reader may be done.
-                let _ = back.send(rows);
-            }
-            Ok(())
-        })
-    }
-
-    /// Reads a file in blocks: `each(first row of the file, bytes)` says whether to go on.
-    fn read_part(&self, part: usize, mut each: impl FnMut(u64, &[u8]) -> Result<bool>) -> Result<bool> {
-        let (file, of) = (&self.files[part], &self.meta.shards[part]);
-        let path = self.dir.join(&of.file);
-        let row = self.meta.spec.dim * self.meta.spec.dtype.size();
-        let header = self.meta.header();
-        let mut buffer = vec![0; header];
-        file.read_exact_at(&mut buffer, 0).at(&path, "cannot read")?;
-        let mut crc = crc32c::crc32c(&buffer);
-        let block = block_rows(self.meta.spec.dim);
-        let mut at = 0;
-        while at < of.rows {
-            let rows = (block as u64).min(of.rows - at);
-            buffer.resize(rows as usize * row, 0);
-            file.read_exact_at(&mut buffer, header as u64 + at * row as u64).at(&path, "cannot read")?;
-            crc = crc32c::crc32c_append(crc, &buffer);
-            if !each(at, &buffer)? {
-                return Ok(false);
-            }
-            at += rows;
-        }
-        if crc != of.crc {
-            return Err(Error::refused(format!("does not match its digest in {META}: it was changed or damaged"))
-                .path(&path)
-                .remedy(AGAIN));
-        }
-        Ok(true)
-    }
-
-    /// Bytes to numbers, all of which must be finite.
-    fn decode(&self, part: usize, first: u64, bytes: &[u8], out: &mut Vec<f32>) -> Result<()> {
-        const PIECE: usize = 1 << 14;
-        let (stored, dim) = (self.meta.spec.dtype, self.meta.spec.dim);
-        out.resize(bytes.len() / stored.size(), 0.0);
-        let pieces = out.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE * stored.size())).enumerate();
-        let wrong = pieces.filter_map(|(i, (out, bytes))| {
-            stored.decode(bytes, out);
-            // Without branches: all exponents are looked at.
-            let all = out.iter().fold(true, |all, x| all & x.is_finite());
-            if all { None } else { out.iter().position(|x| !x.is_finite()).map(|at| i * PIECE + at) }
-        });
-        let Some(at) = wrong.min() else { return Ok(()) };
-        let row = first + (at / dim) as u64;
-        let before: u64 = self.meta.shards[..part].iter().map(|part| part.rows).sum();
-        let id = self.id(before + row);
-        Err(Error::refused(format!("the embedding of {id} (row {row}) holds a number that is not finite"))
-            .path(self.dir.join(&self.meta.shards[part].file))
-            .remedy(AGAIN))
-    }
-
-    /// Checks every digest and every number.
-    ///
-    /// # Errors
-    /// What is damaged first.
-    pub fn verify(&self) -> Result<Verified> {
-        self.each_block(|_, _| Ok(()))?;
-        let row = (self.meta.spec.dim * self.meta.spec.dtype.size()) as u64;
-        let header = self.meta.header() as u64 * self.files.len() as u64;
-        let bytes = header + self.rows() * row + self.ids.text.len() as u64;
-        Ok(Verified { files: self.files.len() + 2, bytes })
-    }
-}
-
-const AGAIN: &str = "restore the file or encode again";
-
-/// The ids, in memory: 8.8 million of MS MARCO take 70 MB.
-#[derive(Debug)]
-struct IdList {
-    text: String,
-    /// Where every [`EVERY`]th line begins.
-    starts: Vec<usize>,
-}
-
-const EVERY: usize = 32;
-
-impl IdList {
-    fn read(path: &Path, meta: &Meta) -> Result<IdList> {
-        let bytes = std::fs::read(path).at(path, "cannot read")?;
-        if crc32c::crc32c(&bytes) != meta.ids_crc {
-            return Err(Error::refused(format!("does not match its digest in {META}: it was changed or damaged"))
-                .path(path)
-                .remedy(AGAIN));
-        }
-        let text = String::from_utf8(bytes).map_err(|_| Error::refused("is not UTF-8").path(path).remedy(AGAIN))?;
-        let (mut starts, mut line) = (Vec::new(), 0u64);
-        let mut start = 0;
-        for (end, _) in text.match_indices('\n') {
-            if line.is_multiple_of(EVERY as u64) {
-                starts.push(start);
-            }
-            (line, start) = (line + 1, end + 1);
-        }
-        if line != meta.count || start != text.len() {
-            return Err(Error::refused(format!("has {line} lines for {} rows", meta.count)).path(path).remedy(AGAIN));
-        }
-        Ok(IdList { text, starts })
-    }
-
-    fn get(&self, row: usize) -> &str {
-        self.text[self.starts[row / EVERY]..].lines().nth(row % EVERY).unwrap_or_default()
     }
 }

@@ -5,27 +5,31 @@
 //! a fixed number of rows (`writer`), so that a run that was killed goes on after its last complete file, and memory does not grow with
 //! the input.
 
+mod pyserini;
 pub mod source;
 mod writer;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Instant;
 
 use self::source::{Source, SourceCounts};
 use self::writer::Writer;
 use super::embedder::Embedder;
-use super::embeddings::{Layout, Meta, Spec};
+use super::embeddings::{Column, Files, Layout, Meta, Spec};
+use super::representation::Embedded;
 use crate::data::pairs::texts::{TextBatch, by_length};
 use crate::data::shard::Special;
 use crate::data::tokenize::stream::Documented;
+use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::files::Disk;
 
 pub use writer::is_begun;
 
 /// What is written, and how.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Job {
     /// What the embeddings are made with.
     pub spec: Spec,
@@ -39,12 +43,14 @@ pub struct Job {
     pub shard_rows: Option<u64>,
     /// Replaces embeddings that are there.
     pub overwrite: bool,
+    /// The vocabulary, for files that spell tokens out.
+    pub tokenizer: Arc<Tokenizer>,
 }
 
 impl Job {
     /// Rows of a file.
     fn rows_per_file(&self) -> u64 {
-        let row = (self.spec.dim * self.spec.dtype.size()) as u64;
+        let row = Column::of(&self.spec).iter().map(|column| column.row(&self.spec)).sum::<usize>() as u64;
         self.shard_rows.unwrap_or(((128 << 20) / row).next_multiple_of(1024)).max(1)
     }
 }
@@ -167,14 +173,14 @@ fn read(mut source: Source, mut row: u64, per_file: u64, to: &SyncSender<Result<
     }
 }
 
-/// The embeddings `[n, W]` of some texts in their order; `done(texts, tokens)` is told of every batch.
-fn embed(embedder: &mut Embedder, job: &Job, texts: &Documented, mut done: impl FnMut(u64, u64)) -> Result<Vec<f32>> {
-    let (count, width, capacity) = (texts.ids.len(), embedder.width(), embedder.capacity());
+/// The embeddings of some texts in their order; `done(texts, tokens)` is told of every batch.
+fn embed(embedder: &mut Embedder, job: &Job, texts: &Documented, mut done: impl FnMut(u64, u64)) -> Result<Embedded> {
+    let (count, widths, capacity) = (texts.ids.len(), embedder.widths(), embedder.capacity());
     let start = |i: usize| if i == 0 { 0 } else { texts.ends[i - 1] };
     let border = 2 + job.prefix.len();
     let length = |i: usize| (texts.ends[i] - start(i) + border).min(job.spec.max_len);
     let lengths: Vec<usize> = (0..count).map(length).collect();
-    let (mut rows, mut named) = (vec![0.0; count * width], 0u64);
+    let (mut rows, mut named) = (Embedded::zeros(count, widths.0, widths.1), 0u64);
     for members in by_length(&lengths, (capacity.sequences, capacity.tokens)) {
         let mut batch = TextBatch { cu_seqlens: vec![0], ..TextBatch::default() };
         for &i in &members {
@@ -188,12 +194,12 @@ fn embed(embedder: &mut Embedder, job: &Job, texts: &Documented, mut done: impl 
         }
         batch.types = vec![0; batch.ids.len()];
         let embedded = embedder.embed(&batch)?;
-        for (&i, row) in members.iter().zip(embedded.chunks_exact(width)) {
-            if row.iter().any(|x| !x.is_finite()) {
+        for (from, &i) in members.iter().enumerate() {
+            rows.set(i, &embedded, from, widths);
+            if !rows.is_finite(i, widths) {
                 return Err(Error::refused(format!("the embedding of {} is not finite", texts.ids[i]))
                     .remedy("check the model with `verify`, or use --precision fp32"));
             }
-            rows[i * width..(i + 1) * width].copy_from_slice(row);
         }
         done(members.len() as u64, batch.ids.len() as u64);
     }
@@ -201,6 +207,6 @@ fn embed(embedder: &mut Embedder, job: &Job, texts: &Documented, mut done: impl 
 }
 
 /// The meta of a complete folder.
-fn describe(job: &Job, digest: &str, ids_crc: u32, shards: Vec<super::embeddings::Part>) -> Meta {
-    Meta::new(job.layout, job.spec.clone(), digest.to_string(), ids_crc, shards)
+fn describe(job: &Job, digest: &str, ids_crc: u32, files: Files) -> Meta {
+    Meta::new(job.layout, job.spec.clone(), digest.to_string(), ids_crc, files)
 }

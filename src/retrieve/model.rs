@@ -10,6 +10,7 @@ use super::embeddings::{Layout, Spec};
 use super::encode::Job;
 use super::encode::source::ShardTexts;
 use super::npy::Stored;
+use super::representation::Representation;
 use crate::data::pairs::files::check_sets;
 use crate::data::shard::{ShardSet, TitleSep};
 use crate::data::source::{Format, Input};
@@ -21,6 +22,7 @@ use crate::files::hex;
 use crate::graph::biencoder::Shape;
 use crate::model::digest;
 use crate::model::towers::Towers;
+use crate::ops::lexical::MAX_K;
 use crate::retrieve::encode::source::Source;
 
 /// What the user says of a model; what is not said is as in its folder.
@@ -53,7 +55,14 @@ pub struct Texts {
     pub shard_rows: Option<u64>,
     /// Replaces embeddings that are there.
     pub overwrite: bool,
+    /// What of a text is kept.
+    pub representation: Representation,
+    /// Tokens of a lexical embedding.
+    pub lexical_top_k: usize,
 }
+
+/// Tokens of a lexical embedding unless another number is asked for.
+pub const LEXICAL_TOP_K: usize = 128;
 
 impl Texts {
     /// As the model's folder says, in f32.
@@ -66,6 +75,8 @@ impl Texts {
             layout: Layout::Npy,
             shard_rows: None,
             overwrite: false,
+            representation: Representation::Cls,
+            lexical_top_k: LEXICAL_TOP_K,
         }
     }
 }
@@ -145,10 +156,31 @@ impl Model {
     /// What encoding `texts` on a device comes to.
     ///
     /// # Errors
-    /// A length that the model cannot take, or that the prefix fills.
+    /// A length that the model cannot take, or that the prefix fills; lexical embeddings of a model without an MLM head.
     pub fn job(&self, (device, storage): (Device, DType), texts: &Texts) -> Result<Job> {
         let (config, settings, tokenizer) = (&self.towers.config, &self.towers.settings, self.tokenizer()?);
         let most = config.max_position_embeddings;
+        let (representation, k) = (texts.representation, texts.lexical_top_k);
+        match texts.layout {
+            Layout::Pyserini if !representation.lexical() => {
+                return Err(Error::usage("--format pyserini holds lexical embeddings")
+                    .remedy("add --representation lexical or both"));
+            }
+            Layout::FaissFlat | Layout::Retromae if representation.lexical() => {
+                return Err(Error::usage("this --format holds dense embeddings alone")
+                    .remedy("use --format npy or pyserini, or --representation cls"));
+            }
+            _ => {}
+        }
+        if representation.lexical() {
+            self.towers.require_mlm_head(texts.kind.side())?;
+            // Beyond the tokenizer's last id a vocabulary has rows that mean nothing.
+            let words = tokenizer.vocab_size() as usize;
+            if k == 0 || k > MAX_K.min(words) {
+                return Err(Error::usage(format!("the {k} largest of {words} tokens"))
+                    .remedy(format!("choose --lexical-top-k 1 to {}", MAX_K.min(words))));
+            }
+        }
         let max_len = texts.max_length.unwrap_or_else(|| settings.max_seq_length.unwrap_or(most).min(most));
         if max_len > most {
             return Err(Error::usage(format!("texts of {max_len} tokens; the model takes {most}"))
@@ -164,7 +196,10 @@ impl Model {
         }
         let arithmetic = if storage == DType::BF16 { "bf16" } else { "fp32" };
         let spec = Spec {
-            dim: self.shape.width(config),
+            representation,
+            lexical_top_k: if representation.lexical() { k } else { 0 },
+            vocab_size: if representation.lexical() { config.vocab_size } else { 0 },
+            dim: if representation.dense() { self.shape.width(config) } else { 0 },
             dtype: texts.stored,
             normalized: self.shape.normalize,
             pooling: self.shape.pooling,
@@ -182,6 +217,7 @@ impl Model {
             layout: texts.layout,
             shard_rows: texts.shard_rows,
             overwrite: texts.overwrite,
+            tokenizer: tokenizer.clone(),
         })
     }
 
@@ -212,7 +248,8 @@ impl Model {
     /// As [`Embedder::new`].
     pub fn embedder(&self, target: (Device, DType), kind: Kind, job: &Job) -> Result<Embedder> {
         let capacity = embedder::capacity(target.0, &self.towers.config, job.spec.max_len, self.batch_tokens);
-        Embedder::new(target, &self.towers, self.shape, kind, capacity)
+        let kept = (job.spec.representation, job.spec.lexical_top_k);
+        Embedder::new(target, &self.towers, self.shape, kind, capacity, kept)
     }
 }
 

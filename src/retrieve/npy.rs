@@ -80,6 +80,11 @@ pub fn header(stored: Stored, rows: u64, width: usize) -> [u8; HEADER] {
         Stored::F32 => "<f4",
         Stored::F16 => "<f2",
     };
+    header_of(descr, rows, width)
+}
+
+/// The header of an NPY file of `[rows, width]` elements of the type that numpy calls `descr`.
+pub fn header_of(descr: &str, rows: u64, width: usize) -> [u8; HEADER] {
     let text = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({rows}, {width}), }}");
     let mut bytes = [b' '; HEADER];
     bytes[..8].copy_from_slice(b"\x93NUMPY\x01\x00");

@@ -1,8 +1,9 @@
-//! Exact search: for every query the rows of greatest inner product, in bounded memory.
+//! Exact search: for every query the rows of greatest score, in bounded memory: inner product of dense embeddings, of lexical ones, or the
+//! sum of both.
 //!
 //! Queries come in groups whose candidates fit a budget; for each group all rows of the corpus are read once. Scores descend, equal ones
 //! are ordered by row; folders follow each other in the order given. On a GPU rows are uploaded block by block, as f32, or rounded to bf16
-//! where that is asked for.
+//! where that is asked for; lexical embeddings are searched on the CPU.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,8 @@ use std::time::Instant;
 use ahash::AHashSet;
 
 use super::embeddings::{Embeddings, block_rows};
+use super::joined::{Joined, Widths};
+use super::representation::{Embedded, Representation};
 use super::topk::TopK;
 use crate::data::pairs::runs::{RunFormat, RunWriter};
 use crate::device::{DType, Device, Tensor};
@@ -46,7 +49,7 @@ impl Rows {
                 .remedy("search the folders one by one"));
         }
         for folder in rows.folders.iter().skip(1) {
-            rows.check(folder)?;
+            rows.check(folder, true)?;
         }
         Ok(rows)
     }
@@ -66,9 +69,14 @@ impl Rows {
         &self.folders
     }
 
-    /// Numbers of a row, W.
-    pub fn width(&self) -> usize {
-        self.folders.first().map_or(0, |folder| folder.meta().spec.dim)
+    /// What is stored of a row.
+    pub fn representation(&self) -> Representation {
+        self.folders.first().map_or(Representation::Cls, |folder| folder.meta().spec.representation)
+    }
+
+    /// Numbers and tokens of a row, W and K; 0 for what it has not.
+    pub fn widths(&self) -> (usize, usize) {
+        self.folders.first().map_or((0, 0), |folder| (folder.meta().spec.dim, folder.meta().spec.lexical_top_k))
     }
 
     /// The id of row `row`, which must exist.
@@ -81,17 +89,19 @@ impl Rows {
     ///
     /// # Errors
     /// As [`Embeddings::each_block`].
-    pub fn each_block(&self, mut each: impl FnMut(u64, &[f32]) -> Result<()>) -> Result<()> {
+    pub fn each_block(&self, mut each: impl FnMut(u64, &Embedded) -> Result<()>) -> Result<()> {
         for (folder, &first) in self.folders.iter().zip(&self.first) {
             folder.each_block(|row, block| each(first + row, block))?;
         }
         Ok(())
     }
 
-    /// Refuses a folder whose embeddings cannot be compared with these.
-    fn check(&self, other: &Embeddings) -> Result<()> {
+    /// Refuses a folder whose embeddings cannot be compared with these, or ranked beside them.
+    fn check(&self, other: &Embeddings, beside: bool) -> Result<()> {
         let Some(first) = self.folders.first() else { return Ok(()) };
-        let Some((what, ours, theirs)) = first.meta().spec.difference(&other.meta().spec) else { return Ok(()) };
+        let (ours, theirs) = (&first.meta().spec, &other.meta().spec);
+        let difference = if beside { ours.difference_in_rank(theirs) } else { ours.difference(theirs) };
+        let Some((what, ours, theirs)) = difference else { return Ok(()) };
         Err(Error::refused(format!("differs in {what}: {theirs}; that of {} is {ours}", first.dir().display()))
             .path(other.dir())
             .remedy("encode queries and passages with the same model and settings"))
@@ -116,7 +126,7 @@ pub struct Searched {
 /// Calls `each(query's id, list)` for every query in order: numbers and scores of the best `k` rows.
 ///
 /// # Errors
-/// Embeddings that do not belong together or are damaged, two queries with one id, or an error of `each`.
+/// Embeddings that do not belong together or are damaged, lexical ones on a GPU, two queries with one id, or an error of `each`.
 pub fn search(
     target: Target,
     (queries, corpus): (&Rows, &Rows),
@@ -124,12 +134,19 @@ pub fn search(
     watch: &dyn Fn(u64),
     mut each: impl FnMut(&str, &[(u32, f32)]) -> Result<()>,
 ) -> Result<()> {
-    queries.folders().iter().try_for_each(|folder| corpus.check(folder))?;
-    let width = corpus.width();
-    let group = (BUDGET / (4 * width + 16 * k + 64)).max(64) * width;
-    let (mut waiting, mut begun, mut seen) = (Vec::new(), 0, AHashSet::new());
-    let mut flush = |waiting: &mut Vec<f32>, begun: &mut u64| -> Result<()> {
-        let lists = one_group(target, waiting, corpus, k)?;
+    queries.folders().iter().try_for_each(|folder| corpus.check(folder, false))?;
+    if corpus.representation().lexical() && target.0.is_gpu() {
+        return Err(Error::usage(format!(
+            "{} embeddings on a GPU: lexical ones are searched on the CPU",
+            corpus.representation().name()
+        ))
+        .remedy("use --device cpu"));
+    }
+    let widths = queries.widths();
+    let group = (BUDGET / (4 * widths.0 + 16 * widths.1 + 16 * k + 64)).max(64);
+    let (mut waiting, mut begun, mut seen) = (Embedded::default(), 0, AHashSet::new());
+    let mut flush = |waiting: &mut Embedded, begun: &mut u64| -> Result<()> {
+        let lists = one_group(target, (waiting, widths), corpus, k)?;
         for (list, query) in lists.iter().zip(*begun..) {
             let id = queries.id(query);
             if !seen.insert(id) {
@@ -150,15 +167,18 @@ pub fn search(
         Ok(())
     };
     queries.each_block(|_, block| {
-        for piece in block.chunks(group) {
-            if !waiting.is_empty() && waiting.len() + piece.len() > group {
+        let count = block.len(widths);
+        for first in (0..count).step_by(group) {
+            let piece = first..count.min(first + group);
+            let held = waiting.len(widths);
+            if held > 0 && held + piece.len() > group {
                 flush(&mut waiting, &mut begun)?;
             }
-            waiting.extend_from_slice(piece);
+            waiting.append(block, piece, widths);
         }
         Ok(())
     })?;
-    if waiting.is_empty() { Ok(()) } else { flush(&mut waiting, &mut begun) }
+    if waiting.len(widths) == 0 { Ok(()) } else { flush(&mut waiting, &mut begun) }
 }
 
 /// Where a search computes, and as what the numbers are stored there.
@@ -167,6 +187,7 @@ pub type Target = (Device, DType);
 /// The search of a group of queries, on either device.
 enum Best {
     Cpu(TopK),
+    Joined(Joined),
     Gpu { best: Box<topk::TopK>, rows: Tensor, k: usize },
 }
 
@@ -183,12 +204,13 @@ impl Best {
         Ok(Best::Gpu { best, rows: device.zeros(storage, block_rows(width) * width), k })
     }
 
-    fn add(&mut self, first: u32, block: &[f32], width: usize) {
+    fn add(&mut self, first: u32, block: &Embedded, width: usize) {
         match self {
-            Best::Cpu(best) => best.add(first, block),
+            Best::Cpu(best) => best.add(first, &block.dense),
+            Best::Joined(best) => best.add(first, block),
             Best::Gpu { best, rows, .. } => {
-                upload(rows, block);
-                best.add(rows, block.len() / width, first);
+                upload(rows, &block.dense);
+                best.add(rows, block.dense.len() / width, first);
             }
         }
     }
@@ -196,6 +218,7 @@ impl Best {
     fn finish(self, device: Device) -> Result<Vec<Vec<(u32, f32)>>> {
         match self {
             Best::Cpu(best) => Ok(best.finish()),
+            Best::Joined(best) => Ok(best.finish()),
             Best::Gpu { mut best, k, .. } => {
                 let (scores, rows) = best.results();
                 device.check()?;
@@ -218,9 +241,20 @@ fn upload(to: &Tensor, values: &[f32]) {
     }
 }
 
-fn one_group(target: Target, queries: &[f32], corpus: &Rows, k: usize) -> Result<Vec<Vec<(u32, f32)>>> {
-    let width = corpus.width();
-    let mut best = Best::new(target, queries, width, k)?;
+fn one_group(
+    target: Target,
+    (queries, widths): (&Embedded, (usize, usize)),
+    corpus: &Rows,
+    k: usize,
+) -> Result<Vec<Vec<(u32, f32)>>> {
+    let width = widths.0;
+    let mut best = match corpus.folders.first().map(|folder| &folder.meta().spec) {
+        Some(spec) if spec.representation.lexical() => {
+            let tokens = [widths.1, spec.lexical_top_k];
+            Best::Joined(Joined::new(queries, Widths { dim: width, tokens, vocabulary: spec.vocab_size }, k))
+        }
+        _ => Best::new(target, &queries.dense, width, k)?,
+    };
     corpus.each_block(|first, rows| {
         best.add(first as u32, rows, width);
         Ok(())

@@ -15,11 +15,11 @@ use crate::device::Output;
 use crate::device::cpu::{Threads, View, gemm, scratch, vectorized};
 
 /// Rows of a tile.
-const TILE: usize = 512;
+pub(super) const TILE: usize = 512;
 /// Rows of the smallest tile: with two queries beside it the product takes the general path.
 const LEAST_TILE: usize = 130;
 /// Queries whose scores exist at a time.
-const GROUP: usize = 512;
+pub(super) const GROUP: usize = 512;
 /// Columns that are added up at once; the crate divides more.
 const COLUMNS: usize = 512;
 /// Columns of the narrowest product: for fewer the crate has another path.
@@ -35,7 +35,7 @@ fn order(a: &Hit, b: &Hit) -> Ordering {
 
 /// The candidates of one query.
 #[derive(Clone, Debug, Default)]
-struct Best {
+pub(super) struct Best {
     hits: Vec<Hit>,
     /// The worst of the best k, once there are k.
     last: Option<Hit>,
@@ -43,7 +43,7 @@ struct Best {
 
 impl Best {
     /// Takes the scores of the rows from `first` on.
-    fn take(&mut self, k: usize, first: u32, scores: &[f32]) {
+    pub(super) fn take(&mut self, k: usize, first: u32, scores: &[f32]) {
         const LANES: usize = 32;
         for (chunk, scores) in scores.chunks(LANES).enumerate() {
             let bar = self.last.map_or(f32::NEG_INFINITY, |hit| hit.1);
@@ -61,6 +61,13 @@ impl Best {
                 self.shrink(k);
             }
         }
+    }
+
+    /// The best k, in order.
+    pub(super) fn sorted(mut self, k: usize) -> Vec<Hit> {
+        self.shrink(k.max(1));
+        self.hits.sort_unstable_by(order);
+        self.hits
     }
 
     /// Leaves the best k, in no order.
@@ -88,14 +95,8 @@ impl TopK {
     /// For `queries` `[Q, W]` of `width` W ≥ 1. All numbers are finite; the caller sees to that.
     pub fn new(queries: &[f32], width: usize, k: usize) -> TopK {
         let (given, count) = (width, queries.len() / width.max(1));
-        let (width, rows) = (width.max(LEAST_WIDTH), count.next_multiple_of(2));
-        let mut padded = vec![0.0; rows * width];
-        if count > 0 {
-            padded.chunks_exact_mut(width).zip(queries.chunks_exact(given)).for_each(|(to, from)| {
-                to[..given].copy_from_slice(from);
-            });
-        }
-        TopK { queries: padded, count, given, width, k, best: vec![Best::default(); count], scores: Vec::new() }
+        let (queries, width) = padded(queries, width);
+        TopK { queries, count, given, width, k, best: vec![Best::default(); count], scores: Vec::new() }
     }
 
     /// Searches `rows` `[N, W]`, which are numbered from `first_row` on. No row comes twice; all numbers are finite.
@@ -136,17 +137,25 @@ impl TopK {
     /// Row and score of the best `k` of each query, or of all rows if they are fewer.
     pub fn finish(self) -> Vec<Vec<(u32, f32)>> {
         let k = self.k;
-        let finished = self.best.into_par_iter().map(|mut best| {
-            best.shrink(k.max(1));
-            best.hits.sort_unstable_by(order);
-            best.hits
-        });
-        finished.collect()
+        self.best.into_par_iter().map(|best| best.sorted(k)).collect()
     }
 }
 
+/// `queries` of `given` columns with rows and columns of zeros behind them where they are too few for a product, and its width.
+pub(super) fn padded(queries: &[f32], given: usize) -> (Vec<f32>, usize) {
+    let count = queries.len() / given.max(1);
+    let (width, rows) = (given.max(LEAST_WIDTH), count.next_multiple_of(2));
+    let mut padded = vec![0.0; rows * width];
+    if count > 0 {
+        padded.chunks_exact_mut(width).zip(queries.chunks_exact(given)).for_each(|(to, from)| {
+            to[..given].copy_from_slice(from);
+        });
+    }
+    (padded, width)
+}
+
 /// The inner products `scores [Q, TILE]` of `queries [Q, width]` and up to [`TILE`] rows of `given` columns.
-fn tile(queries: &[f32], (given, width): (usize, usize), rows: &[f32], scores: &mut [f32]) {
+pub(super) fn tile(queries: &[f32], (given, width): (usize, usize), rows: &[f32], scores: &mut [f32]) {
     let count = rows.len() / given;
     if given == width && count >= LEAST_TILE {
         return product(queries, width, rows, scores);

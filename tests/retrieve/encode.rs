@@ -22,7 +22,7 @@ pub fn rows(dir: &Path) -> Vec<Vec<f32>> {
     folder
         .each_block(|first, block| {
             assert_eq!(first as usize, all.len());
-            all.extend(block.chunks(folder.meta().spec.dim).map(<[f32]>::to_vec));
+            all.extend(block.dense.chunks(folder.meta().spec.dim).map(<[f32]>::to_vec));
             Ok(())
         })
         .unwrap();

@@ -185,10 +185,14 @@ pub fn folder(
 ) {
     use retromae_engine::retrieve::embeddings::{Layout, Meta, Part, Spec};
     use retromae_engine::retrieve::npy::{Stored, header};
+    use retromae_engine::retrieve::representation::Representation;
     std::fs::create_dir_all(dir).unwrap();
     let mut spec = Spec {
         dim: width,
         dtype: Stored::F32,
+        representation: Representation::Cls,
+        lexical_top_k: 0,
+        vocab_size: 0,
         normalized: false,
         pooling: Pooling::Cls,
         prefix: String::new(),

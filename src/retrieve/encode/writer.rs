@@ -1,16 +1,19 @@
 //! The folder of embeddings while it is made.
 //!
-//! Rows go to `embeddings-00000.npy` and on, each complete and durable before `progress.json` names it; ids to `ids.txt.part`, which is cut
-//! to what `progress.json` says when the work goes on. `meta.json` comes last: without it nobody takes the folder for complete.
+//! Rows go to `embeddings-00000.npy` and on, and to the files of further columns beside, each complete and durable before `progress.json`
+//! names it; ids to `ids.txt.part`, which is cut to what `progress.json` says when the work goes on. `meta.json` comes last: without it
+//! nobody takes the folder for complete.
 
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
-use super::super::embeddings::{IDS, Layout, META, Meta, Part, Spec};
+use super::super::embeddings::{Column, Files, IDS, Layout, META, Meta, Part, Spec};
 use super::super::npy::{FAISS_HEADER, HEADER, faiss_header, header};
-use super::{Job, describe};
+use super::super::representation::Embedded;
+use super::{Job, describe, pyserini};
 use crate::error::{Error, Result};
 use crate::files::disk::File;
 use crate::files::sealed::{self, Sealed};
@@ -30,8 +33,9 @@ struct State {
     layout: Layout,
     rows_per_file: u64,
     source: String,
-    parts: Vec<Part>,
-    /// SHA-256 of the input up to the last row of the parts.
+    #[serde(flatten)]
+    files: Files,
+    /// SHA-256 of the input up to the last row of the files.
     digest: String,
     ids_bytes: u64,
     ids_crc: u32,
@@ -44,8 +48,8 @@ pub(super) struct Writer<'j> {
     job: &'j Job,
     state: State,
     ids: File,
-    /// The file that is being filled: its rows and the digest of their bytes.
-    open: Option<(File, u64, u32)>,
+    /// The part that is being filled: its rows, and of every column the file and the digest of what was written to it.
+    open: Option<(u64, Vec<(Column, File, u32)>)>,
     bytes: Vec<u8>,
     _lock: Lock,
 }
@@ -75,7 +79,7 @@ impl<'j> Writer<'j> {
             layout: job.layout,
             rows_per_file: job.rows_per_file(),
             source: source.to_string(),
-            parts: Vec::new(),
+            files: Files::default(),
             digest: String::new(),
             ids_bytes: 0,
             ids_crc: 0,
@@ -109,7 +113,7 @@ impl<'j> Writer<'j> {
 
     /// Rows in complete files.
     pub fn rows(&self) -> u64 {
-        self.state.parts.iter().map(|part| part.rows).sum()
+        self.state.files.rows(&self.state.spec)
     }
 
     /// Whether the input up to the last of these rows has the digest that it had.
@@ -117,24 +121,31 @@ impl<'j> Writer<'j> {
         self.state.digest == digest
     }
 
-    /// Appends rows, of one file all; `digest` is that of the input up to the last of them.
-    pub fn push(&mut self, ids: &[String], rows: &[f32], digest: &str) -> Result<()> {
-        self.bytes.clear();
-        if let Err(at) = self.job.spec.dtype.encode(rows, &mut self.bytes) {
-            let id = &ids[at / self.job.spec.dim];
-            return Err(Error::refused(format!("the embedding of {id} has {} in it, too large for f16", rows[at]))
-                .remedy("store f32, or normalize"));
-        }
-        let (mut file, before, crc) = match self.open.take() {
+    /// Appends rows, of one part all; `digest` is that of the input up to the last of them.
+    pub fn push(&mut self, ids: &[String], rows: &Embedded, digest: &str) -> Result<()> {
+        let spec = &self.job.spec;
+        let (before, mut open) = match self.open.take() {
             Some(open) => open,
             None => {
-                let mut file = self.disk.create(&self.temporary())?;
-                file.put(&[0; HEADER])?;
-                (file, 0, 0)
+                let begin = |column: &Column| -> Result<_> {
+                    let mut file = self.disk.create(&self.temporary(*column))?;
+                    file.put(&[0; HEADER])?;
+                    Ok((*column, file, 0))
+                };
+                (0, Column::of(spec).iter().map(begin).collect::<Result<_>>()?)
             }
         };
-        file.put(&self.bytes)?;
-        let crc = crc32c::crc32c_append(crc, &self.bytes);
+        for (column, file, crc) in &mut open {
+            self.bytes.clear();
+            if let Err(at) = column.encode(spec, rows, &mut self.bytes) {
+                let (id, numbers) = (&ids[at / column.width(spec)], [&rows.dense, &rows.weights]);
+                let value = numbers[usize::from(*column == Column::Weights)][at];
+                return Err(Error::refused(format!("the embedding of {id} has {value} in it, too large for f16"))
+                    .remedy("store f32, or normalize"));
+            }
+            file.put(&self.bytes)?;
+            *crc = crc32c::crc32c_append(*crc, &self.bytes);
+        }
         self.bytes.clear();
         for id in ids {
             self.bytes.extend_from_slice(id.as_bytes());
@@ -145,28 +156,33 @@ impl<'j> Writer<'j> {
         self.state.ids_crc = crc32c::crc32c_append(self.state.ids_crc, &self.bytes);
         self.state.digest = digest.to_string();
         let rows = before + ids.len() as u64;
-        self.open = Some((file, rows, crc));
+        self.open = Some((rows, open));
         if rows >= self.state.rows_per_file { self.close() } else { Ok(()) }
     }
 
-    /// Where the open file is written.
-    fn temporary(&self) -> PathBuf {
-        self.dir.join(".embeddings.tmp")
+    /// Where the open file of a column is written.
+    fn temporary(&self, column: Column) -> PathBuf {
+        self.dir.join(temporary(column))
     }
 
-    /// Makes the open file a part.
+    /// Makes the open files a part.
     fn close(&mut self) -> Result<()> {
-        let Some((mut file, rows, crc)) = self.open.take() else { return Ok(()) };
-        let head = header(self.job.spec.dtype, rows, self.job.spec.dim);
-        file.put_at(&head, 0)?;
-        file.sync()?;
+        let Some((rows, open)) = self.open.take() else { return Ok(()) };
+        let (spec, number) = (&self.job.spec, self.state.files.parts(&self.job.spec).len());
+        let mut parts = Vec::new();
+        for (column, mut file, crc) in open {
+            let head = column.header(spec, rows);
+            file.put_at(&head, 0)?;
+            file.sync()?;
+            let crc = crc32c::crc32c_combine(crc32c::crc32c(&head), crc, rows as usize * column.row(spec));
+            parts.push((column, Part { file: format!("{}-{number:05}.npy", column.stem()), rows, crc }));
+        }
         self.ids.sync()?;
-        let bytes = rows as usize * self.job.spec.dim * self.job.spec.dtype.size();
-        let crc = crc32c::crc32c_combine(crc32c::crc32c(&head), crc, bytes);
-        let name = format!("embeddings-{:05}.npy", self.state.parts.len());
-        self.disk.rename(&self.temporary(), &self.dir.join(&name))?;
+        for (column, part) in parts {
+            self.disk.rename(&self.temporary(column), &self.dir.join(&part.file))?;
+            self.state.files.push(column, part);
+        }
         self.disk.sync_dir(&self.dir)?;
-        self.state.parts.push(Part { file: name, rows, crc });
         self.save()
     }
 
@@ -179,17 +195,19 @@ impl<'j> Writer<'j> {
     /// Completes the folder; `digest` is that of the whole input.
     pub fn finish(mut self, digest: &str) -> Result<()> {
         self.close()?;
-        let old = std::mem::take(&mut self.state.parts);
-        let parts = match self.job.layout {
-            Layout::Npy => old.clone(),
-            Layout::FaissFlat | Layout::Retromae => vec![self.join(&old)?],
-        };
+        let mut files = std::mem::take(&mut self.state.files);
+        let old = files.shards.clone();
+        match self.job.layout {
+            Layout::Npy => {}
+            Layout::FaissFlat | Layout::Retromae => files.shards = vec![self.join(&old)?],
+            Layout::Pyserini => files.pyserini = self.pyserini(&files)?,
+        }
         self.ids.sync()?;
-        let text = describe(self.job, digest, self.state.ids_crc, parts.clone()).text()?;
+        let text = describe(self.job, digest, self.state.ids_crc, files.clone()).text()?;
         // The ids keep their old name until the description is there: killed before, the work goes on.
         self.disk.replace(&self.dir.join(IDS), &self.read_ids()?)?;
         if self.job.layout == Layout::Retromae {
-            self.offsets(&parts[0])?;
+            self.offsets(&files.shards[0])?;
         }
         self.disk.replace(&self.dir.join(META), text.as_bytes())?;
         remove_parts(&self.disk, &self.dir, self.job.layout, &old)
@@ -235,6 +253,26 @@ impl<'j> Writer<'j> {
         Ok(Part { file: name, rows, crc })
     }
 
+    /// The lexical embeddings as Pyserini reads them, a file for each part.
+    fn pyserini(&self, files: &Files) -> Result<Vec<Part>> {
+        let ids = self.read_ids()?;
+        let mut ids = ids.split(|b| *b == b'\n');
+        let folder = self.dir.join(pyserini::FOLDER);
+        self.disk.create_dir(&folder)?;
+        let mut written = Vec::new();
+        for (i, of) in files.lexical_ids.iter().zip(&files.lexical_weights).enumerate() {
+            let (temporary, name) = (folder.join(".vectors.tmp"), format!("vectors-{i:05}.jsonl"));
+            let from = [of.0, of.1].map(|part| self.dir.join(&part.file));
+            let mut to = self.disk.create(&temporary)?;
+            let crc = pyserini::write(&self.disk, self.job, from, of.0.rows, &mut ids, &mut to)?;
+            to.sync()?;
+            self.disk.rename(&temporary, &folder.join(&name))?;
+            written.push(Part { file: format!("{}/{name}", pyserini::FOLDER), rows: of.0.rows, crc });
+        }
+        self.disk.sync_dir(&folder)?;
+        Ok(written)
+    }
+
     /// The published code's list of ids: `offset\tid`.
     fn offsets(&self, part: &Part) -> Result<()> {
         let ids = self.read_ids()?;
@@ -255,7 +293,11 @@ impl<'j> Writer<'j> {
 fn difference(was: (&Spec, Layout), now: (&Spec, Layout)) -> Option<(String, String, String)> {
     let fields = |(spec, layout): (&Spec, Layout)| {
         let value = serde_json::to_value(spec).unwrap_or_default();
-        let spec = value.as_object().cloned().unwrap_or_default();
+        let mut spec = value.as_object().cloned().unwrap_or_default();
+        // Left out where they are these.
+        for (key, usual) in [("representation", json!("cls")), ("lexical_top_k", json!(0)), ("vocab_size", json!(0))] {
+            spec.entry(key).or_insert(usual);
+        }
         // The name of a model may change; its digest says whether it is another.
         let named = spec.into_iter().filter(|(key, _)| key != "model").map(|(key, value)| (key, value.to_string()));
         named.chain([("layout".into(), format!("{layout:?}"))]).collect::<Vec<(String, String)>>()
@@ -290,14 +332,14 @@ pub(super) fn complete(disk: &Disk, dir: &Path, job: &Job) -> Result<Option<Meta
             .remedy("choose another --output or add --overwrite"));
     }
     if dir.join(PROGRESS).is_file() {
-        remove_parts(disk, dir, job.layout, &read(disk, dir)?.parts)?;
+        remove_parts(disk, dir, job.layout, &read(disk, dir)?.files.shards)?;
     }
     Ok(Some(meta))
 }
 
 /// Removes what a complete folder was made from.
 fn remove_parts(disk: &Disk, dir: &Path, layout: Layout, parts: &[Part]) -> Result<()> {
-    if layout != Layout::Npy {
+    if matches!(layout, Layout::FaissFlat | Layout::Retromae) {
         parts.iter().try_for_each(|part| disk.remove(&dir.join(&part.file)))?;
     }
     // The list of the parts last: as long as there is one, they can be found.
@@ -320,12 +362,21 @@ fn read(disk: &Disk, dir: &Path) -> Result<State> {
     serde_json::from_str(&body).map_err(|_| bad())
 }
 
+/// What the open file of a column is called.
+fn temporary(column: Column) -> String {
+    format!(".{}.tmp", column.stem())
+}
+
 /// Removes what this module writes, the description first.
 fn remove_all(disk: &Disk, dir: &Path) -> Result<()> {
+    let columns = [Column::Dense, Column::Ids, Column::Weights];
+    let others = [PROGRESS, IDS, PARTIAL_IDS, FAISS, "passage_reps", "query_reps", pyserini::FOLDER];
     let own = |name: &str| {
-        let part = name.strip_prefix("embeddings-").and_then(|n| n.strip_suffix(".npy"));
-        part.is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
-            || [PROGRESS, IDS, PARTIAL_IDS, FAISS, "passage_reps", "query_reps", ".embeddings.tmp"].contains(&name)
+        let part = |column: &Column| {
+            let number = name.strip_prefix(column.stem()).and_then(|n| n.strip_prefix('-')?.strip_suffix(".npy"));
+            number.is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit())) || name == temporary(*column)
+        };
+        columns.iter().any(part) || others.contains(&name)
     };
     disk.remove(&dir.join(META))?;
     disk.sync_dir(dir)?;
