@@ -11,6 +11,8 @@ mod commands;
 mod encode;
 #[path = "retrieve/interrupted.rs"]
 mod interrupted;
+#[path = "retrieve/lexical.rs"]
+mod lexical;
 #[path = "retrieve/mine.rs"]
 mod mine;
 #[path = "retrieve/search.rs"]

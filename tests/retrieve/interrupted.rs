@@ -1,17 +1,24 @@
 //! Killed or starved of disk at any moment, encode goes on to the very folder of an undisturbed run.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use retromae_engine::files::Disk;
 use retromae_engine::retrieve::embeddings::{Layout, Meta};
 use retromae_engine::retrieve::model::Texts;
+use retromae_engine::retrieve::representation::Representation;
 
 use crate::support::{Dir, content, counting, encode_on, jsonl, open, passages, texts};
 
 fn job(layout: Layout) -> Texts {
-    Texts { layout, ..passages(4) }
+    // What Pyserini reads is made of lexical embeddings.
+    let representation = if layout == Layout::Pyserini { Representation::Both } else { Representation::Cls };
+    Texts { layout, representation, lexical_top_k: 7, ..passages(4) }
+}
+
+fn model_for(dir: &Dir, layout: Layout) -> PathBuf {
+    if layout == Layout::Pyserini { dir.headed("model", 1) } else { dir.model("model", 1) }
 }
 
 /// The test binary doubles as the program that is killed.
@@ -32,16 +39,20 @@ fn child() {
         }
         Ok(())
     });
-    let layout = if std::env::var("RETROMAE_ENCODE_FAISS").is_ok() { Layout::FaissFlat } else { Layout::Npy };
+    let layout = match std::env::var("RETROMAE_ENCODE_LAYOUT").as_deref() {
+        Ok("faiss") => Layout::FaissFlat,
+        Ok("pyserini") => Layout::Pyserini,
+        _ => Layout::Npy,
+    };
     encode_on(&disk, &open(&folder.join("model")), &folder.join("all.jsonl"), &folder.join("out"), &job(layout))
         .unwrap();
 }
 
 #[test]
 fn killed_at_any_file_operation_it_goes_on_to_the_same_folder() {
-    for layout in [Layout::Npy, Layout::FaissFlat] {
+    for (layout, name) in [(Layout::Npy, "npy"), (Layout::FaissFlat, "faiss"), (Layout::Pyserini, "pyserini")] {
         let dir = Dir::new();
-        let model = open(&dir.model("model", 1));
+        let model = open(&model_for(&dir, layout));
         let input = dir.write("all.jsonl", jsonl(&texts(10)));
         encode_on(&Disk::default(), &model, &input, &dir.at("undisturbed"), &job(layout)).unwrap();
         let expected = content(&dir.at("undisturbed"));
@@ -50,9 +61,7 @@ fn killed_at_any_file_operation_it_goes_on_to_the_same_folder() {
             let mut command = Command::new(std::env::current_exe().unwrap());
             command.args(["--exact", "interrupted::child", "--nocapture"]).stdout(Stdio::null()).stderr(Stdio::null());
             command.env("RETROMAE_ENCODE_IN", dir.at(".")).env("RETROMAE_ENCODE_KILL_AT", at.to_string());
-            if layout == Layout::FaissFlat {
-                command.env("RETROMAE_ENCODE_FAISS", "1");
-            }
+            command.env("RETROMAE_ENCODE_LAYOUT", name);
             let status = command.status().unwrap();
             let done = encode_on(&Disk::default(), &model, &input, &dir.at("out"), &job(layout)).unwrap();
             assert_eq!(content(&dir.at("out")), expected, "{layout:?}, killed at operation {at}");

@@ -58,20 +58,27 @@ impl Dir {
     /// A small model of random weights, with the tokenizer of a real one, as sentence-transformers lays it out.
     pub fn model(&self, name: &str, seed: u64) -> PathBuf {
         let dir = self.at(name);
-        encoder(&dir, seed);
+        encoder(&dir, seed, false);
+        dir
+    }
+
+    /// The same with an MLM head.
+    pub fn headed(&self, name: &str, seed: u64) -> PathBuf {
+        let dir = self.at(name);
+        encoder(&dir, seed, true);
         dir
     }
 
     /// The same with an encoder for each side.
     pub fn untied(&self, name: &str) -> PathBuf {
         let dir = self.at(name);
-        encoder(&dir.join("query_model"), 11);
-        encoder(&dir.join("passage_model"), 12);
+        encoder(&dir.join("query_model"), 11, false);
+        encoder(&dir.join("passage_model"), 12, false);
         dir
     }
 }
 
-fn encoder(dir: &Path, seed: u64) {
+fn encoder(dir: &Path, seed: u64, head: bool) {
     std::fs::create_dir_all(dir.join("1_Pooling")).unwrap();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/minilm");
     for file in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"] {
@@ -81,7 +88,7 @@ fn encoder(dir: &Path, seed: u64) {
     write(
         "config.json",
         json!({"model_type": "bert", "vocab_size": 30522, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2,
-               "intermediate_size": 600, "max_position_embeddings": 64, "hidden_act": "gelu"}),
+               "intermediate_size": 600, "max_position_embeddings": 64, "hidden_act": if head { "relu" } else { "gelu" }}),
     );
     write("1_Pooling/config.json", json!({"pooling_mode": "mean"}));
     let module =
@@ -93,7 +100,10 @@ fn encoder(dir: &Path, seed: u64) {
     write("config_sentence_transformers.json", json!({"prompts": {"query": "find this: ", "document": ""}}));
     write("sentence_bert_config.json", json!({"max_seq_length": 48}));
     let config = BertConfig::read(dir.join("config.json")).unwrap();
-    let params = names::encoder(&config);
+    let mut params = names::encoder(&config);
+    if head {
+        params.extend(names::mlm_head(&config));
+    }
     let specs = params.iter().map(|param| Spec {
         name: param.name.replacen("bert.", "", 1),
         info: Info { dtype: Dtype::F32, shape: param.shape.clone() },
