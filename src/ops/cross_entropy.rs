@@ -137,6 +137,8 @@ pub fn sums(device: Device, rows: Count<'_>, row_loss: &Tensor, row_correct: &Te
     }
 }
 
+pub(super) use gpu::add_columns;
+
 /// The reference: rows in parallel, losses summed in row order in f64; bias gradient by blocks of columns.
 mod cpu {
     use super::CrossEntropy;
@@ -263,16 +265,28 @@ mod gpu {
                     V: v as i32,
                 }
         );
+        add_columns(gpu, a.logits, a.shape.rows, (first as usize, count), v, g.db_acc);
+    }
+
+    /// Adds the column sums of the rows in use of a chunk to `db_acc`.
+    pub fn add_columns(
+        gpu: &Gpu,
+        g: &Tensor,
+        rows: Count<'_>,
+        (first, count): (usize, usize),
+        v: usize,
+        db_acc: &Tensor,
+    ) {
+        let (rows, first, chunk) = (rows.get(), first as i32, count as i32);
         let partial: MutPtr<f32> = gpu.scratch(count.div_ceil(SLAB) * v);
         let grid = Shape { grid: [blocks(v, 1024), blocks(count, SLAB), 1], ..Shape::linear(1, 128) };
         launch_as!(
             gpu,
-            a.logits,
+            g,
             grid,
-            CrossEntropyBiasSumsF32
-                | CrossEntropyBiasSumsBf16 { partial, g: a.logits.get(), rows, first, chunk, V: v as i32 }
+            CrossEntropyBiasSumsF32 | CrossEntropyBiasSumsBf16 { partial, g: g.get(), rows, first, chunk, V: v as i32 }
         );
-        let (db_acc, partial) = (g.db_acc.get_mut(), partial.into());
+        let (db_acc, partial) = (db_acc.get_mut(), partial.into());
         launch!(
             gpu,
             Shape::linear(blocks(v, 256), 256),

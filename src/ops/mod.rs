@@ -16,6 +16,7 @@ pub mod gather;
 mod gpu;
 pub mod group_loss;
 pub mod group_scores;
+pub mod joined;
 pub mod layernorm;
 pub mod lexical;
 pub mod linear;
