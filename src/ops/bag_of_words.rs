@@ -189,9 +189,12 @@ mod cpu {
                 let x = &logits[slot * v..][..v];
                 let (top, sum) = vectorized(|| {
                     let top = max(x);
-                    let exponential = #[inline(always)]
-                    |x: F| (x - top).exp();
-                    (top, sum1(x, exponential))
+                    let sum = sum1(
+                        x,
+                        #[inline(always)]
+                        |x| (x - top).exp(),
+                    );
+                    (top, sum)
                 });
                 (loss[first + i], correct[first + i]) = (top + sum.ln() - x[label], u32::from(x[label] >= top));
                 (statistics[2 * slot], statistics[2 * slot + 1]) = (top, sum);
@@ -237,9 +240,11 @@ mod cpu {
                         }
                     }
                     maximum = max(u);
-                    let exponential = #[inline(always)]
-                    |u: F| (u - maximum).exp();
-                    sum = sum1(u, exponential);
+                    sum = sum1(
+                        u,
+                        #[inline(always)]
+                        |u| (u - maximum).exp(),
+                    );
                 });
                 let lse = maximum + sum.ln();
                 loss = words.iter().fold(F::ZERO, |loss, &word| loss + weight * (lse - u[word as usize]));
