@@ -94,7 +94,7 @@ impl Case<'_> {
                 cu_seqlens,
                 work: None,
             },
-            queries: Queries { position: &position, sentence: &sentence },
+            queries: Queries::Parts { position: &position, sentence: &sentence },
             k: Matrix::columns(&kv, 0, 2 * c),
             v: Matrix::columns(&kv, c, 2 * c),
             visible: Visible { offsets: &p.offsets, words: &p.words, row: &p.row },

@@ -100,7 +100,7 @@ fn decoding_of(place: Place, p: &Problem) -> Results {
     let lse = place.unset_wide(rows * p.heads, SPARE * p.heads);
     let forward = || decoding::Forward {
         shape: tables.shape(place, p),
-        queries: decoding::Queries { position: &position, sentence: &sentence },
+        queries: decoding::Queries::Parts { position: &position, sentence: &sentence },
         k: Matrix::columns(&kv, 0, 2 * c),
         v: Matrix::columns(&kv, c, 2 * c),
         visible: decoding::Visible { offsets: &offsets, words: &words, row: &row },
