@@ -125,8 +125,7 @@ fn check(case: &str, objective: Objective, device: Device, dtype: DType, toleran
     let mut model = model(&case, objective, device, dtype);
     let path = case.join("batch.safetensors");
     let c = model.config().clone();
-    let (file, vocabulary, positions) =
-        (BatchFile::open(&path, "").unwrap(), c.vocab_size, c.max_position_embeddings);
+    let (file, vocabulary, positions) = (BatchFile::open(&path, "").unwrap(), c.vocab_size, c.max_position_embeddings);
     let batch = match objective {
         Objective::DupMae => file.dupmae(vocabulary, positions),
         _ => file.pretrain(objective.has_decoder(), vocabulary, positions),

@@ -6,8 +6,8 @@ use crate::ops::attention::{self, Tiles, Work};
 use crate::ops::{Count, Groups, RowNames};
 
 use super::Capacity;
-use super::head_chunks::HeadChunks;
 use super::extent::{Bounds, Extent};
+use super::head_chunks::HeadChunks;
 
 /// Room for index groups of up to `rows` rows.
 pub struct GroupBuffers {
@@ -336,9 +336,7 @@ impl Inputs {
         Inputs {
             needed: Rows::new(device, c.tokens, c),
             head_chunks: Some(HeadChunks::new(device, c, rows)),
-            decoder: self
-                .decoder
-                .map(|d| DecoderInputs { by_type: Some(GroupBuffers::new(device, 1, c.tokens)), ..d }),
+            decoder: self.decoder.map(|d| DecoderInputs { by_type: Some(GroupBuffers::new(device, 1, c.tokens)), ..d }),
             ..self
         }
     }
