@@ -1,11 +1,11 @@
-// Attention of the enhanced decoder: queries in two parts, and a visibility mask of bits for every position; no position sees itself.
+// Attention of the enhanced decoder: queries in two parts or whole, and a visibility mask of bits for every position; no position sees itself.
 //
 //   enhanced_decoding_forward_d<D>        writes (=) out [R, C], lse [R, H]
 //   enhanced_decoding_backward_dq_d<D>    writes (=) dq [R, C], delta [R, H]
 //   enhanced_decoding_backward_dkv_d<D>   writes (=) dkv [T, 2 C] (dK, dV side by side); reads delta, so it comes after dq
 //
 // The query of a row is q_position[position of the row] + q_sentence[sequence of the row], formed as a tile is loaded and rounded to the
-// storage type; parts [Lmax, C] and [S, C]. k, v [T, C] are views with their own strides. Bit rows as in `Visibility` of
+// storage type; parts [Lmax, C] and [S, C]. Without q_sentence it is a row of q_position [R, C] itself. k, v [T, C] are views with their own strides. Bit rows as in `Visibility` of
 // src/data/batch.rs. A row that sees nothing gives zeros and lse = +inf, and no gradient. The rest (D, precision, alignment, grid, block,
 // shared memory) is as in attention.cu; tiles come from the same loop. Bound by the tensor cores: a mask costs one word a row and 32 keys.
 #include "flash.cuh"
@@ -72,7 +72,7 @@ __device__ __forceinline__ uint4 add_chunks(const float* a, const float* b) {
 }
 
 template <class T, int D> struct FormedQueries {
-  const T *by_position, *sentence;   // of the head
+  const T *by_position, *sentence;   // of the head; without a sentence the first is by row
   const uint32_t* position;          // [R]
   int width;
   __device__ __forceinline__ void load(unsigned char* tile, int first, int rows) const {
@@ -80,7 +80,10 @@ template <class T, int D> struct FormedQueries {
     for (int i = int(threadIdx.x); i < TILE * L::CHUNKS; i += int(blockDim.x)) {
       const int row = i / L::CHUNKS, chunk = i % L::CHUNKS, at = chunk * L::ELEMENTS;
       uint4 query = make_uint4(0, 0, 0, 0);
-      if (row < rows) query = add_chunks(by_position + size_t(position[first + row]) * size_t(width) + at, sentence + at);
+      if (row < rows) {
+        const T* const from = by_position + size_t(sentence == nullptr ? uint32_t(first + row) : position[first + row]) * size_t(width) + at;
+        query = sentence == nullptr ? *reinterpret_cast<const uint4*>(from) : add_chunks(from, sentence + at);
+      }
       *reinterpret_cast<uint4*>(tile + L::at(row, chunk)) = query;
     }
   }
@@ -94,8 +97,9 @@ template <class T, int D> struct DecoderTensors {
                                             int v_stride, const VisibleKeys& visible, const AttentionBatch& batch, int heads,
                                             const Item& item)
       : k{k_start + column(item, k_stride), k_stride}, v{v_start + column(item, v_stride), v_stride},
-        queries{q_position + item.head * D, q_sentence + (size_t(item.sequence) * size_t(heads) + size_t(item.head)) * D, batch.position,
-                heads * D},
+        queries{q_position + item.head * D,
+                q_sentence == nullptr ? nullptr : q_sentence + (size_t(item.sequence) * size_t(heads) + size_t(item.head)) * D,
+                batch.position, heads * D},
         mask(visible, item) {}
   static __device__ __forceinline__ size_t column(const Item& item, int stride) {
     return size_t(item.first_key) * size_t(stride) + size_t(item.head) * D;

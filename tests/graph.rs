@@ -124,9 +124,13 @@ fn check(case: &str, objective: Objective, device: Device, dtype: DType, toleran
     let tolerance = tolerance.of(&case);
     let mut model = model(&case, objective, device, dtype);
     let path = case.join("batch.safetensors");
-    let decoder = objective == Objective::RetroMae;
     let c = model.config().clone();
-    let batch = BatchFile::open(&path, "").unwrap().pretrain(decoder, c.vocab_size, c.max_position_embeddings).unwrap();
+    let (file, vocabulary, positions) = (BatchFile::open(&path, "").unwrap(), c.vocab_size, c.max_position_embeddings);
+    let batch = match objective {
+        Objective::DupMae => file.dupmae(vocabulary, positions),
+        _ => file.pretrain(objective.has_decoder(), vocabulary, positions),
+    };
+    let batch = batch.unwrap();
     let losses = model.gradients(&[batch], StepDropout::OFF).unwrap();
     let expected = std::fs::read(case.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&expected).unwrap();
@@ -136,9 +140,12 @@ fn check(case: &str, objective: Objective, device: Device, dtype: DType, toleran
         assert!(error <= tolerance(name), "{name}: {value} instead of {reference}");
     };
     loss("loss", losses.total());
-    if decoder {
+    if objective.has_decoder() {
         loss("loss.encoder", losses.encoder_loss());
         loss("loss.decoder", losses.decoder_loss());
+    }
+    if objective == Objective::DupMae {
+        loss("loss.bow", losses.bow_loss());
     }
     let (mut compared, mut most) = (0, 0.0f64);
     for part in model.params().parts() {
@@ -167,8 +174,14 @@ fn golden_mlm_head32() {
 }
 
 #[test]
+fn golden_dupmae_head32() {
+    check("head32/dupmae", Objective::DupMae, Device::Cpu, DType::F32, Tolerance::Fixed(1e-5, 1e-4));
+}
+
+#[test]
 fn golden_in_f64_is_exact_to_the_files_precision() {
     check("head32/retromae", Objective::RetroMae, Device::Cpu, DType::F64, Tolerance::Fixed(2e-7, 2e-6));
+    check("head32/dupmae", Objective::DupMae, Device::Cpu, DType::F64, Tolerance::Fixed(2e-7, 2e-6));
     check("head32/mlm", Objective::Mlm, Device::Cpu, DType::F64, Tolerance::Fixed(2e-7, 2e-6));
 }
 
@@ -177,6 +190,7 @@ fn golden_on_a_gpu_in_f32() {
     check("head32/retromae", Objective::RetroMae, gpu(), DType::F32, Tolerance::Fixed(1e-5, 1e-4));
     check("head64/retromae", Objective::RetroMae, gpu(), DType::F32, Tolerance::Fixed(1e-5, 1e-4));
     check("head32/mlm", Objective::Mlm, gpu(), DType::F32, Tolerance::Fixed(1e-5, 1e-4));
+    check("head32/dupmae", Objective::DupMae, gpu(), DType::F32, Tolerance::Fixed(1e-5, 1e-4));
 }
 
 #[test]
@@ -184,6 +198,7 @@ fn golden_on_a_gpu_in_bf16() {
     check("head32/retromae", Objective::RetroMae, gpu(), DType::BF16, Tolerance::TwicePlain);
     check("head64/retromae", Objective::RetroMae, gpu(), DType::BF16, Tolerance::TwicePlain);
     check("head32/mlm", Objective::Mlm, gpu(), DType::BF16, Tolerance::TwicePlain);
+    check("head32/dupmae", Objective::DupMae, gpu(), DType::BF16, Tolerance::TwicePlain);
 }
 
 #[test]

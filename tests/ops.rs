@@ -5,6 +5,8 @@
 mod activation;
 #[path = "ops/attention.rs"]
 mod attention;
+#[path = "ops/bag_of_words.rs"]
+mod bag_of_words;
 #[path = "ops/common.rs"]
 mod common;
 #[path = "ops/contrastive.rs"]

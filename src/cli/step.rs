@@ -25,9 +25,10 @@ use crate::train::updates::Trainable;
 
 /// Loss and every gradient of one batch, without dropout
 ///
-/// The batch is a safetensors file of integers, padded, with masks of ones and zeros. retromae and mlm: encoder_input_ids,
-/// encoder_attention_mask, encoder_labels (all [B, L], -100 = no label); retromae also decoder_input_ids, decoder_labels ([B, L]) and
-/// decoder_attention_mask ([B, L, L], 1 = visible). contrastive: query.input_ids, query.attention_mask [B, L], passage.input_ids,
+/// The batch is a safetensors file of integers, padded, with masks of ones and zeros. retromae, dupmae and mlm: encoder_input_ids,
+/// encoder_attention_mask, encoder_labels (all [B, L], -100 = no label); retromae and dupmae also decoder_input_ids, decoder_labels
+/// ([B, L]) and decoder_attention_mask ([B, L, L], 1 = visible); dupmae also bag_word_weight ([B, V] of floats, 1/n for each distinct
+/// token of the n of a text). contrastive: query.input_ids, query.attention_mask [B, L], passage.input_ids,
 /// passage.attention_mask [B g, L], those of a query side by side and its positive first, and perhaps teacher_score [B, g]. cross-encoder:
 /// input_ids, attention_mask, token_type_ids [B g, L]. The output holds loss, loss.<part>, for contrastive the embeddings, and
 /// grad.<parameter> under checkpoint names.
@@ -63,6 +64,9 @@ pub struct Arguments {
     /// How scores are compared with a teacher's
     #[arg(long, value_enum, default_value = "kl")]
     distill_loss: DistillLoss,
+    /// Weight of dupmae's bag-of-words loss
+    #[arg(long, value_name = "X", default_value_t = step::BOW_LOSS_WEIGHT)]
+    bow_loss_weight: f64,
     #[command(flatten)]
     hardware: Hardware,
 }
@@ -71,6 +75,7 @@ pub struct Arguments {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Objective {
     Retromae,
+    Dupmae,
     Mlm,
     Contrastive,
     CrossEncoder,
@@ -88,6 +93,10 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         let cause = format!("--temperature {}: scores cannot be divided by it", args.temperature);
         return Err(Error::usage(cause).remedy("choose a positive number"));
     }
+    if !(args.bow_loss_weight >= 0.0 && args.bow_loss_weight.is_finite()) {
+        let cause = format!("--bow-loss-weight {}: no weight of a loss", args.bow_loss_weight);
+        return Err(Error::usage(cause).remedy("choose a number that is at least 0"));
+    }
     let path = hub::resolve(&args.model)?;
     let target = |config: &BertConfig| -> Result<Target> {
         let target = Target::open(&args.hardware.device, args.hardware.precision)?;
@@ -96,6 +105,7 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     };
     let (losses, gradients) = match args.objective {
         Objective::Retromae => pretrain(&args, &path, step::Objective::RetroMae, &target)?,
+        Objective::Dupmae => pretrain(&args, &path, step::Objective::DupMae, &target)?,
         Objective::Mlm => pretrain(&args, &path, step::Objective::Mlm, &target)?,
         Objective::Contrastive => contrastive(&args, &path, &target)?,
         Objective::CrossEncoder => cross_encoder(&args, &path, &target)?,
@@ -127,15 +137,18 @@ fn write(
 
 fn pretrain(args: &Arguments, path: &Path, objective: step::Objective, open: Open<'_>) -> Result<(Losses, usize)> {
     let (config, weights) = encoder(path)?;
-    let with_decoder = objective == step::Objective::RetroMae;
     let mut expected = names::encoder(&config);
     expected.extend(names::mlm_head(&config));
-    if with_decoder {
+    if objective.has_decoder() {
         expected.extend(names::enhanced_decoder(&config));
     }
     weights.check(&expected)?;
     let batch = BatchFile::open(&args.batch, "")?;
-    let batch = batch.pretrain(with_decoder, config.vocab_size, config.max_position_embeddings)?;
+    let (vocabulary, positions) = (config.vocab_size, config.max_position_embeddings);
+    let batch = match objective {
+        step::Objective::DupMae => batch.dupmae(vocabulary, positions)?,
+        _ => batch.pretrain(objective.has_decoder(), vocabulary, positions)?,
+    };
     let capacity = Capacity {
         tokens: batch.tokens(),
         sequences: batch.sequences(),
@@ -143,12 +156,16 @@ fn pretrain(args: &Arguments, path: &Path, objective: step::Objective, open: Ope
         encoder_labels: batch.encoder_label_ids.len(),
     };
     let target = open(&config)?;
-    let mut model = Pretrainer::new(target.device, &config, objective, capacity, target.storage)?;
+    let model = Pretrainer::new(target.device, &config, objective, capacity, target.storage)?;
+    let mut model = model.with_bow_loss_weight(args.bow_loss_weight);
     model.params().load(0, 0.0, |name, shape, out| weights.read_f32(name, shape, out).map(|()| true))?;
     let done = model.gradients(&[batch], StepDropout::OFF)?;
     let mut losses = vec![("loss", done.total())];
-    if with_decoder {
+    if objective.has_decoder() {
         losses.extend([("loss.encoder", done.encoder_loss()), ("loss.decoder", done.decoder_loss())]);
+    }
+    if objective == step::Objective::DupMae {
+        losses.push(("loss.bow", done.bow_loss()));
     }
     let gradients = write(args, model.params(), &losses, Vec::new(), str::to_string)?;
     Ok((losses, gradients))

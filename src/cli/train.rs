@@ -112,6 +112,9 @@ struct Flags {
     /// Part of a text's tokens hidden from each position of the enhanced decoder [default: 0.5]
     #[arg(long, value_name = "P")]
     decoder_mask_probability: Option<f64>,
+    /// Weight of DupMAE's bag-of-words loss [default: 0.1]
+    #[arg(long, value_name = "X")]
+    bow_loss_weight: Option<f64>,
     /// Device [default: auto]
     #[arg(long, value_name = "auto|cpu|cuda|emulator")]
     device: Option<String>,
@@ -202,6 +205,7 @@ pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
     start_threads(&settings, global)?;
     match settings.objective {
         Objective::Retromae => train(Pretraining::open(&settings, step::Objective::RetroMae)?, &args, global),
+        Objective::Dupmae => train(Pretraining::open(&settings, step::Objective::DupMae)?, &args, global),
         Objective::Mlm => train(Pretraining::open(&settings, step::Objective::Mlm)?, &args, global),
         Objective::Contrastive => train(BiEncoderJob::open(&settings)?, &args, global),
         Objective::CrossEncoder => train(RankerJob::open(&settings)?, &args, global),

@@ -38,6 +38,33 @@ pub struct PretrainBatch {
     pub encoder_label_ids: Vec<u32>,
     /// What the enhanced decoder works on; `None` for plain MLM.
     pub decoder: Option<DecoderBatch>,
+    /// The texts as bags of words, where the objective has a loss over them.
+    pub bags: Option<Bags>,
+}
+
+/// The distinct words of each text, of equal weight: 1 / n of the text's n tokens (arXiv 2211.08769).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Bags {
+    /// `[S + 1]` first word of each bag.
+    pub offsets: Vec<u32>,
+    /// Token ids, ascending and distinct in a bag: every token but [CLS] and [SEP].
+    pub ids: Vec<u32>,
+    /// `[S]` weight of each word of a bag; 0 of an empty one.
+    pub weights: Vec<f32>,
+}
+
+impl Bags {
+    /// None yet.
+    pub fn new() -> Self {
+        Bags { offsets: vec![0], ..Bags::default() }
+    }
+
+    /// Adds a bag. `ids`: ascending and distinct.
+    pub fn push(&mut self, ids: &[u32], weight: f32) {
+        self.ids.extend_from_slice(ids);
+        self.offsets.push(self.ids.len() as u32);
+        self.weights.push(weight);
+    }
 }
 
 /// The enhanced decoder's side of a [`PretrainBatch`].
@@ -92,6 +119,8 @@ struct Slot<'a> {
     visibility: Option<TextVisibility<'a>>,
     encoder_labels: Vec<u32>,
     encoder_label_ids: Vec<u32>,
+    /// Distinct words, and tokens they are of.
+    bag: (Vec<u32>, usize),
 }
 
 impl Builder {
@@ -114,8 +143,15 @@ impl Builder {
             .collect();
         // Errors in sample order: the same one is reported whatever the threads did.
         done.into_iter().collect::<Result<()>>()?;
+        let mut bags = self.rules.has_bags().then(Bags::new);
+        if let Some(bags) = &mut bags {
+            for (words, tokens) in slots.iter().map(|slot| &slot.bag) {
+                bags.push(words, if *tokens > 0 { 1.0 / *tokens as f32 } else { 0.0 });
+            }
+        }
         let labels: Vec<(Vec<u32>, Vec<u32>)> =
             slots.into_iter().map(|slot| (slot.encoder_labels, slot.encoder_label_ids)).collect();
+        batch.bags = bags;
         for (&first, (positions, ids)) in batch.cu_seqlens.iter().zip(&labels) {
             batch.encoder_label_rows.extend(positions.iter().map(|position| first + position));
             batch.encoder_label_ids.extend(ids);
@@ -183,6 +219,13 @@ impl Builder {
         if self.rules.has_decoder() {
             slot.decoder_ids.copy_from_slice(ids);
         }
+        if self.rules.has_bags() {
+            let (words, tokens) = &mut slot.bag;
+            words.extend(ids.iter().filter(|&&id| !self.rules.vocabulary().is_border(id)));
+            *tokens = words.len();
+            words.sort_unstable();
+            words.dedup();
+        }
         Ok(())
     }
 }
@@ -209,6 +252,7 @@ fn slots<'a>(batch: &'a mut PretrainBatch, texts: &[u64]) -> Vec<Slot<'a>> {
             visibility,
             encoder_labels: Vec::new(),
             encoder_label_ids: Vec::new(),
+            bag: Default::default(),
         });
     }
     slots

@@ -86,6 +86,7 @@ pub struct MaskRules {
     vocabulary: Vocabulary,
     encoder_probability: f64,
     decoder_probability: Option<f64>,
+    bags: bool,
 }
 
 impl MaskRules {
@@ -101,7 +102,12 @@ impl MaskRules {
             return Err(Error::refused("the vocabulary is empty")
                 .remedy("make the shards again with a tokenizer that has tokens"));
         }
-        Ok(MaskRules { seed, vocabulary, encoder_probability: encoder, decoder_probability: decoder })
+        Ok(MaskRules { seed, vocabulary, encoder_probability: encoder, decoder_probability: decoder, bags: false })
+    }
+
+    /// The same, with the texts' bags of words beside their masks.
+    pub fn with_bags(self) -> Self {
+        MaskRules { bags: true, ..self }
     }
 
     /// The vocabulary.
@@ -112,6 +118,11 @@ impl MaskRules {
     /// Whether texts get visibility rows for the enhanced decoder.
     pub fn has_decoder(&self) -> bool {
         self.decoder_probability.is_some()
+    }
+
+    /// Whether batches have the texts' bags of words.
+    pub fn has_bags(&self) -> bool {
+        self.bags
     }
 }
 

@@ -98,7 +98,8 @@ impl TowerInputs {
     pub fn set(&mut self, texts: &TextBatch, places: &[u32], gradients: bool) -> Bounds {
         let (cu, count) = (&texts.cu_seqlens, texts.samples.len());
         let length = cu.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0);
-        let exact = Bounds { tokens: texts.ids.len(), sequences: count, labels: 0, decoder_rows: 0, length };
+        let exact =
+            Bounds { tokens: texts.ids.len(), sequences: count, labels: 0, decoder_rows: 0, length, head_chunks: 0 };
         let bounds = if self.device.is_gpu() { exact.rounded(self.capacity) } else { exact };
         self.tokens.set(&texts.ids, &texts.types, cu, &texts.samples, &bounds);
         if gradients {

@@ -11,7 +11,7 @@ use super::{Capacity, Dims, Pass};
 use crate::device::{Matrix, Output, Tensor};
 use crate::model::config::BertConfig;
 use crate::ops::embed::Tables;
-use crate::ops::{attention, embed, gather, layernorm};
+use crate::ops::{Count, Groups, attention, embed, gather, layernorm};
 
 /// Numbers of the embedding tables; the decoder reads them too.
 #[derive(Clone, Copy, Debug)]
@@ -84,18 +84,24 @@ impl Embedding {
         }
     }
 
-    fn shape<'a>(&self, tokens: &'a TokenInputs) -> layernorm::Shape<'a> {
-        layernorm::Shape { rows: tokens.count.get(), width: self.dims.hidden, eps: self.dims.eps }
+    fn shape<'a>(&self, rows: Count<'a>) -> layernorm::Shape<'a> {
+        layernorm::Shape { rows, width: self.dims.hidden, eps: self.dims.eps }
     }
 
     /// Embeds the tokens into `y`.
     pub fn forward(&self, p: &Pass<'_>, tokens: &TokenInputs) {
+        let of = embed::Tokens { ids: &tokens.ids, types: &tokens.types, names: tokens.names() };
+        self.forward_of(p, tokens.count.get(), of, p.w(self.tables.word));
+    }
+
+    /// [`Self::forward`] of rows whose ids name rows of `word`.
+    pub fn forward_of(&self, p: &Pass<'_>, rows: Count<'_>, tokens: embed::Tokens<'_>, word: &Tensor) {
         embed::forward(
             p.device,
             &embed::Forward {
-                shape: self.shape(tokens),
-                tokens: embed::Tokens { ids: &tokens.ids, types: &tokens.types, names: tokens.names() },
-                tables: self.tables.weights(p),
+                shape: self.shape(rows),
+                tokens,
+                tables: Tables { word, ..self.tables.weights(p) },
                 dropout: p.dropout.hidden(self.site),
                 y: p.b(self.y),
                 mean: p.b(self.mean),
@@ -106,18 +112,33 @@ impl Embedding {
 
     /// Adds the gradients of the tables; `dy [T, C]` is used up.
     pub fn backward(&self, p: &Pass<'_>, tokens: &TokenInputs, dy: &Tensor) {
+        let of = embed::Tokens { ids: &tokens.ids, types: &tokens.types, names: tokens.names() };
+        let word = (p.w(self.tables.word), p.g(self.tables.word));
+        self.backward_of(p, tokens.count.get(), of, word, dy, tokens.groups());
+    }
+
+    /// [`Self::backward`] of [`Self::forward_of`]: `word` and its gradient. `groups`: rows by id, by position, by token type.
+    pub fn backward_of(
+        &self,
+        p: &Pass<'_>,
+        rows: Count<'_>,
+        tokens: embed::Tokens<'_>,
+        (word, dword_acc): (&Tensor, &Tensor),
+        dy: &Tensor,
+        groups: [Groups<'_>; 3],
+    ) {
         embed::backward(
             p.device,
             &embed::Backward {
-                shape: self.shape(tokens),
-                tokens: embed::Tokens { ids: &tokens.ids, types: &tokens.types, names: tokens.names() },
-                tables: self.tables.weights(p),
+                shape: self.shape(rows),
+                tokens,
+                tables: Tables { word, ..self.tables.weights(p) },
                 dropout: p.dropout.hidden(self.site),
                 mean: p.b(self.mean),
                 rstd: p.b(self.rstd),
                 dy,
-                groups: tokens.groups(),
-                grad_acc: self.tables.gradients(p),
+                groups,
+                grad_acc: Tables { word: dword_acc, ..self.tables.gradients(p) },
             },
         );
     }

@@ -21,6 +21,8 @@ pub struct Bounds {
     pub decoder_rows: usize,
     /// Longest sequence.
     pub length: usize,
+    /// Chunks of whole sequences that go through the LM head.
+    pub head_chunks: usize,
 }
 
 /// `n` rounded up to a multiple of one `parts`-th of `most`, and at most that.
@@ -38,6 +40,7 @@ impl Bounds {
             labels: batch.encoder_label_ids.len(),
             decoder_rows: batch.decoder.as_ref().map_or(0, |d| d.label_ids.len()),
             length: longest,
+            head_chunks: 0,
         };
         if device.is_gpu() { exact.rounded(capacity) } else { exact }
     }
@@ -50,6 +53,7 @@ impl Bounds {
             labels: rounded(self.labels, capacity.tokens, 16).min(capacity.encoder_labels),
             decoder_rows: rounded(self.decoder_rows, capacity.tokens, 8),
             length: capacity.length,
+            head_chunks: self.head_chunks,
         }
     }
 
@@ -107,6 +111,7 @@ mod tests {
                 labels: tokens * 3 / 10,
                 decoder_rows: tokens - 1,
                 length: 50,
+                head_chunks: 0,
             };
             let b = exact.rounded(capacity);
             assert!(b.tokens >= tokens && b.sequences >= exact.sequences && b.labels >= exact.labels);

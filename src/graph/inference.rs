@@ -51,7 +51,7 @@ impl Inference {
     pub fn hidden_states(&mut self, ids: &[u32], types: &[u32], cu_seqlens: &[u32], rows: &[u32]) -> &Tensor {
         let samples: Vec<u64> = (0..cu_seqlens.len() as u64 - 1).collect();
         let (tokens, sequences, length) = (ids.len(), samples.len(), self.capacity.length);
-        let exact = Bounds { tokens, sequences, labels: 0, decoder_rows: rows.len(), length };
+        let exact = Bounds { tokens, sequences, labels: 0, decoder_rows: rows.len(), length, head_chunks: 0 };
         let bounds = if self.device.is_gpu() { exact.rounded(self.capacity) } else { exact };
         self.tokens.set(ids, types, cu_seqlens, &samples, &bounds);
         self.rows.set(rows, cu_seqlens, bounds.decoder_rows, &bounds);

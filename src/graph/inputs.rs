@@ -7,6 +7,7 @@ use crate::ops::{Count, Groups, RowNames};
 
 use super::Capacity;
 use super::extent::{Bounds, Extent};
+use super::head_chunks::HeadChunks;
 
 /// Room for index groups of up to `rows` rows.
 pub struct GroupBuffers {
@@ -268,13 +269,15 @@ pub struct DecoderInputs {
     pub by_position: GroupBuffers,
     /// Labelled rows by sequence.
     pub by_sequence: GroupBuffers,
+    /// Labelled rows by token type, all in one; where queries are embedded.
+    pub by_type: Option<GroupBuffers>,
 }
 
 /// A pre-training batch on the device.
 pub struct Inputs {
     /// Masked tokens.
     pub tokens: TokenInputs,
-    /// Rows needed of the encoder's last layer: labelled ones, and [CLS] where there is a decoder.
+    /// Rows needed of the encoder's last layer: labelled ones, and [CLS] where there is a decoder; for DupMAE all.
     pub needed: Rows,
     /// M.
     pub label_count: Extent,
@@ -288,8 +291,10 @@ pub struct Inputs {
     pub first_tokens: Tensor,
     /// One group a sequence: its first token.
     pub by_first: GroupBuffers,
-    /// Present for RetroMAE.
+    /// Present for RetroMAE and DupMAE.
     pub decoder: Option<DecoderInputs>,
+    /// Present for DupMAE.
+    pub head_chunks: Option<HeadChunks>,
     device: Device,
     capacity: Capacity,
 }
@@ -317,23 +322,41 @@ impl Inputs {
                 row: device.zeros(DType::U16, c.tokens),
                 by_position: GroupBuffers::new(device, c.length, c.tokens),
                 by_sequence: GroupBuffers::new(device, c.sequences, c.tokens),
+                by_type: None,
             }),
+            head_chunks: None,
             device,
             capacity: c,
         }
     }
 
+    /// The same for DupMAE, whose LM head takes chunks of `rows` rows.
+    pub fn of_whole_sequences(self, rows: usize) -> Self {
+        let (device, c) = (self.device, self.capacity);
+        Inputs {
+            needed: Rows::new(device, c.tokens, c),
+            head_chunks: Some(HeadChunks::new(device, c, rows)),
+            decoder: self.decoder.map(|d| DecoderInputs { by_type: Some(GroupBuffers::new(device, 1, c.tokens)), ..d }),
+            ..self
+        }
+    }
+
     /// Uploads a batch, which must fit the capacity, and says for what its work is laid out.
     pub fn set(&mut self, batch: &PretrainBatch) -> Bounds {
-        let bounds = Bounds::new(self.device, self.capacity, batch);
+        let mut bounds = Bounds::new(self.device, self.capacity, batch);
+        bounds.head_chunks = self.head_chunks.as_mut().map_or(0, |chunks| chunks.set(batch));
         let types = vec![0; batch.tokens()];
         self.tokens.set(&batch.encoder_ids, &types, &batch.cu_seqlens, &batch.samples, &bounds);
         self.tokens.set_groups(&batch.encoder_ids, &types, &batch.cu_seqlens, &bounds);
         let first = &batch.cu_seqlens[..batch.sequences()];
         self.first_tokens.upload(first);
         let with_cls = self.decoder.is_some();
-        let mut needed: Vec<u32> = batch.encoder_label_rows.clone();
-        if with_cls {
+        let mut needed: Vec<u32> = match self.head_chunks {
+            Some(_) => (0..batch.tokens() as u32).collect(),
+            None => batch.encoder_label_rows.clone(),
+        };
+        let bound = if self.head_chunks.is_some() { bounds.tokens } else { bounds.needed() };
+        if with_cls && self.head_chunks.is_none() {
             needed.extend_from_slice(first);
             needed.sort_unstable();
             needed.dedup();
@@ -346,7 +369,7 @@ impl Inputs {
             self.cls_rows.upload(&first.iter().map(place).collect::<Vec<_>>());
             self.by_first.set_rows(first, bounds.sequences);
         }
-        self.needed.set(&needed, &batch.cu_seqlens, bounds.needed(), &bounds);
+        self.needed.set(&needed, &batch.cu_seqlens, bound, &bounds);
         if let (Some(to), Some(from)) = (&mut self.decoder, &batch.decoder) {
             to.set(from, batch, &types, &bounds);
         }
@@ -369,6 +392,9 @@ impl DecoderInputs {
         let (sequence, position) = self.rows.set(&from.label_rows, &batch.cu_seqlens, bounds.decoder_rows, bounds);
         self.by_sequence.set(&sequence, bounds.decoder_rows);
         self.by_position.set(&position, bounds.decoder_rows);
+        if let Some(by_type) = &mut self.by_type {
+            by_type.set(&vec![0; position.len()], bounds.decoder_rows);
+        }
         self.labels.upload(&from.label_ids);
         self.offsets.upload(&from.visibility.offsets);
         self.words.upload(&from.visibility.words);

@@ -1,9 +1,10 @@
 //! BERT's masked-LM head and its loss: `y = LN(act(h W + b))`, logits over the tied word embeddings, cross entropy.
 //!
-//! Only rows with a label come here. Loss and backward are one pass: the gradient of `h` is ready when the loss is.
+//! Only rows with a label come here, but from [`super::dupmae`]. Loss and backward are one pass: the gradient of `h` is ready when the loss is.
 
 use super::activations::{Plan, Slot};
 use super::block::{Linear, Norm};
+use super::head_chunks;
 use super::params::{Id, Init, Table};
 use super::{Dims, Pass};
 use crate::device::{DType, Device, Output, Tensor};
@@ -35,6 +36,28 @@ pub struct MlmHead {
     row_correct: Tensor,
 }
 
+/// Weights, gradients and buffers of what comes after the transform.
+pub(super) struct Buffers<'a> {
+    /// `[rows, C]`.
+    pub y: &'a Tensor,
+    /// `[rows, C]` gradient of `y`.
+    pub dy: &'a Tensor,
+    /// `[V, C]`.
+    pub w: &'a Tensor,
+    /// `[V]`.
+    pub b: &'a Tensor,
+    /// `[V, C]`.
+    pub dw_acc: &'a Tensor,
+    /// `[V]`.
+    pub db_acc: &'a Tensor,
+    /// `[chunk, V]`.
+    pub logits: &'a Tensor,
+    /// `[rows]`.
+    pub row_loss: &'a Tensor,
+    /// `[rows]` u32.
+    pub row_correct: &'a Tensor,
+}
+
 /// Loss of the labelled rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LossSums {
@@ -47,19 +70,43 @@ pub struct LossSums {
 impl MlmHead {
     /// For up to `rows` labelled rows; `word` is the embedding table.
     pub fn new(
-        (device, storage): (Device, DType),
+        on: (Device, DType),
         t: &mut Table,
         plan: &mut Plan,
         config: &BertConfig,
         word: Id,
         rows: usize,
     ) -> Self {
+        Self::with_chunks(on, t, plan, config, word, rows, |usual| usual)
+    }
+
+    /// The same for whole sequences of up to `longest` rows, each of which must fit a chunk.
+    pub fn of_sequences(
+        on: (Device, DType),
+        t: &mut Table,
+        plan: &mut Plan,
+        config: &BertConfig,
+        word: Id,
+        (rows, longest): (usize, usize),
+    ) -> Self {
+        Self::with_chunks(on, t, plan, config, word, rows, |usual| head_chunks::rows(usual, longest))
+    }
+
+    fn with_chunks(
+        (device, storage): (Device, DType),
+        t: &mut Table,
+        plan: &mut Plan,
+        config: &BertConfig,
+        word: Id,
+        rows: usize,
+        chunk_of: impl Fn(usize) -> usize,
+    ) -> Self {
         let dims = Dims::new(config);
         let (c, v) = (dims.hidden, dims.vocabulary);
         let bytes = if device.is_gpu() { LOGITS_BYTES_GPU } else { LOGITS_BYTES };
         let chunk = (bytes / (storage.size().min(4) * v)).clamp(16, rows.max(16));
         // Whole tiles of the products, where there are enough rows.
-        let chunk = if chunk > 128 { chunk / 128 * 128 } else { chunk };
+        let chunk = chunk_of(if chunk > 128 { chunk / 128 * 128 } else { chunk });
         let bias = t.vectors(&["cls.predictions.bias".into()], config.vocab_size, Init::Zeros);
         t.pad(bias, v, f32::NEG_INFINITY);
         MlmHead {
@@ -81,6 +128,53 @@ impl MlmHead {
         }
     }
 
+    /// Rows whose logits exist at a time.
+    pub fn chunk(&self) -> usize {
+        self.chunk
+    }
+
+    /// `y` of `rows` rows `h [rows, C]`, left in its buffer.
+    pub(super) fn transform(&self, p: &Pass<'_>, rows: Count<'_>, h: &Tensor) {
+        let c = self.dims.hidden;
+        self.transform.forward(p, (rows, c, c), h, p.b(self.u));
+        activation::forward(p.device, self.dims.activation, p.b(self.u), p.b(self.z), (rows, c));
+        let (gamma, beta) = (p.master(self.norm.gamma), p.master(self.norm.beta));
+        let (x, y, mean, rstd) = (p.b(self.z), p.b(self.y), p.b(self.mean), p.b(self.rstd));
+        layernorm::forward(
+            p.device,
+            &layernorm::Forward {
+                shape: self.shape(rows),
+                x,
+                residual: None,
+                dropout: None,
+                gamma,
+                beta,
+                y,
+                mean,
+                rstd,
+            },
+        );
+    }
+
+    fn shape<'a>(&self, rows: Count<'a>) -> layernorm::Shape<'a> {
+        layernorm::Shape { rows, width: self.dims.hidden, eps: self.dims.eps }
+    }
+
+    /// What comes after the transform works with.
+    pub(super) fn buffers<'a>(&'a self, p: &'a Pass<'_>) -> Buffers<'a> {
+        Buffers {
+            y: p.b(self.y),
+            dy: p.b(self.dy),
+            w: p.w(self.word),
+            b: p.master(self.bias),
+            dw_acc: p.g(self.word),
+            db_acc: p.g(self.bias),
+            logits: p.b(self.logits),
+            row_loss: p.b(self.row_loss),
+            row_correct: &self.row_correct,
+        }
+    }
+
     /// Adds loss and correct rows of `rows` rows `h [rows, C]` with these labels to `sums_acc` `[2]`. With `gradient` (weight of a
     /// row's loss, and where to write the gradient of `h`, `[rows, C]`), parameter gradients are added too.
     pub fn loss(
@@ -95,45 +189,32 @@ impl MlmHead {
         if rows.rows == 0 {
             return;
         }
-        let c = self.dims.hidden;
-        let shape = layernorm::Shape { rows, width: c, eps: self.dims.eps };
-        self.transform.forward(p, (rows, c, c), h, p.b(self.u));
-        activation::forward(p.device, self.dims.activation, p.b(self.u), p.b(self.z), (rows, c));
-        let (gamma, beta) = (p.master(self.norm.gamma), p.master(self.norm.beta));
-        let (x, y, mean, rstd) = (p.b(self.z), p.b(self.y), p.b(self.mean), p.b(self.rstd));
-        layernorm::forward(
-            p.device,
-            &layernorm::Forward { shape, x, residual: None, dropout: None, gamma, beta, y, mean, rstd },
-        );
-        let (dw_acc, db_acc) = (p.g(self.word), p.g(self.bias));
+        self.transform(p, rows, h);
+        let Buffers { y, dy, w, b, dw_acc, db_acc, logits, row_loss, row_correct } = self.buffers(p);
+        let (width, vocabulary) = (self.dims.hidden, self.dims.vocabulary);
         cross_entropy::run(
             p.device,
             &cross_entropy::CrossEntropy {
-                shape: cross_entropy::Shape { rows, width: c, vocabulary: self.dims.vocabulary, chunk: self.chunk },
+                shape: cross_entropy::Shape { rows, width, vocabulary, chunk: self.chunk },
                 h: y,
-                w: p.w(self.word),
-                b: p.master(self.bias),
+                w,
+                b,
                 labels,
-                logits: p.b(self.logits),
-                row_loss: p.b(self.row_loss),
-                row_correct: &self.row_correct,
+                logits,
+                row_loss,
+                row_correct,
                 sums_acc,
-                gradients: gradient.map(|(scale, _)| cross_entropy::Gradients {
-                    scale,
-                    dh: p.b(self.dy),
-                    dw_acc,
-                    db_acc,
-                }),
+                gradients: gradient.map(|(scale, _)| cross_entropy::Gradients { scale, dh: dy, dw_acc, db_acc }),
             },
         );
         if let Some((_, dh)) = gradient {
-            self.backward(p, shape, h, dh);
+            self.transform_backward(p, rows, h, dh);
         }
     }
 
     /// From the gradient of `y` in `dy` to that of `h` in `dh`.
-    fn backward(&self, p: &Pass<'_>, shape: layernorm::Shape<'_>, h: &Tensor, dh: &Tensor) {
-        let (rows, c) = (shape.rows, shape.width);
+    pub(super) fn transform_backward(&self, p: &Pass<'_>, rows: Count<'_>, h: &Tensor, dh: &Tensor) {
+        let (c, shape) = (self.dims.hidden, self.shape(rows));
         let dy = p.b(self.dy);
         layernorm::backward(
             p.device,

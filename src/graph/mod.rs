@@ -1,6 +1,6 @@
 //! The transformer graph: explicit forward and backward, no tape.
 //!
-//! Each part (`encoder`, `mlm`, `retromae`) owns the numbers of its parameters in the [`params::Params`] table and of its buffers in
+//! Each part (`encoder`, `mlm`, `retromae`, `dupmae`) owns the numbers of its parameters in the [`params::Params`] table and of its buffers in
 //! the activation plan; a forward stands directly above its backward, which is the forward's list reversed.
 //!
 //! Glossary: B sequences of a batch (also S), T tokens, R rows needed of the last layer, M labelled rows, C hidden size, H heads,
@@ -10,8 +10,10 @@ pub mod activations;
 pub mod biencoder;
 pub mod block;
 pub mod cross_encoder;
+pub mod dupmae;
 pub mod encoder;
 pub mod extent;
+pub mod head_chunks;
 pub mod inference;
 pub mod inputs;
 pub mod lexical;

@@ -1,9 +1,10 @@
 //! Attention of RetroMAE's enhanced decoder (arXiv 2205.12035, section 3.3): every position has its own visibility mask, and no
 //! position sees itself.
 //!
-//! The query of row i is `W_q (p_i + c) + b_q`, with `p_i` the position embedding and `c` the sentence embedding, so it is the sum of
-//! a row of `q_position = P W_qᵀ` `[Lmax, C]` and a row of `q_sentence = c W_qᵀ + b_q` `[S, C]`; no `[T, C]` query exists. Keys and
-//! values come from the stream `[c, e_1, e_2, …]`. Masks are bit rows. Formulas and saved tensors are those of `attention`.
+//! RetroMAE's query of row i is `W_q (p_i + c) + b_q`, with `p_i` the position embedding and `c` the sentence embedding, so it is the sum
+//! of a row of `q_position = P W_qᵀ` `[Lmax, C]` and a row of `q_sentence = c W_qᵀ + b_q` `[S, C]`; no `[T, C]` query exists. DupMAE's
+//! (arXiv 2211.08769) is of a normalised sum, and comes whole. Keys and values come from the stream `[c, e_1, e_2, …]`. Masks are bit
+//! rows. Formulas and saved tensors are those of `attention`.
 
 use super::attention::Shape;
 use super::{RowNames, SiteDropout};
@@ -22,18 +23,23 @@ pub struct Visible<'a> {
 
 /// What the queries are made of.
 #[derive(Clone, Copy)]
-pub struct Queries<'a> {
-    /// `[Lmax, C]`.
-    pub position: &'a Tensor,
-    /// `[S, C]`.
-    pub sentence: &'a Tensor,
+pub enum Queries<'a> {
+    /// A sum of two rows.
+    Parts {
+        /// `[Lmax, C]`.
+        position: &'a Tensor,
+        /// `[S, C]`.
+        sentence: &'a Tensor,
+    },
+    /// `[R, C]`.
+    Whole(&'a Tensor),
 }
 
 /// Arguments of [`forward`].
 pub struct Forward<'a> {
     /// Sizes; `cu_rows` counts the decoder's rows.
     pub shape: Shape<'a>,
-    /// The two parts of the queries.
+    /// The queries.
     pub queries: Queries<'a>,
     /// `[T, C]`.
     pub k: Matrix<'a>,
@@ -65,7 +71,7 @@ pub struct Backward<'a> {
     pub forward: Forward<'a>,
     /// `[R, C]`.
     pub dout: &'a Tensor,
-    /// `[R, C]`: gradient of each row's query, written; its sums by position and by sequence are the gradients of the two parts.
+    /// `[R, C]`: gradient of each row's query, written; its sums by position and by sequence are the gradients of two parts.
     pub dq: &'a Tensor,
     /// `[T, 2C]`: dK, dV side by side, written.
     pub dkv: &'a Tensor,
@@ -82,15 +88,15 @@ pub fn backward(device: Device, a: &Backward<'_>) {
 /// The reference: builds the queries of a sequence, then the attention of `attention::cpu` with a mask.
 mod cpu {
     use super::super::attention::cpu::{Drop, Sequence, SequenceGrad, Visible, split};
-    use super::{Backward, Forward};
+    use super::{Backward, Forward, Queries};
     use crate::device::Read;
     use crate::device::cpu::{Real, View, scratch};
     use rayon::prelude::*;
 
     /// Everything the sequences read.
     struct Inputs<'a, F> {
-        position: Read<'a, F>,
-        sentence: Read<'a, F>,
+        /// By position, or whole; in the first case also by sequence.
+        queries: (Read<'a, F>, Option<Read<'a, F>>),
         k: Read<'a, F>,
         v: Read<'a, F>,
         cu_rows: Read<'a, u32>,
@@ -104,8 +110,10 @@ mod cpu {
     impl<'a, F: Real> Inputs<'a, F> {
         fn new(a: &Forward<'a>) -> Self {
             Inputs {
-                position: a.queries.position.read(),
-                sentence: a.queries.sentence.read(),
+                queries: match a.queries {
+                    Queries::Parts { position, sentence } => (position.read(), Some(sentence.read())),
+                    Queries::Whole(q) => (q.read(), None),
+                },
                 k: a.k.tensor.read(),
                 v: a.v.tensor.read(),
                 cu_rows: a.shape.cu_rows.read(),
@@ -127,11 +135,16 @@ mod cpu {
             let (rows, first) = (self.rows(s), self.cu_seqlens[s] as usize);
             let keys = self.cu_seqlens[s + 1] as usize - first;
             let positions = &self.positions[rows.clone()];
-            let sentence = &self.sentence[s * c..(s + 1) * c];
             scratch(rows.len() * c, |q| {
-                for (q, &p) in q.chunks_exact_mut(c).zip(positions) {
-                    for ((q, &p), &s) in q.iter_mut().zip(&self.position[p as usize * c..]).zip(sentence) {
-                        *q = p + s;
+                match &self.queries {
+                    (whole, None) => q.copy_from_slice(&whole[rows.start * c..rows.end * c]),
+                    (by_position, Some(sentence)) => {
+                        let sentence = &sentence[s * c..(s + 1) * c];
+                        for (q, &p) in q.chunks_exact_mut(c).zip(positions) {
+                            for ((q, &p), &s) in q.iter_mut().zip(&by_position[p as usize * c..]).zip(sentence) {
+                                *q = p + s;
+                            }
+                        }
                     }
                 }
                 f(&Sequence {
@@ -190,10 +203,19 @@ mod cpu {
 mod gpu {
     use super::super::attention::Pass;
     use super::super::attention::gpu::{batch, by_head, elements};
-    use super::{Backward, Forward, Visible};
+    use super::{Backward, Forward, Queries, Visible};
+    use crate::device::Element;
     use crate::device::gpu::Gpu;
     use crate::device::kernels::VisibleKeys;
-    use crate::device::launch::MutPtr;
+    use crate::device::launch::{ConstPtr, MutPtr};
+
+    /// Rows by position and by sequence, or whole ones and nothing.
+    fn queries<T: Element>(q: Queries<'_>) -> [ConstPtr<T>; 2] {
+        match q {
+            Queries::Parts { position, sentence } => [position.get(), sentence.get()],
+            Queries::Whole(q) => [q.get(), ConstPtr::null()],
+        }
+    }
 
     fn visible(v: &Visible<'_>) -> VisibleKeys {
         VisibleKeys { offsets: v.offsets.get(), words: v.words.get(), row: v.row.get() }
@@ -208,8 +230,8 @@ mod gpu {
         ] {
             out: a.out.get_mut(),
             lse: a.lse.get_mut(),
-            q_position: a.queries.position.get(),
-            q_sentence: a.queries.sentence.get(),
+            q_position: queries(a.queries)[0],
+            q_sentence: queries(a.queries)[1],
             k: elements(&a.k),
             k_stride: a.k.stride as i32,
             v: elements(&a.v),
@@ -227,15 +249,15 @@ mod gpu {
         let (heads, site, visible) = (f.shape.heads as i32, f.dropout.site, visible(&f.visible));
         let dropout = gpu.dropout(&f.dropout.mask);
         let delta: MutPtr<f32> = gpu.scratch(f.lse.len());
-        let queries = batch(&f.shape, &f.names, Pass::Queries);
+        let rows = batch(&f.shape, &f.names, Pass::Queries);
         by_head!(gpu, a.dq, f.shape, Pass::Queries, [
             EnhancedDecodingBackwardDqD32F32 EnhancedDecodingBackwardDqD64F32 EnhancedDecodingBackwardDqD128F32
             | EnhancedDecodingBackwardDqD32Bf16 EnhancedDecodingBackwardDqD64Bf16 EnhancedDecodingBackwardDqD128Bf16
         ] {
             dq: a.dq.get_mut(),
             delta,
-            q_position: f.queries.position.get(),
-            q_sentence: f.queries.sentence.get(),
+            q_position: queries(f.queries)[0],
+            q_sentence: queries(f.queries)[1],
             k: elements(&f.k),
             k_stride: f.k.stride as i32,
             v: elements(&f.v),
@@ -244,7 +266,7 @@ mod gpu {
             lse: f.lse.get(),
             dout: a.dout.get(),
             visible,
-            batch: queries,
+            batch: rows,
             dropout,
             site,
             heads,
@@ -255,8 +277,8 @@ mod gpu {
             | EnhancedDecodingBackwardDkvD32Bf16 EnhancedDecodingBackwardDkvD64Bf16 EnhancedDecodingBackwardDkvD128Bf16
         ] {
             dkv: a.dkv.get_mut(),
-            q_position: f.queries.position.get(),
-            q_sentence: f.queries.sentence.get(),
+            q_position: queries(f.queries)[0],
+            q_sentence: queries(f.queries)[1],
             k: elements(&f.k),
             k_stride: f.k.stride as i32,
             v: elements(&f.v),

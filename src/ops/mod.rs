@@ -7,6 +7,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod bag_of_words;
 pub mod contrastive;
 pub mod cross_entropy;
 pub mod dropout;

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use crate::data::batch::{DecoderBatch, PretrainBatch, Visibility};
+use crate::data::batch::{Bags, DecoderBatch, PretrainBatch, Visibility};
 use crate::data::pairs::batch::{ContrastiveBatch, CrossBatch};
 use crate::data::pairs::texts::TextBatch;
 use crate::error::{Error, Result};
@@ -99,8 +99,45 @@ impl BatchFile {
             encoder_label_rows,
             encoder_label_ids,
             decoder,
+            bags: None,
             cu_seqlens: packing.cu_seqlens,
         })
+    }
+
+    /// The batch of DupMAE: the same with a decoder, and bags of words.
+    pub fn dupmae(&self, vocabulary: usize, positions: usize) -> Result<PretrainBatch> {
+        let batch = self.pretrain(true, vocabulary, positions)?;
+        let bags = self.bags(batch.sequences(), vocabulary)?;
+        Ok(PretrainBatch { bags: Some(bags), ..batch })
+    }
+
+    /// `bag_word_weight` `[B, V]`: equal weights of the words of a text, 0 elsewhere.
+    fn bags(&self, texts: usize, vocabulary: usize) -> Result<Bags> {
+        let name = "bag_word_weight";
+        let full = format!("{}{name}", self.prefix);
+        let info = self.file.info(&full).ok_or_else(|| self.refuse(name, "the input is missing".into()))?;
+        if info.shape != [texts, vocabulary] {
+            return Err(self.refuse(name, format!("has shape {:?}, not [{texts}, {vocabulary}]", info.shape)));
+        }
+        let mut weights = vec![0.0; texts * vocabulary];
+        self.file.read_f32(&full, &info.shape, &mut weights)?;
+        let mut bags = Bags::new();
+        for (row, weights) in weights.chunks_exact(vocabulary).enumerate() {
+            let words: Vec<u32> = (0..vocabulary as u32).filter(|&id| weights[id as usize] != 0.0).collect();
+            let weight = words.first().map_or(0.0, |&id| weights[id as usize]);
+            if let Some(&id) = words.iter().find(|&&id| !(weights[id as usize] == weight && weight.is_finite())) {
+                let cause = format!(
+                    "row {row} weighs its words differently: {weight} and, id {id}, {}; all words of a text weigh 1/n",
+                    weights[id as usize]
+                );
+                return Err(self.refuse(name, cause));
+            }
+            if weight < 0.0 {
+                return Err(self.refuse(name, format!("row {row} holds {weight}, below 0")));
+            }
+            bags.push(&words, weight);
+        }
+        Ok(bags)
     }
 
     /// Padded texts `<prefix>input_ids`, `<prefix>attention_mask` and, where they are there, `<prefix>token_type_ids`. Dropout is off, so

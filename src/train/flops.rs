@@ -6,8 +6,8 @@ use crate::train::step::Objective;
 /// Required floating-point operations of one pre-training step on texts of these lengths: three times the forward; a multiply-add is two.
 ///
 /// Counted are real tokens only: the projections and the feed-forward layer of every layer over all tokens, attention at `4 C L²` a
-/// sequence and layer, the MLM head (transform and tied output) on the `masked` rows and, for RetroMAE, one more layer and the head on
-/// the `labelled` rows. Pairs that the decoder's masks hide are counted. Not counted are embeddings, LayerNorm, softmax, dropout and
+/// sequence and layer, the MLM head (transform and tied output) on the `masked` rows (for DupMAE on all) and, with a decoder, one more
+/// layer and the head on the `labelled` rows. Pairs that the decoder's masks hide are counted. Not counted are embeddings, LayerNorm, softmax, dropout and
 /// the optimizer, nor does the count shrink by what the engine saves (the last layer on needed rows, the decoder's queries by parts).
 /// So it is the same number for every implementation of the same step.
 pub fn pretraining(
@@ -19,8 +19,11 @@ pub fn pretraining(
 ) -> u64 {
     let [c, v] = [config.hidden_size, config.vocab_size].map(|n| n as u64);
     let head = 2 * c * c + 2 * c * v;
+    let lengths: Vec<usize> = lengths.into_iter().collect();
+    let tokens: usize = lengths.iter().sum();
     let (layers, rows) = match objective {
         Objective::RetroMae => (config.num_hidden_layers + 1, masked + labelled),
+        Objective::DupMae => (config.num_hidden_layers + 1, tokens + labelled),
         Objective::Mlm => (config.num_hidden_layers, masked),
     };
     3 * (layers as u64 * layer(config, lengths) + rows as u64 * head)
@@ -62,6 +65,7 @@ mod tests {
         let (layer, row) = (2 * (3 * 28 + 4 + 16), 2 * 14);
         assert_eq!(pretraining(&config, Objective::Mlm, [1, 2], 2, 9), 3 * (layer + 2 * row));
         assert_eq!(pretraining(&config, Objective::RetroMae, [1, 2], 2, 3), 3 * (2 * layer + 5 * row));
+        assert_eq!(pretraining(&config, Objective::DupMae, [1, 2], 2, 3), 3 * (2 * layer + 6 * row));
         // A query and a passage: one score, a product of two rows of 2.
         assert_eq!(fine_tuning(&config, [&[1], &[2]]), 3 * (layer + 4));
     }

@@ -70,6 +70,12 @@ impl Plan {
                 100.0 * s.encoder_mask_probability,
                 100.0 * s.decoder_mask_probability
             ),
+            Objective::Dupmae => format!(
+                "DupMAE, encoder mask {} %, decoder mask {} %, {} × bag of words",
+                100.0 * s.encoder_mask_probability,
+                100.0 * s.decoder_mask_probability,
+                s.bow_loss_weight
+            ),
             Objective::Mlm => format!("masked language modelling, mask {} %", 100.0 * s.encoder_mask_probability),
             Objective::Contrastive => contrastive(s),
             Objective::CrossEncoder => format!(

@@ -21,6 +21,7 @@ use crate::ops::pool::Pooling;
 use crate::train::biencoder::DistillLoss;
 use crate::train::checkpoint::LOSS;
 use crate::train::schedule::{Decay, Schedule};
+use crate::train::step::BOW_LOSS_WEIGHT;
 
 pub use identity::compare;
 
@@ -31,6 +32,8 @@ pub enum Objective {
     /// RetroMAE: masked language modelling in the encoder, enhanced decoding from its [CLS] (arXiv:2205.12035).
     #[default]
     Retromae,
+    /// DupMAE: the same with a normalised decoder query, and a bag-of-words loss (arXiv:2211.08769).
+    Dupmae,
     /// Masked language modelling alone: the baseline.
     Mlm,
     /// A bi-encoder: the positive against every other passage of the batch, and a teacher's scores.
@@ -44,6 +47,7 @@ impl Objective {
     pub fn name(self) -> &'static str {
         match self {
             Objective::Retromae => "retromae",
+            Objective::Dupmae => "dupmae",
             Objective::Mlm => "mlm",
             Objective::Contrastive => "contrastive",
             Objective::CrossEncoder => "cross-encoder",
@@ -133,6 +137,8 @@ pub struct Settings {
     pub encoder_mask_probability: f64,
     /// Part of a text's tokens hidden from each position of the enhanced decoder.
     pub decoder_mask_probability: f64,
+    /// Weight of DupMAE's bag-of-words loss.
+    pub bow_loss_weight: f64,
     /// Seed of all randomness.
     pub seed: u64,
     /// Arithmetic.
@@ -263,6 +269,7 @@ impl Default for Settings {
             clip: 1.0,
             encoder_mask_probability: 0.3,
             decoder_mask_probability: 0.5,
+            bow_loss_weight: BOW_LOSS_WEIGHT,
             seed: 42,
             precision: Precision::default(),
             device: "auto".into(),

@@ -11,6 +11,7 @@ use crate::data::batch::PretrainBatch;
 use crate::device::{DType, Device, Tensor};
 use crate::error::Result;
 use crate::graph::activations::{Activations, Plan};
+use crate::graph::dupmae::{self, BagHead};
 use crate::graph::encoder::Encoder;
 use crate::graph::extent::Bounds;
 use crate::graph::inputs::Inputs;
@@ -30,9 +31,21 @@ use crate::train::updates::{self, Optimizer, Scales, Trainable, one_of};
 pub enum Objective {
     /// Encoder MLM and enhanced decoding (arXiv 2205.12035).
     RetroMae,
+    /// The same with a normalised decoder query, and a bag-of-words loss (arXiv 2211.08769).
+    DupMae,
     /// Encoder MLM alone: the baseline.
     Mlm,
 }
+
+impl Objective {
+    /// Whether there is an enhanced decoder.
+    pub fn has_decoder(self) -> bool {
+        self != Objective::Mlm
+    }
+}
+
+/// Weight of DupMAE's bag-of-words loss beside the others, as published.
+pub const BOW_LOSS_WEIGHT: f64 = 0.1;
 
 /// Sums over labels of one or more batches.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -45,6 +58,12 @@ pub struct Losses {
     pub decoder: LossSums,
     /// Decoder labels.
     pub decoder_labels: usize,
+    /// Sum of the texts' bag-of-words losses.
+    pub bow: f64,
+    /// Texts with such a loss: all of DupMAE's.
+    pub bow_texts: usize,
+    /// Weight of their mean.
+    pub bow_weight: f64,
 }
 
 impl Losses {
@@ -58,20 +77,26 @@ impl Losses {
         self.decoder.loss / self.decoder_labels.max(1) as f64
     }
 
-    /// Their sum.
-    pub fn total(&self) -> f64 {
-        self.encoder_loss() + self.decoder_loss()
+    /// Mean bag-of-words loss (0 without texts).
+    pub fn bow_loss(&self) -> f64 {
+        self.bow / self.bow_texts.max(1) as f64
     }
 
-    /// The labels of `micro` under an objective, no losses yet.
-    fn labels(micro: &[PretrainBatch], objective: Objective) -> Self {
+    /// Their weighted sum.
+    pub fn total(&self) -> f64 {
+        self.encoder_loss() + self.decoder_loss() + self.bow_weight * self.bow_loss()
+    }
+
+    /// The labels and texts of `micro` under an objective, no losses yet.
+    fn labels(micro: &[PretrainBatch], objective: Objective, bow_weight: f64) -> Self {
         let decoder = |b: &PretrainBatch| b.decoder.as_ref().map_or(0, |d| d.label_ids.len());
-        let decoder_labels = match objective {
-            Objective::RetroMae => micro.iter().map(decoder).sum(),
-            Objective::Mlm => 0,
-        };
+        let decoder_labels = if objective.has_decoder() { micro.iter().map(decoder).sum() } else { 0 };
         let encoder_labels = micro.iter().map(|b| b.encoder_label_ids.len()).sum();
-        Losses { encoder_labels, decoder_labels, ..Losses::default() }
+        let (bow_texts, bow_weight) = match objective {
+            Objective::DupMae => (micro.iter().map(PretrainBatch::sequences).sum(), bow_weight),
+            Objective::RetroMae | Objective::Mlm => (0, 0.0),
+        };
+        Losses { encoder_labels, decoder_labels, bow_texts, bow_weight, ..Losses::default() }
     }
 }
 
@@ -81,14 +106,17 @@ struct Results {
     /// `[2]` each: losses and correct rows of the encoder's and of the decoder's labels.
     encoder: Tensor,
     decoder: Tensor,
+    /// `[2]`: losses of the bags of words, and nothing.
+    bags: Tensor,
     /// `[1]` ‖g‖².
     norm: Tensor,
 }
 
 impl Results {
     fn new(device: Device) -> Self {
-        let all = device.zeros(DType::F64, 5);
-        Results { encoder: all.slice(0..2), decoder: all.slice(2..4), norm: all.slice(4..5), all }
+        let all = device.zeros(DType::F64, 7);
+        let [encoder, decoder, bags] = [0, 2, 4].map(|at| all.slice(at..at + 2));
+        Results { encoder, decoder, bags, norm: all.slice(6..7), all }
     }
 
     /// Waits for them: losses, ‖g‖².
@@ -96,7 +124,7 @@ impl Results {
         let x: Vec<f64> = self.all.to_vec();
         let sums = |at: usize| LossSums { loss: x[at], correct: x[at + 1] };
         device.check()?;
-        Ok((Losses { encoder: sums(0), decoder: sums(2), ..labels }, x[4]))
+        Ok((Losses { encoder: sums(0), decoder: sums(2), bow: x[4], ..labels }, x[6]))
     }
 }
 
@@ -123,11 +151,13 @@ pub struct Pretrainer {
     buffers: Activations,
     encoder: Encoder,
     head: MlmHead,
+    bags: Option<BagHead>,
     decoder: Option<EnhancedDecoder>,
     inputs: Inputs,
     optimizer: Optimizer,
-    /// Of the encoder's labels and of the decoder's.
-    scales: Scales<2>,
+    /// Of the encoder's labels, of the decoder's and of the texts' bags of words.
+    scales: Scales<3>,
+    bow_loss_weight: f64,
     results: Results,
     records: Records<Segment>,
 }
@@ -160,21 +190,34 @@ struct Parts {
     plan: Plan,
     encoder: Encoder,
     head: MlmHead,
+    bags: Option<BagHead>,
     decoder: Option<EnhancedDecoder>,
 }
 
 impl Parts {
     fn new((device, storage): (Device, DType), config: &BertConfig, objective: Objective, capacity: Capacity) -> Self {
         let (mut table, mut plan) = (Table::default(), Plan::default());
-        let with_decoder = objective == Objective::RetroMae;
-        let needed = capacity.encoder_labels + capacity.sequences;
+        let dims = Dims::new(config);
+        let needed = match objective {
+            Objective::DupMae => capacity.tokens,
+            Objective::RetroMae | Objective::Mlm => capacity.encoder_labels + capacity.sequences,
+        };
         let encoder = Encoder::new(&mut table, &mut plan, config, capacity, needed);
-        let rows = if with_decoder { capacity.tokens } else { capacity.encoder_labels };
-        let word = encoder.embeddings.word;
-        let head = MlmHead::new((device, storage), &mut table, &mut plan, config, word, rows);
-        let decoder =
-            with_decoder.then(|| EnhancedDecoder::new(&mut table, &mut plan, &encoder, Dims::new(config), capacity));
-        Parts { table, plan, encoder, head, decoder }
+        let (word, on) = (encoder.embeddings.word, (device, storage));
+        let (tokens, t, p) = (capacity.tokens, &mut table, &mut plan);
+        let (head, bags, decoder) = match objective {
+            Objective::Mlm => (MlmHead::new(on, t, p, config, word, capacity.encoder_labels), None, None),
+            Objective::RetroMae => {
+                let head = MlmHead::new(on, t, p, config, word, tokens);
+                (head, None, Some(EnhancedDecoder::new(t, p, &encoder, dims, capacity)))
+            }
+            Objective::DupMae => {
+                let head = MlmHead::of_sequences(on, t, p, config, word, (tokens, capacity.length));
+                let bags = BagHead::new(device, p, dims, capacity, head.chunk());
+                (head, Some(bags), Some(EnhancedDecoder::of_embedded_queries(t, p, &encoder, dims, capacity)))
+            }
+        };
+        Parts { table, plan, encoder, head, bags, decoder }
     }
 }
 
@@ -209,23 +252,34 @@ impl Pretrainer {
         let capacity = Capacity { length: capacity.length.min(config.max_position_embeddings), ..capacity };
         let parts = Parts::new((device, storage), config, objective, capacity);
         let params = parts.table.allocate(device, storage);
-        let (types, decoder) = (config.type_vocab_size, objective == Objective::RetroMae);
+        let (types, decoder) = (config.type_vocab_size, objective.has_decoder());
+        let inputs = Inputs::new(device, capacity, config.vocab_size, types, decoder);
         let model = Pretrainer {
             device,
             config: config.clone(),
             objective,
             buffers: parts.plan.allocate(device, storage),
             encoder: parts.encoder,
+            inputs: match parts.bags {
+                Some(_) => inputs.of_whole_sequences(parts.head.chunk()),
+                None => inputs,
+            },
             head: parts.head,
+            bags: parts.bags,
             decoder: parts.decoder,
-            inputs: Inputs::new(device, capacity, config.vocab_size, types, decoder),
             optimizer: Optimizer::new(device, &params),
             scales: Scales::new(device),
+            bow_loss_weight: BOW_LOSS_WEIGHT,
             results: Results::new(device),
             records: Records::default(),
             params,
         };
         device.check().map(|()| model)
+    }
+
+    /// The same with another weight of the bag-of-words loss than [`BOW_LOSS_WEIGHT`].
+    pub fn with_bow_loss_weight(self, bow_loss_weight: f64) -> Self {
+        Pretrainer { bow_loss_weight, ..self }
     }
 
     /// All work between the upload of a micro-batch and that of the next.
@@ -246,20 +300,22 @@ impl Pretrainer {
         let c = self.config.hidden_size;
         let gradients = self.encoder.gradients;
         let (d_rows, d_hidden, d_wide) = (p.b(gradients.rows), p.b(gradients.hidden), p.b(gradients.wide));
-        let (labels, needed) = (inputs.label_count.get(), inputs.needed.count.get());
 
         self.encoder.forward(&p, &inputs.tokens, &inputs.needed);
         let rows = p.b(self.encoder.output());
 
-        // Encoder loss. The labelled rows are gathered into a gradient buffer that is free until the backward.
-        let labelled = p.b(gradients.block.dropped);
-        gather::gather(p.device, rows, &inputs.label_rows, labels, c, labelled);
-        let d_labelled = p.b(gradients.block.context);
-        let gradient = with_gradients.then(|| (self.scales.get(0), d_labelled));
-        self.head.loss(&p, labels, labelled, &inputs.labels, &self.results.encoder, gradient);
-        if with_gradients {
-            gather::zero(p.device, d_rows, needed.rows * c);
-            gather::scatter_add(p.device, d_labelled, &inputs.label_rows, labels, c, d_rows);
+        // Encoder losses, and their gradient of the rows.
+        match (&self.bags, &inputs.head_chunks) {
+            (Some(bags), Some(chunks)) => {
+                let sums = dupmae::Sums { labels: &self.results.encoder, bags: &self.results.bags };
+                let gradient = with_gradients.then(|| dupmae::Gradient {
+                    label_scale: self.scales.get(0),
+                    bag_scale: self.scales.get(2),
+                    dx: d_rows,
+                });
+                bags.loss(&p, &self.head, (inputs, chunks), rows, &sums, gradient.as_ref());
+            }
+            _ => self.encoder_loss(&p, rows, d_rows, with_gradients),
         }
 
         // Decoder loss and backward, which gives the gradient of the [CLS] rows.
@@ -279,6 +335,22 @@ impl Pretrainer {
 
         if with_gradients {
             self.encoder.backward(&p, &inputs.tokens, &inputs.needed);
+        }
+    }
+
+    /// Loss of the labelled rows among `rows`, and its gradient in `d_rows`.
+    fn encoder_loss(&self, p: &Pass<'_>, rows: &Tensor, d_rows: &Tensor, with_gradients: bool) {
+        let (inputs, scratch, c) = (&self.inputs, self.encoder.gradients.block, self.config.hidden_size);
+        let (labels, needed) = (inputs.label_count.get(), inputs.needed.count.get());
+        // The labelled rows are gathered into a gradient buffer that is free until the backward.
+        let labelled = p.b(scratch.dropped);
+        gather::gather(p.device, rows, &inputs.label_rows, labels, c, labelled);
+        let d_labelled = p.b(scratch.context);
+        let gradient = with_gradients.then(|| (self.scales.get(0), d_labelled));
+        self.head.loss(p, labels, labelled, &inputs.labels, &self.results.encoder, gradient);
+        if with_gradients {
+            gather::zero(p.device, d_rows, needed.rows * c);
+            gather::scatter_add(p.device, d_labelled, &inputs.label_rows, labels, c, d_rows);
         }
     }
 
@@ -321,8 +393,12 @@ impl Trainable for Pretrainer {
             weight: 1.0,
         };
         let mut parts = vec![part("encoder", &l.encoder, l.encoder_labels)];
-        if self.objective == Objective::RetroMae {
+        if self.objective.has_decoder() {
             parts.push(part("decoder", &l.decoder, l.decoder_labels));
+        }
+        if self.objective == Objective::DupMae {
+            let (loss_sum, labels, weight) = (l.bow, l.bow_texts as u64, l.bow_weight);
+            parts.push(EvalPart { name: "bow", loss_sum, correct: None, labels, weight });
         }
         parts
     }
@@ -340,8 +416,9 @@ impl Trainable for Pretrainer {
         gradients: bool,
         update: bool,
     ) -> Result<(Losses, f64)> {
-        let labels = Losses::labels(micro, self.objective);
-        self.scales.set([labels.encoder_labels, labels.decoder_labels].map(one_of));
+        let labels = Losses::labels(micro, self.objective, self.bow_loss_weight);
+        let [encoder, decoder, bow] = [labels.encoder_labels, labels.decoder_labels, labels.bow_texts].map(one_of);
+        self.scales.set([encoder, decoder, labels.bow_weight * bow]);
         dropout.announce(self.device);
         let mut records = std::mem::take(&mut self.records);
         for (i, batch) in micro.iter().enumerate() {

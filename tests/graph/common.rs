@@ -1,6 +1,6 @@
 //! Tiny models and hand-made batches.
 
-use retromae_engine::data::batch::{DecoderBatch, PretrainBatch, Visibility};
+use retromae_engine::data::batch::{Bags, DecoderBatch, PretrainBatch, Visibility};
 use retromae_engine::device::{DType, Device};
 use retromae_engine::graph::params::Params;
 use retromae_engine::graph::{Capacity, StepDropout};
@@ -72,6 +72,7 @@ pub const USUAL: Labels =
 /// Texts of these lengths whose samples are numbered from `first`; a text depends on its sample alone.
 pub fn batch(first: u64, lengths: &[usize], labels: Labels) -> PretrainBatch {
     let mut batch = PretrainBatch { cu_seqlens: vec![0], ..Default::default() };
+    let mut bags = Bags::new();
     let mut d =
         DecoderBatch { visibility: Visibility { offsets: vec![0], ..Default::default() }, ..Default::default() };
     for (s, &n) in lengths.iter().enumerate() {
@@ -100,7 +101,13 @@ pub fn batch(first: u64, lengths: &[usize], labels: Labels) -> PretrainBatch {
         }
         d.visibility.offsets.push(d.visibility.words.len() as u32);
         batch.cu_seqlens.push(batch.encoder_ids.len() as u32);
+        let mut words = d.ids[(start + 1).min(start + n - 1)..start + n - 1].to_vec();
+        let weight = if words.is_empty() { 0.0 } else { 1.0 / words.len() as f32 };
+        words.sort_unstable();
+        words.dedup();
+        bags.push(&words, weight);
     }
+    batch.bags = Some(bags);
     batch.decoder = Some(d);
     batch
 }

@@ -9,9 +9,9 @@ use retromae_engine::train::updates::Trainable;
 
 const NONE: fn(usize, usize) -> bool = |_, _| false;
 
-/// Runs a step and an evaluation of both objectives; everything must be finite, and zero exactly when there is no label.
+/// Runs a step and an evaluation of every objective; everything must be finite, and zero exactly when there is neither label nor bag.
 fn check(batch: &PretrainBatch) {
-    for objective in [Objective::RetroMae, Objective::Mlm] {
+    for objective in [Objective::RetroMae, Objective::DupMae, Objective::Mlm] {
         for dtype in [DType::F32, DType::F64] {
             let mut model = small(objective, dtype);
             let losses: Losses = model.gradients(std::slice::from_ref(batch), dropout()).unwrap();
@@ -20,13 +20,13 @@ fn check(batch: &PretrainBatch) {
             assert!(all.iter().flat_map(|g| &g.1).all(|x| x.is_finite()));
             let labels = losses.encoder_labels + losses.decoder_labels;
             let expected = batch.encoder_label_ids.len()
-                + batch
-                    .decoder
-                    .as_ref()
-                    .map_or(0, |d| if objective == Objective::RetroMae { d.label_ids.len() } else { 0 });
+                + batch.decoder.as_ref().map_or(0, |d| if objective.has_decoder() { d.label_ids.len() } else { 0 });
+            let bags = objective == Objective::DupMae && batch.bags.as_ref().is_some_and(|bags| !bags.ids.is_empty());
+            let some = labels > 0 || bags;
             assert_eq!(labels, expected);
-            assert_eq!(losses.total() > 0.0, labels > 0);
-            assert_eq!(all.iter().flat_map(|g| &g.1).any(|&x| x != 0.0), labels > 0);
+            assert_eq!(losses.total() > 0.0, some);
+            assert_eq!(losses.bow > 0.0, bags);
+            assert_eq!(all.iter().flat_map(|g| &g.1).any(|&x| x != 0.0), some);
             assert!(model.evaluate(batch).unwrap().total().is_finite());
         }
     }

@@ -56,7 +56,7 @@ fn micro(t: u64) -> Vec<PretrainBatch> {
 /// With dropout, whose masks are the same on both.
 #[test]
 fn f32_gradients_are_those_of_the_cpu() {
-    for objective in [Objective::RetroMae, Objective::Mlm] {
+    for objective in [Objective::RetroMae, Objective::DupMae, Objective::Mlm] {
         for (head_size, act) in [(32, Activation::Gelu), (64, Activation::Silu), (128, Activation::GeluTanh)] {
             let config = sizes(head_size, act);
             let mut cpu = on(Device::Cpu, &config, objective, DType::F64);
@@ -65,6 +65,7 @@ fn f32_gradients_are_those_of_the_cpu() {
             let (a, b) = (cpu.gradients(&micro, dropout()).unwrap(), gpu.gradients(&micro, dropout()).unwrap());
             assert!((a.total() / b.total() - 1.0).abs() < 1e-5, "{} and {}", a.total(), b.total());
             assert_eq!((a.encoder.correct, a.decoder.correct), (b.encoder.correct, b.decoder.correct));
+            assert!((a.bow - b.bow).abs() <= 1e-5 * a.bow, "{} and {}", a.bow, b.bow);
             assert_close(&gradients(&gpu), &gradients(&cpu), 1e-4);
         }
     }
@@ -106,15 +107,38 @@ fn bf16_training_follows_the_cpu() {
 /// A record replayed for other batches, between other records, computes what fresh work does.
 #[test]
 fn replayed_work_equals_fresh_work() {
-    for storage in [DType::F32, DType::BF16] {
-        let device = gpu();
-        let mut used = small(device, storage);
+    let retromae = [DType::F32, DType::BF16].map(|storage| (storage, Objective::RetroMae));
+    for (storage, objective) in retromae.into_iter().chain([(DType::BF16, Objective::DupMae)]) {
+        let (device, config) = (gpu(), sizes(32, Activation::Gelu));
+        let mut used = on(device, &config, objective, storage);
         for t in 1..=9 {
             let losses = used.gradients(&micro(t), dropout()).unwrap();
-            let mut fresh = small(device, storage);
+            let mut fresh = on(device, &config, objective, storage);
             assert_eq!(fresh.gradients(&micro(t), dropout()).unwrap(), losses, "{storage:?}, batch {t}");
             assert!(gradient_bits(&fresh) == gradient_bits(&used), "{storage:?}, batch {t}");
         }
+    }
+}
+
+/// A vocabulary as large as BERT's, so that the texts go through the LM head in several chunks: other ones on the CPU, and after a
+/// replay the same ones with other borders.
+#[test]
+fn dupmae_over_several_chunks() {
+    let config = BertConfig { vocab_size: 30_522, num_hidden_layers: 1, ..sizes(32, Activation::Gelu) };
+    let capacity = Capacity { tokens: 640, sequences: 40, length: 40, encoder_labels: 640 };
+    let model = |device, storage| {
+        let model = Pretrainer::new(device, &config, Objective::DupMae, capacity, storage).unwrap();
+        fill(model.params());
+        model
+    };
+    let (mut cpu, mut gpu) = (model(Device::Cpu, DType::F64), model(gpu(), DType::F32));
+    for first in [1, 2, 3] {
+        let texts = 16 + first % 2;
+        let lengths: Vec<usize> = (0..texts).map(|i| 40 - (first + 3 * i) % 7).collect();
+        let micro = [batch(first as u64, &lengths, USUAL)];
+        let (a, b) = (cpu.gradients(&micro, dropout()).unwrap(), gpu.gradients(&micro, dropout()).unwrap());
+        assert!((a.total() / b.total() - 1.0).abs() < 1e-5 && (a.bow / b.bow - 1.0).abs() < 1e-5, "batch {first}");
+        assert_close(&gradients(&gpu), &gradients(&cpu), 1e-4);
     }
 }
 
@@ -142,8 +166,14 @@ fn a_broken_step_changes_nothing_and_leaves_nothing() {
 
 #[test]
 fn the_same_steps_give_the_same_bits_in_every_order() {
+    for objective in [Objective::RetroMae, Objective::DupMae] {
+        in_every_order(objective);
+    }
+}
+
+fn in_every_order(objective: Objective) {
     let run = |device: Device| {
-        let mut model = small(device, DType::BF16);
+        let mut model = on(device, &sizes(32, Activation::Gelu), objective, DType::BF16);
         for t in 1..=4 {
             assert!(!model.step(&micro(t), &AdamW::default(), 1e-3, t, 9).unwrap().skipped);
         }

@@ -60,6 +60,13 @@ fn retromae_of_every_head_size() {
 }
 
 #[test]
+fn dupmae() {
+    for activation in [Activation::Gelu, Activation::Silu] {
+        check(32, activation, Objective::DupMae);
+    }
+}
+
+#[test]
 fn mlm() {
     check(32, Activation::Gelu, Objective::Mlm);
 }

@@ -14,12 +14,14 @@ fn pool<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
 fn assert_equal_losses(a: &Losses, b: &Losses) {
     assert_eq!((a.encoder_labels, a.decoder_labels), (b.encoder_labels, b.decoder_labels));
     assert_eq!((a.encoder.correct, a.decoder.correct), (b.encoder.correct, b.decoder.correct));
+    assert_eq!(a.bow_texts, b.bow_texts);
+    assert!((a.bow - b.bow).abs() <= 1e-12 * b.bow, "{} and {}", a.bow, b.bow);
     assert!((a.total() / b.total() - 1.0).abs() <= 1e-12, "{} and {}", a.total(), b.total());
 }
 
 #[test]
 fn two_micro_batches_equal_the_merged_one() {
-    for objective in [Objective::RetroMae, Objective::Mlm] {
+    for objective in [Objective::RetroMae, Objective::DupMae, Objective::Mlm] {
         let mut model = small(objective, DType::F64);
         // Different numbers of labels and longest texts, so that a mean of means would show.
         let merged = model.gradients(&[batch(3, &[4, 33, 7, 20, 5], USUAL)], dropout()).unwrap();
@@ -32,11 +34,13 @@ fn two_micro_batches_equal_the_merged_one() {
 
 #[test]
 fn evaluation_is_training_without_dropout() {
-    let mut model = small(Objective::RetroMae, DType::F32);
-    let batch = batch(3, &[4, 33, 7], USUAL);
-    let evaluated = model.evaluate(&batch).unwrap();
-    let trained = model.gradients(&[batch], retromae_engine::graph::StepDropout::OFF).unwrap();
-    assert_eq!(evaluated, trained);
+    for objective in [Objective::RetroMae, Objective::DupMae] {
+        let mut model = small(objective, DType::F32);
+        let batch = batch(3, &[4, 33, 7], USUAL);
+        let evaluated = model.evaluate(&batch).unwrap();
+        let trained = model.gradients(&[batch], retromae_engine::graph::StepDropout::OFF).unwrap();
+        assert_eq!(evaluated, trained);
+    }
 }
 
 /// Weights and moments after three steps, as bits.
@@ -52,10 +56,12 @@ fn train(model: &mut Pretrainer) -> Vec<u32> {
 
 #[test]
 fn the_same_steps_give_the_same_bits_on_any_number_of_threads() {
-    let run = |threads| pool(threads, || train(&mut small(Objective::RetroMae, DType::F32)));
-    let first = run(1);
-    assert!(run(1) == first, "a repeated run differs");
-    assert!(run(2) == first, "two threads differ from one");
+    for objective in [Objective::RetroMae, Objective::DupMae] {
+        let run = |threads| pool(threads, || train(&mut small(objective, DType::F32)));
+        let first = run(1);
+        assert!(run(1) == first, "a repeated run differs");
+        assert!(run(2) == first, "two threads differ from one");
+    }
 }
 
 /// Buffers hold what the last batch left; nothing of it may matter.
@@ -63,11 +69,12 @@ fn the_same_steps_give_the_same_bits_on_any_number_of_threads() {
 fn a_batch_does_not_depend_on_the_one_before() {
     let other = batch(50, &[40, 40], USUAL);
     let own = [batch(3, &[4, 33, 7], USUAL)];
-    let mut fresh = small(Objective::RetroMae, DType::F32);
-    let mut used = small(Objective::RetroMae, DType::F32);
-    used.gradients(&[other], dropout()).unwrap();
-    assert_eq!(fresh.gradients(&own, dropout()).unwrap(), used.gradients(&own, dropout()).unwrap());
-    let bits =
-        |m: &Pretrainer| m.params().gradients().to_vec::<f32>().into_iter().map(f32::to_bits).collect::<Vec<_>>();
-    assert!(bits(&fresh) == bits(&used));
+    for objective in [Objective::RetroMae, Objective::DupMae] {
+        let [mut fresh, mut used] = [(); 2].map(|()| small(objective, DType::F32));
+        used.gradients(std::slice::from_ref(&other), dropout()).unwrap();
+        assert_eq!(fresh.gradients(&own, dropout()).unwrap(), used.gradients(&own, dropout()).unwrap());
+        let bits =
+            |m: &Pretrainer| m.params().gradients().to_vec::<f32>().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        assert!(bits(&fresh) == bits(&used));
+    }
 }

@@ -190,7 +190,7 @@ impl Case<'_> {
         let row = Tensor::from_slice(&bits.row);
         let forward = || Forward {
             shape: p.shape(&borders),
-            queries: Queries { position: &position, sentence: &sentence },
+            queries: Queries::Parts { position: &position, sentence: &sentence },
             k: Matrix::new(&k, c),
             v: Matrix::new(&v, c),
             visible: Visible { offsets: &offsets, words: &words, row: &row },

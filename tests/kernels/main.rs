@@ -3,6 +3,7 @@
 
 mod activation;
 mod attention;
+mod bag_of_words;
 mod contrastive;
 mod cross_entropy;
 mod device;

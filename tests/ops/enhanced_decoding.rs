@@ -1,4 +1,4 @@
-//! Attention of the enhanced decoder: queries in two parts, a visibility mask for every position.
+//! Attention of the enhanced decoder: queries in two parts or whole, a visibility mask for every position.
 
 use retromae_engine::device::{DType, Matrix, Tensor};
 use retromae_engine::ops::attention::Shape;
@@ -14,6 +14,7 @@ struct Case<'a> {
     queries: &'a [&'a [u32]],
     mask: fn(usize, usize) -> bool,
     p: f32,
+    whole: bool,
 }
 
 const PLAIN: Case = Case {
@@ -23,6 +24,7 @@ const PLAIN: Case = Case {
     queries: &[&[1], &[1, 2, 7, 31], &[1, 31, 32, 33, 38, 39]],
     mask: half,
     p: 0.0,
+    whole: false,
 };
 
 /// Every second key or so.
@@ -83,6 +85,9 @@ impl Case<'_> {
         let (p, c) = (self.problem(), self.width());
         let kv: Vec<f64> = x[2].chunks(c).zip(x[3].chunks(c)).flat_map(|(k, v)| [k, v].concat()).collect();
         let (position, sentence, kv) = (lab.tensor(&x[0]), lab.tensor(&x[1]), lab.tensor(&kv));
+        let of_row = |s: usize, at: u32| (0..c).map(move |e| x[0][at as usize * c + e] + x[1][s * c + e]);
+        let whole = self.queries.iter().enumerate().flat_map(|(s, q)| q.iter().flat_map(move |&at| of_row(s, at)));
+        let whole = lab.tensor(&whole.collect::<Vec<_>>());
         let (cu_rows, cu_seqlens) = (&p.cu_rows, &p.cu_seqlens);
         let (out, lse) = (lab.set(p.rows * c), lab.set(p.rows * self.heads));
         let a = Forward {
@@ -94,7 +99,10 @@ impl Case<'_> {
                 cu_seqlens,
                 work: None,
             },
-            queries: Queries { position: &position, sentence: &sentence },
+            queries: match self.whole {
+                true => Queries::Whole(&whole),
+                false => Queries::Parts { position: &position, sentence: &sentence },
+            },
             k: Matrix::columns(&kv, 0, 2 * c),
             v: Matrix::columns(&kv, c, 2 * c),
             visible: Visible { offsets: &p.offsets, words: &p.words, row: &p.row },
@@ -155,6 +163,7 @@ impl Op for Case<'_> {
 fn pools_of_random_masks() {
     check(&PLAIN);
     check(&Case { p: 0.1, ..PLAIN });
+    check(&Case { p: 0.1, whole: true, ..PLAIN });
 }
 
 #[test]

@@ -82,6 +82,14 @@ def spread(folder, options, batch):
     return ((means[1] - means[0]).abs().mean() / means[0].mean()).item()
 
 
+def dupmae(lm, decoder, batch, weight):
+    """`losses.dupmae`, with losses that are not rounded: logits are f32 from bf16 products."""
+    head = lm.cls.forward
+    lm.cls.forward = lambda hidden: head(hidden).float()
+    wide = {**batch, "bag_word_weight": batch["bag_word_weight"].float()}
+    return losses.dupmae(lm, decoder, wide, weight)
+
+
 def case(folder):
     batch = load_file(folder / "batch.safetensors")
     options = json.loads((folder / "case.json").read_text())
@@ -91,13 +99,16 @@ def case(folder):
     else:
         lm = model(BertForMaskedLM, folder / "model", torch.bfloat16)
         config, named = lm.config, dict(lm.named_parameters())
-    if objective == "retromae":
+    if objective in ("retromae", "dupmae"):
         decoder = losses.EnhancedDecoder(config).eval()
         state = load_file(folder / "model/enhanced_decoder.safetensors")
         decoder.load_state_dict({k.removeprefix("c_head."): v for k, v in state.items()})
         decoder = decoder.to(torch.bfloat16)
         named |= {f"c_head.{k}": v for k, v in decoder.named_parameters()}
-        out = losses.retromae(lm, decoder, batch)
+        if objective == "dupmae":
+            out = dupmae(lm, decoder, batch, options["bow_loss_weight"])
+        else:
+            out = losses.retromae(lm, decoder, batch)
     elif objective == "mlm":
         hidden = lm.bert(batch["encoder_input_ids"], attention_mask=batch["encoder_attention_mask"]).last_hidden_state
         out = {"loss": losses.token_loss(lm, hidden, batch["encoder_labels"])}

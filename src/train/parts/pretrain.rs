@@ -22,7 +22,7 @@ use crate::train::batches::CorpusBatches;
 use crate::train::origin::Purpose;
 use crate::train::parts::{Facts, Job, configuration, fit, keep_origin, tell_fresh, words};
 use crate::train::plan::Plan;
-use crate::train::settings::{Objective, Settings};
+use crate::train::settings::Settings;
 use crate::train::step::{self, Pretrainer};
 use crate::train::target::Target;
 use crate::train::trainer::Trainer;
@@ -67,8 +67,9 @@ impl Pretraining {
             weights.check(&names::encoder(&config))?;
         }
 
-        let decoder = (settings.objective == Objective::Retromae).then_some(settings.decoder_mask_probability);
+        let decoder = objective.has_decoder().then_some(settings.decoder_mask_probability);
         let rules = MaskRules::new(settings.seed, facts.vocabulary(), settings.encoder_mask_probability, decoder)?;
+        let rules = if objective == step::Objective::DupMae { rules.with_bags() } else { rules };
         let named = shards.clone();
         let names = Box::new(move |text| named.id(text).ok().flatten().map(str::to_string));
         let batches = CorpusBatches::new(shards.clone(), settings, rules, max_length, 1, names)?;
@@ -118,7 +119,8 @@ impl Job for Pretraining {
 
     fn engine(&mut self, say: &mut dyn FnMut(String)) -> Result<Trainer<Pretrainer>> {
         let (device, storage) = (self.target.device, self.target.storage);
-        let model = Pretrainer::new(device, &self.config, self.objective, self.capacity, storage)?;
+        let model = Pretrainer::new(device, &self.config, self.objective, self.capacity, storage)?
+            .with_bow_loss_weight(self.facts.settings.bow_loss_weight);
         let fresh =
             model.params().load(self.facts.settings.seed, self.config.initializer_range, |name, shape, out| {
                 self.weights.as_ref().map_or(Ok(false), |weights| weights.read(name, shape, out))

@@ -18,7 +18,9 @@ const EXCLUSIVE: [(&[&str], Option<Value>); 4] = [
 ];
 
 /// Settings of pre-training alone.
-const PRETRAINING: [&str; 3] = ["encoder-mask-probability", "decoder-mask-probability", "tokens-per-batch"];
+const PRETRAINING: [&str; 4] = ["encoder-mask-probability", "decoder-mask-probability", BAGS, "tokens-per-batch"];
+/// Those of DupMAE alone.
+const BAGS: &str = "bow-loss-weight";
 /// Settings of fine-tuning alone.
 const FINE_TUNING: [&str; 23] = [
     "row-format",
@@ -68,7 +70,8 @@ const SEARCHING: [&str; 1] = ["dev-sample"];
 /// Whether an objective knows a setting.
 pub(super) fn applies(key: &str, objective: Objective) -> bool {
     match objective {
-        Objective::Retromae => !FINE_TUNING.contains(&key) && !BI_ENCODER.contains(&key),
+        Objective::Dupmae => !FINE_TUNING.contains(&key) && !BI_ENCODER.contains(&key),
+        Objective::Retromae => key != BAGS && applies(key, Objective::Dupmae),
         Objective::Mlm => key != "decoder-mask-probability" && applies(key, Objective::Retromae),
         Objective::Contrastive => !PRETRAINING.contains(&key) && key != LENGTH && key != RERANKING,
         Objective::CrossEncoder => {
@@ -98,7 +101,7 @@ fn defaults(objective: Objective, table: &Table) -> Vec<(&'static str, Value)> {
             all.push(("max-length", Value::Integer(length)));
             all.push(("query-length", Value::Integer(length / 2)));
         }
-        Objective::Retromae | Objective::Mlm => {}
+        Objective::Retromae | Objective::Dupmae | Objective::Mlm => {}
     }
     all
 }
@@ -174,6 +177,11 @@ impl Settings {
             ("clip", self.clip >= 0.0 && self.clip.is_finite(), "must be positive, or 0 for no clipping"),
             ("encoder-mask-probability", open_unit(self.encoder_mask_probability), "must lie between 0 and 1"),
             ("decoder-mask-probability", open_unit(self.decoder_mask_probability), "must lie between 0 and 1"),
+            (
+                BAGS,
+                self.bow_loss_weight >= 0.0 && self.bow_loss_weight.is_finite(),
+                "must be at least 0; 0 leaves the loss in the log and out of the training",
+            ),
             (
                 "device",
                 ["auto", "cpu", "cuda", "emulator"].contains(&&*self.device),
@@ -354,6 +362,17 @@ mod tests {
             refused(&format!("{LEAST}group-size = 4")),
             "--group-size means nothing to --objective retromae; leave it out, or choose another objective"
         );
+        assert_eq!(
+            refused(&format!("{LEAST}bow-loss-weight = 0.2")),
+            "--bow-loss-weight means nothing to --objective retromae; leave it out, or choose another objective"
+        );
+        let dupmae = |text: &str| Settings::resolve(table(&format!("{LEAST}objective = 'dupmae'\n{text}")), None);
+        assert_eq!(dupmae("bow-loss-weight = 0.2")?.bow_loss_weight, 0.2);
+        let about = About::default();
+        assert_eq!(dupmae("")?.identity(&about, 9)?.get("bow-loss-weight"), Some(&"0.1".to_string()));
+        assert!(!Settings::resolve(table(LEAST), None)?.to_toml()?.contains("bow-loss-weight"));
+        let negative = dupmae("bow-loss-weight = -1.0").err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(negative.starts_with("--bow-loss-weight must be at least 0"), "{negative}");
         let one = refused(&format!("{sets}objective = 'contrastive'\nbatch-size = 1"));
         assert!(one.starts_with("--group-size of one passage leaves nothing to tell it from"), "{one}");
         let one = refused(&format!("{sets}objective = 'cross-encoder'\ngroup-size = 1"));

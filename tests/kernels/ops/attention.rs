@@ -82,7 +82,7 @@ fn attention_agrees() {
 /// Bit rows of a sequence's pool.
 const POOL: usize = 4;
 
-fn decoding_of(place: Place, p: &Problem) -> Results {
+fn decoding_of(place: Place, p: &Problem, whole: bool) -> Results {
     let (c, rows, tokens) = (p.width(), p.rows(), p.tokens());
     let (tables, names) = (Tables::new(place, p), place.names(&row_names(&p.names())));
     let (mut offsets, mut words) = (vec![0], Vec::new());
@@ -94,13 +94,17 @@ fn decoding_of(place: Place, p: &Problem) -> Results {
     let (offsets, words, row) = (place.tensor(&offsets, 0), place.tensor(&words, 0), place.tensor(&row, SPARE));
     let [position, sentence] =
         [(70, 1), (LENGTHS.len(), 2)].map(|(rows, name)| place.matrix(&normal(rows * c, name), SPARE * c));
+    let queries = place.matrix(&normal(rows * c, 5), SPARE * c);
     let kv = place.matrix(&normal(tokens * 2 * c, 3), SPARE * 2 * c);
     let (out, dout) = (place.unset(rows * c, SPARE * c), place.matrix(&normal(rows * c, 4), SPARE * c));
     let (dq, dkv) = (place.unset(rows * c, SPARE * c), place.unset(tokens * 2 * c, SPARE * 2 * c));
     let lse = place.unset_wide(rows * p.heads, SPARE * p.heads);
     let forward = || decoding::Forward {
         shape: tables.shape(place, p),
-        queries: decoding::Queries { position: &position, sentence: &sentence },
+        queries: match whole {
+            true => decoding::Queries::Whole(&queries),
+            false => decoding::Queries::Parts { position: &position, sentence: &sentence },
+        },
         k: Matrix::columns(&kv, 0, 2 * c),
         v: Matrix::columns(&kv, c, 2 * c),
         visible: decoding::Visible { offsets: &offsets, words: &words, row: &row },
@@ -122,6 +126,9 @@ fn enhanced_decoding_agrees() {
     for (heads, head_size) in [(3, 32), (2, 64), (1, 128)] {
         // The sequence of one position sees nothing, so it does not ask.
         let p = problem(heads, head_size, |n| (1..n as u32).collect());
-        check(&format!("enhanced decoding with heads of {head_size}"), |place| decoding_of(place, &p));
+        for whole in [false, true] {
+            let what = format!("enhanced decoding with heads of {head_size}, whole queries: {whole}");
+            check(&what, |place| decoding_of(place, &p, whole));
+        }
     }
 }

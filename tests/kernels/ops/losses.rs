@@ -1,4 +1,4 @@
-//! Cross entropy and the contrastive loss.
+//! Cross entropy, the bag-of-words loss and the contrastive loss.
 
 use super::*;
 use retromae_engine::ops::contrastive;
@@ -67,6 +67,24 @@ fn cross_entropy_agrees() {
         for training in [true, false] {
             let what = format!("cross entropy {rows} {chunk} {vocabulary}, training {training}");
             check(&what, |place| cross_entropy_of(place, &head, training));
+        }
+    }
+}
+
+/// On a device without scratch memory yet, whose guard pages show an op that asks for too little.
+#[test]
+fn the_bag_of_words_loss_agrees() {
+    use crate::bag_of_words::{Case, PLAIN};
+    // Several chunks; slabs of 64 rows and blocks of 1024 columns, the last ones not full; as many sequences as a chunk may have.
+    for case in [
+        PLAIN,
+        Case { lengths: &[70, 2, 129], chunk: 144, vocabulary: 1061, ..PLAIN },
+        Case { lengths: &[2; 40], chunk: 128, ..PLAIN },
+    ] {
+        for training in [true, false] {
+            check(&format!("bags of words of {:?}, training {training}", case.lengths), |place| {
+                case.run(place.device(), place.storage, training)
+            });
         }
     }
 }
