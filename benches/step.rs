@@ -114,7 +114,7 @@ impl Case<BiEncoder> {
         let (batches, room) = pairs::batches(model, count)?;
         let batches_s = began.elapsed().as_secs_f64();
         let shape = Shape { pooling: Pooling::Cls, projection: None, normalize: false };
-        let options = Options { shape, untied: false, temperature: 1.0, distillation: None };
+        let options = Options { shape, lexical: None, untied: false, temperature: 1.0, distillation: None };
         let [queries, passages] = workload.lengths(model)?;
         Ok(Case {
             model,
@@ -123,7 +123,7 @@ impl Case<BiEncoder> {
             trainer: BiEncoder::new(target.device, &config, options, room, target.storage)?,
             batches,
             batches_s,
-            footprint: BiEncoder::footprint(&config, &options, room, target.storage),
+            footprint: BiEncoder::footprint((target.device, target.storage), &config, &options, room),
             work: flops::fine_tuning(&config, [&queries, &passages]) as f64,
             rows: [("queries", queries.len()), ("passages", passages.len())],
         })

@@ -7,3 +7,5 @@ mod exported;
 mod golden;
 #[path = "finetune/invariants.rs"]
 mod invariants;
+#[path = "finetune/joined.rs"]
+mod joined;

@@ -25,6 +25,8 @@ mod gather;
 mod group_loss;
 #[path = "ops/group_scores.rs"]
 mod group_scores;
+#[path = "ops/joined.rs"]
+mod joined;
 #[path = "ops/layernorm.rs"]
 mod layernorm;
 #[path = "ops/lexical.rs"]

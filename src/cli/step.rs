@@ -55,6 +55,9 @@ pub struct Arguments {
     /// Scale embeddings to length 1
     #[arg(long)]
     normalize: bool,
+    /// Train joined embeddings: the dense one, and behind it a column a word, in which stand this many words of a text
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    lexical_top_k: Option<u32>,
     /// What scores are divided by
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     temperature: f32,
@@ -175,8 +178,13 @@ fn contrastive(args: &Arguments, path: &Path, open: Open<'_>) -> Result<(Losses,
     let towers = Towers::open(path)?;
     let config = &towers.config;
     let batch = BatchFile::open(&args.batch, "")?.contrastive(args.group_size as usize, config)?;
+    let lexical = args.lexical_top_k.map(|k| (k as usize).min(config.vocab_size));
+    if lexical.is_some() {
+        (0..2).try_for_each(|side| towers.require_mlm_head(side))?;
+    }
     let options = Options {
         shape: Shape { pooling: args.pooling, projection: towers.projection, normalize: args.normalize },
+        lexical,
         untied: towers.untied(),
         temperature: args.temperature,
         distillation: batch
@@ -195,10 +203,11 @@ fn contrastive(args: &Arguments, path: &Path, open: Open<'_>) -> Result<(Losses,
     if batch.teacher.is_some() {
         losses.push(("loss.distill", done.distill_loss()));
     }
-    let (width, [q, p]) = (options.shape.width(config), model.embeddings(&batch));
+    let (width, [q, p]) = (options.width(config), model.embeddings(&batch));
     let more = vec![Outcome::matrix("query_embeddings", q, width), Outcome::matrix("passage_embeddings", p, width)];
-    // Bi-encoders are bare encoders: their parameters have no prefix.
-    let gradients = write(args, model.params(), &losses, more, |name| name.replacen("bert.", "", 1))?;
+    // Bi-encoders are bare encoders, whose parameters have no prefix, unless the MLM head is with them.
+    let bare = |name: &str| if lexical.is_some() { name.to_string() } else { name.replacen("bert.", "", 1) };
+    let gradients = write(args, model.params(), &losses, more, bare)?;
     Ok((losses, gradients))
 }
 

@@ -1,20 +1,22 @@
 //! A tower of a bi-encoder: from packed texts to one embedding each. Queries and passages share a tower, or have one each.
 //!
 //! `e = normalize(W pool(hidden) + b)`, projection and normalisation where asked for. With CLS pooling only the first row of each text is
-//! computed in the encoder's last layer; mean pooling needs all of them, and so does whoever reads the last hidden states beside.
+//! computed in the encoder's last layer; mean pooling needs all of them, and so does whoever reads the last hidden states beside: of a
+//! joined embedding ([`crate::ops::joined`]) the lexical part is made of them.
 
 use super::activations::{Plan, Slot};
 use super::block::Linear;
 use super::encoder::Encoder;
 use super::extent::{Bounds, Extent};
 use super::inputs::{Rows, TokenInputs};
+use super::lexical::LexicalHead;
 use super::params::{Id, Table};
 use super::{Capacity, Pass};
 use crate::data::pairs::texts::TextBatch;
 use crate::device::{DType, Device, Output, Tensor};
 use crate::model::config::BertConfig;
-use crate::ops::gather;
 use crate::ops::pool::{self, Pooling};
+use crate::ops::{gather, joined};
 
 /// How hidden states become an embedding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +124,7 @@ pub struct Tower {
     needed: Needed,
     hidden: usize,
     projection: Option<Linear>,
+    lexical: Option<LexicalHead>,
     /// `[S, C]`: pooled states, and their gradient.
     pooled: Slot,
     d_pooled: Slot,
@@ -181,6 +184,7 @@ impl Tower {
             needed,
             hidden: c,
             projection: linear,
+            lexical: None,
             pooled,
             d_pooled,
             projected,
@@ -191,9 +195,29 @@ impl Tower {
         }
     }
 
+    /// The same for joined embeddings, whose texts have `k` words each at most, in training.
+    pub fn joined(
+        on: (Device, DType),
+        (t, plan): (&mut Table, &mut Plan),
+        config: &BertConfig,
+        capacity: Capacity,
+        (shape, k): (Shape, usize),
+        names: (&str, &str),
+    ) -> Self {
+        let tower = Self::with(t, plan, config, capacity, (shape, Needed::All), names);
+        let (word, sizes) = (tower.word(), (capacity.tokens, capacity.sequences));
+        let head = t.within(names.0, |t| LexicalHead::trained(on, (t, plan), config, word, sizes, k));
+        Tower { lexical: Some(head), ..tower }
+    }
+
     /// Where [`Self::forward`] leaves the last hidden states of the rows needed, `[R, C]`.
     pub fn hidden(&self) -> Slot {
         self.encoder.output()
+    }
+
+    /// What the last [`Self::forward`] left of its texts: dense embeddings `[S, W]`, and words.
+    pub fn embedded<'p>(&'p self, p: &'p Pass<'_>) -> (&'p Tensor, Option<joined::Words<'p>>) {
+        (p.b(self.embedding), self.lexical.as_ref().map(|head| head.words(p)))
     }
 
     /// The word embeddings, which an MLM head projects with.
@@ -210,7 +234,7 @@ impl Tower {
         pool::Shape { sequences, width: self.hidden, cu_seqlens: &inputs.rows.cu_rows, pooling }
     }
 
-    /// Embeds the texts, and puts the embeddings where they belong in `all [N, W]`.
+    /// Embeds the texts, and puts the embeddings where they belong in `all [N, W]`, joined ones in `all [N, W + V]`.
     pub fn forward(&self, p: &Pass<'_>, inputs: &TowerInputs, all: &Tensor) {
         let (count, c, w) = (inputs.count.get(), self.hidden, self.width());
         self.encoder.forward(p, &inputs.tokens, &inputs.rows);
@@ -223,13 +247,25 @@ impl Tower {
         if self.shape.normalize {
             pool::normalize(p.device, (count, w), p.b(self.projected), p.b(self.embedding), p.b(self.length));
         }
-        gather::scatter(p.device, p.b(self.embedding), &inputs.places, count, w, all);
+        let Some(head) = &self.lexical else {
+            return gather::scatter(p.device, p.b(self.embedding), &inputs.places, count, w, all);
+        };
+        head.forward(p, &inputs.tokens, p.b(self.hidden()));
+        let shape = head.shape(&inputs.tokens, w);
+        joined::put(p.device, shape, p.b(self.embedding), head.words(p), &inputs.places, all);
     }
 
-    /// Adds the gradients of all parameters, from those of the embeddings in `d_all [N, W]`. The forward of the same texts comes before.
+    /// Adds the gradients of all parameters, from those of the embeddings in `d_all`, as wide as in the forward. The forward of the same texts comes before.
     pub fn backward(&self, p: &Pass<'_>, inputs: &TowerInputs, d_all: &Tensor) {
         let (count, c, w) = (inputs.count.get(), self.hidden, self.width());
-        gather::gather(p.device, d_all, &inputs.places, count, w, p.b(self.d_embedding));
+        let d_embedding = p.b(self.d_embedding);
+        match &self.lexical {
+            None => gather::gather(p.device, d_all, &inputs.places, count, w, d_embedding),
+            Some(head) => {
+                let shape = head.shape(&inputs.tokens, w);
+                joined::take(p.device, shape, d_embedding, head.d_words(p), &inputs.places, d_all);
+            }
+        }
         if self.shape.normalize {
             let (y, length) = (p.b(self.embedding), p.b(self.length));
             let (dy, dx) = (p.b(self.d_embedding), p.b(self.d_projected));
@@ -241,6 +277,9 @@ impl Tower {
         }
         if self.needed == Needed::All {
             pool::backward(p.device, self.pool(inputs), p.b(self.d_pooled), p.b(self.encoder.gradients.rows));
+        }
+        if let Some(head) = &self.lexical {
+            head.backward(p, &inputs.tokens, p.b(self.hidden()), p.b(self.encoder.gradients.rows));
         }
         self.encoder.backward(p, &inputs.tokens, &inputs.rows);
     }

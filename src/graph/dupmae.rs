@@ -9,7 +9,7 @@ use super::head_chunks::HeadChunks;
 use super::inputs::Inputs;
 use super::mlm::MlmHead;
 use super::{Capacity, Dims, Pass};
-use crate::device::{DType, Device, Tensor};
+use crate::device::{DType, Device, Output, Tensor};
 use crate::ops::bag_of_words::{self, BagOfWords, Gradients};
 use crate::ops::cross_entropy::{self, Scale};
 use crate::ops::gather;
@@ -101,7 +101,7 @@ impl BagHead {
         cross_entropy::sums(p.device, inputs.label_count.get(), row_loss, row_correct, sums.labels);
         cross_entropy::sums(p.device, inputs.tokens.sequences.get(), bag_loss, &self.correct, sums.bags);
         if let Some(g) = gradient {
-            head.transform_backward(p, rows, x, g.dx);
+            head.transform_backward(p, rows, x, (g.dx, Output::Set));
         }
     }
 }

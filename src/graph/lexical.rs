@@ -1,42 +1,36 @@
-//! BERT's masked-LM head over all rows of a batch, for the lexical representation of its texts: `y = LN(act(h W + b))`, and of the logits
-//! `y Eᵀ + c` over the tied word embeddings E the largest of every word in a text, the K largest of these kept ([`crate::ops::lexical`]).
+//! BERT's masked-LM head over all rows of a batch, for the lexical representation of its texts: of the logits the largest of every word in a
+//! text, the K largest of these kept ([`crate::ops::lexical`]).
 //!
-//! Forward only. The parameters are those of [`super::mlm::MlmHead`], under the same names.
+//! In training the gradients of the weights go back through the row in which a word is largest ([`crate::ops::joined`]).
 
 use super::activations::{Plan, Slot};
-use super::block::{Linear, Norm};
 use super::inputs::TokenInputs;
-use super::params::{Id, Init, Table};
+use super::mlm::{Buffers, MlmHead};
+use super::params::{Id, Table};
 use super::{Dims, Pass};
-use crate::device::{DType, Device, Tensor};
+use crate::device::{DType, Device, Output, Tensor};
 use crate::model::config::BertConfig;
-use crate::ops::lexical::{Lexical, Shape};
-use crate::ops::{activation, layernorm, lexical};
-
-/// Bytes of logits that exist at a time: on the CPU, and on a GPU, where they stay in the second-level cache.
-const LOGITS_BYTES: usize = 64 << 20;
-const LOGITS_BYTES_GPU: usize = 32 << 20;
+use crate::ops::joined::{self, Words};
+use crate::ops::lexical::{self, Lexical};
 
 /// The head.
 pub struct LexicalHead {
     dims: Dims,
-    transform: Linear,
-    norm: Norm,
-    /// Tied to the embedding table.
-    word: Id,
-    bias: Id,
+    head: MlmHead,
     k: usize,
-    chunk: usize,
-    u: Slot,
-    z: Slot,
-    mean: Slot,
-    rstd: Slot,
-    y: Slot,
-    logits: Slot,
+    /// `[chunk, V]`.
     maxima: Slot,
     /// `[S, K]`.
     ids: Tensor,
     weights: Slot,
+    training: Option<Training>,
+}
+
+/// What a backward needs besides.
+struct Training {
+    /// `[S, K]`.
+    d_weights: Slot,
+    winners: Tensor,
 }
 
 impl LexicalHead {
@@ -49,71 +43,54 @@ impl LexicalHead {
         (rows, sequences): (usize, usize),
         k: usize,
     ) -> Self {
-        let dims = Dims::new(config);
-        let (c, v) = (dims.hidden, dims.vocabulary);
-        let bytes = if device.is_gpu() { LOGITS_BYTES_GPU } else { LOGITS_BYTES };
-        let chunk = (bytes / (storage.size().min(4) * v)).clamp(16, rows.max(16));
-        // Whole tiles of the products, where there are enough rows.
-        let chunk = if chunk > 128 { chunk / 128 * 128 } else { chunk };
-        let transform = Linear::new(t, "cls.predictions.transform.dense".into(), c, c);
-        let norm = Norm::new(t, "cls.predictions.transform.LayerNorm", c);
-        let bias = t.vectors(&["cls.predictions.bias".into()], config.vocab_size, Init::Zeros);
-        t.pad(bias, v, f32::NEG_INFINITY);
+        let (dims, head) = (Dims::new(config), MlmHead::new((device, storage), t, plan, config, word, rows));
         LexicalHead {
             dims,
-            transform,
-            norm,
-            word,
-            bias,
             k,
-            chunk,
-            u: plan.add("head.u", rows, c),
-            z: plan.add("head.z", rows, c),
-            mean: plan.add_wide("head.mean", rows, 1),
-            rstd: plan.add_wide("head.rstd", rows, 1),
-            y: plan.add("head.y", rows, c),
-            logits: plan.add("lexical.logits", chunk, v),
-            maxima: plan.add("lexical.maxima", chunk, v),
+            maxima: plan.add("lexical.maxima", head.chunk(), dims.vocabulary),
             ids: device.zeros(DType::U32, sequences * k),
             weights: plan.add_wide("lexical.weights", sequences, k),
+            training: None,
+            head,
         }
+    }
+
+    /// The same for training.
+    pub fn trained(
+        on: (Device, DType),
+        (t, plan): (&mut Table, &mut Plan),
+        config: &BertConfig,
+        word: Id,
+        (rows, sequences): (usize, usize),
+        k: usize,
+    ) -> Self {
+        let head = Self::new(on, (t, plan), config, word, (rows, sequences), k);
+        let d_weights = plan.add_wide("lexical.d_weights", sequences, k);
+        let winners = on.0.zeros(DType::U32, sequences * k);
+        LexicalHead { training: Some(Training { d_weights, winners }), ..head }
     }
 
     /// The words of each text, from the last hidden states `h [T, C]` of all its rows.
     pub fn forward(&self, p: &Pass<'_>, tokens: &TokenInputs, h: &Tensor) {
-        let (c, rows) = (self.dims.hidden, tokens.count.get());
-        self.transform.forward(p, (rows, c, c), h, p.b(self.u));
-        activation::forward(p.device, self.dims.activation, p.b(self.u), p.b(self.z), (rows, c));
-        layernorm::forward(
-            p.device,
-            &layernorm::Forward {
-                shape: layernorm::Shape { rows, width: c, eps: self.dims.eps },
-                x: p.b(self.z),
-                residual: None,
-                dropout: None,
-                gamma: p.master(self.norm.gamma),
-                beta: p.master(self.norm.beta),
-                y: p.b(self.y),
-                mean: p.b(self.mean),
-                rstd: p.b(self.rstd),
-            },
-        );
+        let rows = tokens.count.get();
+        self.head.transform(p, rows, h);
+        let Buffers { y, w, b, logits, .. } = self.head.buffers(p);
         lexical::run(
             p.device,
             &Lexical {
-                shape: Shape {
+                shape: lexical::Shape {
                     rows,
                     cu_seqlens: &tokens.cu_seqlens,
                     sequence: tokens.names().sequence,
-                    width: c,
+                    width: self.dims.hidden,
                     vocabulary: self.dims.vocabulary,
-                    chunk: self.chunk,
+                    chunk: self.head.chunk(),
                     k: self.k,
                 },
-                h: p.b(self.y),
-                w: p.w(self.word),
-                b: p.master(self.bias),
-                logits: p.b(self.logits),
+                h: y,
+                w,
+                b,
+                logits,
                 maxima: p.b(self.maxima),
                 ids: &self.ids,
                 weights: p.b(self.weights),
@@ -121,18 +98,51 @@ impl LexicalHead {
         );
     }
 
+    /// Adds the gradients of all parameters, and to `dh [T, C]` those of the hidden states, from those of the weights in [`Self::d_words`].
+    /// The forward of the same texts comes before.
+    pub fn backward(&self, p: &Pass<'_>, tokens: &TokenInputs, h: &Tensor, dh: &Tensor) {
+        let Some(Training { winners, .. }) = &self.training else { panic!("a head without buffers for gradients") };
+        let rows = tokens.count.get();
+        let Buffers { y, dy, w, dw_acc, db_acc, logits, .. } = self.head.buffers(p);
+        joined::backward(
+            p.device,
+            &joined::Backward {
+                shape: self.shape(tokens, 0),
+                rows,
+                width: self.dims.hidden,
+                chunk: self.head.chunk(),
+                h: y,
+                w,
+                d_words: self.d_words(p),
+                winners,
+                g: logits,
+                dh: dy,
+                dw_acc,
+                db_acc,
+            },
+        );
+        self.head.transform_backward(p, rows, h, (dh, Output::Add));
+    }
+
+    /// Of joined embeddings whose dense part is `dense` wide.
+    pub fn shape<'a>(&self, tokens: &'a TokenInputs, dense: usize) -> joined::Shape<'a> {
+        let (texts, cu_seqlens) = (tokens.sequences.get(), &tokens.cu_seqlens);
+        joined::Shape { texts, cu_seqlens, dense, vocabulary: self.dims.vocabulary, k: self.k }
+    }
+
     /// K.
     pub fn k(&self) -> usize {
         self.k
     }
 
-    /// `[S, K]` u32: the words that [`Self::forward`] left, and their weights.
-    pub fn words<'p>(&'p self, p: &'p Pass<'_>) -> (&'p Tensor, &'p Tensor) {
-        (&self.ids, p.b(self.weights))
+    /// `[S, K]`: the words that [`Self::forward`] left, and their weights.
+    pub fn words<'p>(&'p self, p: &'p Pass<'_>) -> Words<'p> {
+        Words { ids: &self.ids, weights: p.b(self.weights) }
     }
 
-    /// The head's parameters: embedding table `[V, C]`, bias `[V]`.
-    pub fn projection(&self) -> (Id, Id) {
-        (self.word, self.bias)
+    /// The same words, and the gradients of their weights.
+    pub fn d_words<'p>(&'p self, p: &'p Pass<'_>) -> Words<'p> {
+        let Some(training) = &self.training else { panic!("a head without buffers for gradients") };
+        Words { ids: &self.ids, weights: p.b(training.d_weights) }
     }
 }

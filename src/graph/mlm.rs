@@ -208,12 +208,12 @@ impl MlmHead {
             },
         );
         if let Some((_, dh)) = gradient {
-            self.transform_backward(p, rows, h, dh);
+            self.transform_backward(p, rows, h, (dh, Output::Set));
         }
     }
 
-    /// From the gradient of `y` in `dy` to that of `h` in `dh`.
-    pub(super) fn transform_backward(&self, p: &Pass<'_>, rows: Count<'_>, h: &Tensor, dh: &Tensor) {
+    /// From the gradient of `y` in `dy` to that of `h` in `dh`, set or added to.
+    pub(super) fn transform_backward(&self, p: &Pass<'_>, rows: Count<'_>, h: &Tensor, dh: (&Tensor, Output)) {
         let (c, shape) = (self.dims.hidden, self.shape(rows));
         let dy = p.b(self.dy);
         layernorm::backward(
@@ -231,6 +231,6 @@ impl MlmHead {
             },
         );
         activation::backward(p.device, self.dims.activation, p.b(self.u), dy, (rows, c));
-        self.transform.backward(p, (rows, c, c), h, dy, (dh, Output::Set));
+        self.transform.backward(p, (rows, c, c), h, dy, dh);
     }
 }

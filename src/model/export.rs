@@ -51,6 +51,8 @@ pub enum ExportKind {
         normalize: bool,
         /// Width of the projection after pooling, where there is one: [`PROJECTION`] among the source's parameters, or [`PROJECTIONS`].
         projection: Option<usize>,
+        /// Whether the MLM head goes with it, which lexical representations are made with.
+        lexical: bool,
         /// Whether queries and passages have an encoder each; the source has the names of [`SIDES`] before those of its parameters.
         untied: bool,
     },
@@ -114,13 +116,18 @@ impl ExportSpec {
         if self.pooler || cross {
             params.extend(names::pooler(&self.config));
         }
-        if self.kind == ExportKind::MaskedLm {
+        if self.has_mlm_head() {
             params.extend(names::mlm_head(&self.config));
         }
         if cross {
             params.extend(names::classifier(&self.config, 1));
         }
         params
+    }
+
+    /// Whether the MLM head is part of the weights, which then have the names that it comes with.
+    pub(super) fn has_mlm_head(&self) -> bool {
+        matches!(self.kind, ExportKind::MaskedLm | ExportKind::BiEncoder { lexical: true, .. })
     }
 
     /// The encoders of the folder.
@@ -220,7 +227,7 @@ fn write_model(spec: &ExportSpec, side: &Side, staging: &mut Staging, source: &m
 fn write_weights(spec: &ExportSpec, side: &Side, staging: &mut Staging, source: &mut Source<'_>) -> Result<()> {
     let params = spec.params();
     let named = |p: &Param| Param { name: format!("{}{}", side.prefix, p.name), shape: p.shape.clone() };
-    let bare = matches!(spec.kind, ExportKind::BiEncoder { .. });
+    let bare = matches!(spec.kind, ExportKind::BiEncoder { .. }) && !spec.has_mlm_head();
     let file_name = |p: &Param| if bare { names::without_prefix(&p.name).to_string() } else { p.name.clone() };
     let mut shards: Vec<Vec<(String, Param)>> = vec![Vec::new()];
     let (mut held, mut total) = (0, 0);

@@ -13,6 +13,7 @@ use crate::graph::records::Records;
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
 use crate::model::towers::{PROJECTION, PROJECTIONS, SIDES, Towers};
+use crate::ops::joined::Words;
 
 /// What is embedded: decides the encoder where a model has two, and the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -149,7 +150,7 @@ impl Embedder {
             embedded.dense = to_f32(&self.embeddings.slice(0..count * self.dim));
         }
         if let Some(head) = &self.lexical {
-            let (ids, weights) = head.words(&pass);
+            let Words { ids, weights } = head.words(&pass);
             let used = 0..count * head.k();
             (embedded.ids, embedded.weights) = (ids.slice(used.clone()).to_vec(), to_f32(&weights.slice(used)));
         }

@@ -13,13 +13,15 @@ use crate::data::pairs::texts::TextBatch;
 use crate::device::{ALIGNMENT, DType, Device, Tensor};
 use crate::error::{Error, Result};
 use crate::graph::activations::{Activations, Plan};
-use crate::graph::biencoder::{self, Tower, TowerInputs};
+use crate::graph::biencoder::{self, Needed, Tower, TowerInputs};
 use crate::graph::extent::Bounds;
 use crate::graph::params::{Params, Table, to_f32};
 use crate::graph::records::Records;
-use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
+use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
+use crate::ops::joined::Words;
 use crate::ops::optimizer::AdamW;
+use crate::retrieve::representation::Embedded;
 use crate::train::EvalPart;
 use crate::train::biencoder_loss::Head;
 use crate::train::step::Footprint;
@@ -30,12 +32,26 @@ use crate::train::updates::{self, Optimizer, Trainable};
 pub struct Options {
     /// How hidden states become embeddings.
     pub shape: biencoder::Shape,
+    /// Words that a text keeps of the lexical representation, where embeddings are joined ones.
+    pub lexical: Option<usize>,
     /// Whether queries and passages have an encoder each.
     pub untied: bool,
     /// τ: scores are divided by it.
     pub temperature: f32,
     /// What a teacher's scores are for, where batches have them.
     pub distillation: Option<Distillation>,
+}
+
+impl Options {
+    /// Width of the embeddings: of joined ones with a column for every word.
+    pub fn width(&self, config: &BertConfig) -> usize {
+        self.shape.width(config) + self.lexical.map_or(0, |_| Dims::new(config).vocabulary)
+    }
+
+    /// What the towers need of their last layer.
+    fn needed(&self) -> Needed {
+        if self.lexical.is_some() { Needed::All } else { Needed::by(self.shape.pooling) }
+    }
 }
 
 /// Learning from a teacher's scores of the passages of each query's own group.
@@ -163,7 +179,7 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(config: &BertConfig, options: &Options, room: Room) -> Self {
+    fn new(on: (Device, DType), config: &BertConfig, options: &Options, room: Room) -> Self {
         let (mut table, mut plan) = (Table::default(), Plan::default());
         let [q, p] = room.lengths.map(|length| length.min(config.max_position_embeddings));
         let sides = if options.untied {
@@ -180,7 +196,11 @@ impl Parts {
         };
         let mut towers = Vec::new();
         for &(prefix, linear, capacity) in &sides {
-            towers.push(Tower::new(&mut table, &mut plan, config, capacity, options.shape, (prefix, linear)));
+            let (tables, names) = ((&mut table, &mut plan), (prefix, linear));
+            towers.push(match options.lexical {
+                None => Tower::new(tables.0, tables.1, config, capacity, options.shape, names),
+                Some(k) => Tower::joined(on, tables, config, capacity, (options.shape, k), names),
+            });
         }
         Parts { table, plan, towers, capacities: sides.iter().map(|side| side.2).collect() }
     }
@@ -188,9 +208,14 @@ impl Parts {
 
 impl BiEncoder {
     /// Memory that [`Self::new`] would take with `storage`.
-    pub fn footprint(config: &BertConfig, options: &Options, room: Room, storage: DType) -> Footprint {
-        let mut parts = Parts::new(config, options, room);
-        let width = options.shape.width(config);
+    pub fn footprint(
+        (device, storage): (Device, DType),
+        config: &BertConfig,
+        options: &Options,
+        room: Room,
+    ) -> Footprint {
+        let mut parts = Parts::new((device, storage), config, options, room);
+        let width = options.width(config);
         for name in ["embeddings", "d_embeddings"] {
             parts.plan.add(name, room.first_passage() + room.passages, width);
         }
@@ -202,15 +227,16 @@ impl BiEncoder {
     /// # Errors
     /// Not enough memory, or a model whose sizes the kernels do not have.
     pub fn new(device: Device, config: &BertConfig, options: Options, room: Room, storage: DType) -> Result<Self> {
-        let width = options.shape.width(config);
+        let width = options.width(config);
         if device.is_gpu() {
             check_gpu(config)?;
         }
         if device.is_gpu() && !width.is_multiple_of(8) {
+            let width = options.shape.width(config);
             return Err(Error::refused(format!("embeddings are {width} wide; the GPU's kernels need a multiple of 8"))
                 .remedy("choose another --projection, or --device cpu"));
         }
-        let mut parts = Parts::new(config, &options, room);
+        let mut parts = Parts::new((device, storage), config, &options, room);
         let head = Head::new((device, storage), &mut parts.plan, width, options.temperature, room);
         let params = parts.table.allocate(device, storage);
         let inputs = parts.capacities.iter();
@@ -221,7 +247,7 @@ impl BiEncoder {
             buffers: parts.plan.allocate(device, storage),
             towers: parts.towers,
             limits: parts.capacities.iter().map(|c| (c.sequences, c.tokens)).collect(),
-            inputs: inputs.map(|&c| TowerInputs::new(device, config, c, options.shape.pooling)).collect(),
+            inputs: inputs.map(|&c| TowerInputs::with(device, config, c, options.needed())).collect(),
             head,
             optimizer: Optimizer::new(device, &params),
             results: device.zeros(DType::F64, 5),
@@ -252,11 +278,16 @@ impl BiEncoder {
         self.limits[if self.options.untied { side } else { 0 }]
     }
 
-    /// Embeddings `[S, W]` of queries (0) or passages (1) by the weights as they are.
+    /// Widths of what [`Self::embed`] gives: of dense embeddings, and how many words; 0 without.
+    pub fn widths(&self) -> (usize, usize) {
+        (self.options.shape.width(&self.config), self.options.lexical.unwrap_or(0))
+    }
+
+    /// Embeddings of queries (0) or passages (1) by the weights as they are. A text without words has the word 0 of no weight.
     ///
     /// # Errors
     /// A failure of the GPU.
-    pub fn embed(&mut self, side: usize, texts: &TextBatch) -> Result<Vec<f32>> {
+    pub fn embed(&mut self, side: usize, texts: &TextBatch) -> Result<Embedded> {
         let (tower, count) = (if self.options.untied { side } else { 0 }, texts.sequences());
         let places: Vec<u32> = (0..count as u32).collect();
         let (bounds, dropout) = (self.inputs[tower].set(texts, &places, false), StepDropout::OFF.thresholds());
@@ -266,8 +297,18 @@ impl BiEncoder {
             self.towers[tower].forward(&self.pass(StepDropout::OFF), &self.inputs[tower], self.head.all.whole());
         });
         self.records = records;
-        let embeddings = to_f32(&self.head.all.whole().slice(0..count * self.head.width));
-        self.device.check().map(|()| embeddings)
+        let pass = self.pass(StepDropout::OFF);
+        let (dense, words) = self.towers[tower].embedded(&pass);
+        let (width, k) = self.widths();
+        let mut embedded = Embedded { dense: to_f32(&dense.slice(0..count * width)), ..Embedded::default() };
+        if let Some(Words { ids, weights }) = words {
+            embedded.ids = ids.slice(0..count * k).to_vec();
+            embedded.weights = to_f32(&weights.slice(0..count * k));
+            for (id, weight) in embedded.ids.iter_mut().zip(&mut embedded.weights).filter(|(id, _)| **id == u32::MAX) {
+                (*id, *weight) = (0, 0.0);
+            }
+        }
+        self.device.check().map(|()| embedded)
     }
 
     /// How many terms the losses of `micro` have.

@@ -14,12 +14,15 @@ use crate::data::source;
 use crate::error::{Error, Result};
 use crate::eval::metrics::Metric;
 use crate::eval::qrels::Qrels;
+use crate::retrieve::joined::{Joined, Widths};
+use crate::retrieve::representation::Embedded;
 use crate::retrieve::topk::TopK;
 use crate::rng::{Site, Stream};
 use crate::train::biencoder::BiEncoder;
 use crate::train::cross_encoder::Ranker;
 use crate::train::settings::Settings;
 use crate::train::trainer::Judge;
+use crate::train::updates::Trainable;
 
 /// What is reported of a dev set.
 pub const METRICS: [Metric; 3] = [Metric::Mrr(10), Metric::Ndcg(10), Metric::Recall(100)];
@@ -205,43 +208,49 @@ impl DevSearch {
     }
 }
 
-/// Embeddings of the texts `numbers`; none when `go_on` says no.
+/// Embeddings of the texts `numbers`, in their order; none when `go_on` says no.
 fn embed(
     model: &mut BiEncoder,
     side: usize,
     texts: &Texts,
     numbers: &[u32],
     go_on: &dyn Fn() -> bool,
-) -> Result<Option<Vec<f32>>> {
+) -> Result<Option<Embedded>> {
     let lengths = numbers.iter().map(|&number| texts.length(number)).collect::<Result<Vec<_>>>()?;
-    let width = model.width();
-    let mut all = vec![0.0; numbers.len() * width];
+    let widths = model.widths();
+    let mut all = Embedded::zeros(numbers.len(), widths.0, widths.1);
     for piece in by_length(&lengths, model.limits(side)) {
         if !go_on() {
             return Ok(None);
         }
         let named: Vec<(u64, u32)> = piece.iter().map(|&i| (i as u64, numbers[i])).collect();
         let rows = model.embed(side, &texts.pack(&named)?)?;
-        for (row, i) in rows.chunks_exact(width).zip(piece) {
-            all[i * width..(i + 1) * width].copy_from_slice(row);
-        }
+        piece.into_iter().enumerate().for_each(|(from, to)| all.set(to, &rows, from, widths));
     }
     Ok(Some(all))
 }
 
 impl Judge<BiEncoder> for DevSearch {
     fn judge(&mut self, model: &mut BiEncoder, go_on: &dyn Fn() -> bool) -> Result<Vec<(Metric, f64)>> {
-        let width = model.width();
+        let (width, k) = model.widths();
         let numbers: Vec<u32> = self.judged.iter().map(|query| query.query).collect();
         let Some(queries) = embed(model, 0, &self.queries, &numbers, go_on)? else { return Ok(Vec::new()) };
         let Some(passages) = embed(model, 1, &self.passages, &self.searched, go_on)? else { return Ok(Vec::new()) };
-        if queries.iter().chain(&passages).any(|x| !x.is_finite()) {
+        let numbers = [&queries.dense, &passages.dense, &queries.weights, &passages.weights];
+        if numbers.into_iter().flatten().any(|x| !x.is_finite()) {
             // A model that has diverged finds nothing.
             return Ok(METRICS.map(|metric| (metric, 0.0)).into());
         }
-        let mut best = TopK::new(&queries, width, DEPTH);
-        best.add(0, &passages);
-        let lists = best.finish();
+        let lists = if k > 0 {
+            let widths = Widths { dim: width, tokens: [k, k], vocabulary: model.config().vocab_size };
+            let mut best = Joined::new(&queries, widths, DEPTH);
+            best.add(0, &passages);
+            best.finish()
+        } else {
+            let mut best = TopK::new(&queries.dense, width, DEPTH);
+            best.add(0, &passages.dense);
+            best.finish()
+        };
         let figures = self
             .judged
             .iter()

@@ -112,8 +112,8 @@ pub fn export_run(disk: &Disk, request: &Request, warn: &mut dyn FnMut(String)) 
 fn kind(purpose: &Purpose) -> ExportKind {
     match *purpose {
         Purpose::Pretrain => ExportKind::MaskedLm,
-        Purpose::BiEncoder { pooling, normalize, projection, untied, .. } => {
-            ExportKind::BiEncoder { pooling, normalize, projection, untied }
+        Purpose::BiEncoder { pooling, normalize, projection, lexical, untied, .. } => {
+            ExportKind::BiEncoder { pooling, normalize, projection, lexical: lexical.is_some(), untied }
         }
         Purpose::CrossEncoder { .. } => ExportKind::CrossEncoder,
     }

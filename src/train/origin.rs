@@ -50,6 +50,9 @@ pub enum Purpose {
         normalize: bool,
         /// Width of the projection after pooling, where there is one.
         projection: Option<usize>,
+        /// Words that a text keeps, where the lexical representation was trained, too.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lexical: Option<usize>,
         /// Whether queries and passages have an encoder each.
         untied: bool,
         /// Text put before queries and passages, empty for none.

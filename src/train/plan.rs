@@ -154,9 +154,10 @@ impl Plan {
 /// The objective of a bi-encoder in words.
 fn contrastive(s: &Settings) -> String {
     let mut words = format!(
-        "bi-encoder, {} pooling{}{}, temperature {}, queries of up to {} tokens, passages of up to {}",
+        "bi-encoder, {} pooling{}{}{}, temperature {}, queries of up to {} tokens, passages of up to {}",
         if s.pooling == Some(Pooling::Mean) { "mean" } else { "[CLS]" },
         s.projection.map(|width| format!(", projected to {width}")).unwrap_or_default(),
+        s.lexical_top_k.map(|k| format!(", and the {k} largest words of a text")).unwrap_or_default(),
         if s.normalize == Some(true) { ", normalised" } else { "" },
         s.temperature.unwrap_or(1.0),
         s.query_length.unwrap_or_default(),

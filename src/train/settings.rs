@@ -18,6 +18,7 @@ use crate::data::pairs::rows::RowFormat;
 use crate::data::shard::TitleSep;
 use crate::eval::metrics::Metric;
 use crate::ops::pool::Pooling;
+use crate::retrieve::representation::Representation;
 use crate::train::biencoder::DistillLoss;
 use crate::train::checkpoint::LOSS;
 use crate::train::schedule::{Decay, Schedule};
@@ -207,6 +208,10 @@ pub struct Settings {
     pub passage_prefix: Option<String>,
     /// What an embedding is made of; that of the model when absent, else [CLS].
     pub pooling: Option<Pooling>,
+    /// What of a text is kept; the dense embedding alone when absent.
+    pub representation: Option<Representation>,
+    /// Words that a text keeps of a lexical representation.
+    pub lexical_top_k: Option<usize>,
     /// Whether embeddings are scaled to length 1; as the model's own when absent, else not.
     pub normalize: Option<bool>,
     /// What scores are divided by.
@@ -302,6 +307,8 @@ impl Default for Settings {
             query_prefix: None,
             passage_prefix: None,
             pooling: None,
+            representation: None,
+            lexical_top_k: None,
             normalize: None,
             temperature: None,
             untied: None,

@@ -131,6 +131,7 @@ fn bi_encoder(case: &str, projection: Option<usize>, pooling: Pooling, normalize
     let towers = Towers::open(&model(case)).unwrap();
     let options = Options {
         shape: Shape { pooling, projection, normalize },
+        lexical: None,
         untied: towers.untied(),
         temperature: 1.0,
         distillation: None,
@@ -145,7 +146,8 @@ fn bi_encoder(case: &str, projection: Option<usize>, pooling: Pooling, normalize
 fn purpose(options: &Options, prompts: [&str; 2], max_length: usize) -> Purpose {
     let Shape { pooling, projection, normalize } = options.shape;
     let prompts = prompts.map(String::from);
-    Purpose::BiEncoder { pooling, normalize, projection, untied: options.untied, prompts, max_length }
+    let (lexical, untied) = (options.lexical, options.untied);
+    Purpose::BiEncoder { pooling, normalize, projection, lexical, untied, prompts, max_length }
 }
 
 fn json_of(path: &Path) -> Value {
@@ -275,6 +277,7 @@ fn origins_of_older_runs_stay_readable() {
         pooling: Pooling::Mean,
         normalize: true,
         projection: Some(8),
+        lexical: None,
         untied: false,
         prompts: ["q".into(), "p".into()],
         max_length: 128,

@@ -135,6 +135,7 @@ fn bi_encoder(golden: &Golden, device: Device, storage: DType, chunk: Option<usi
             projection: o["projection_dim"].as_u64().map(|n| n as usize),
             normalize: o["normalize"] == true,
         },
+        lexical: None,
         untied: o["untied"] == true,
         temperature: o["temperature"].as_f64().unwrap_or(1.0) as f32,
         distillation: (o["teacher"] == true).then(|| Distillation {

@@ -16,7 +16,7 @@ use retromae_engine::train::updates::Trainable;
 
 const VOCABULARY: u32 = 41;
 
-fn config() -> BertConfig {
+pub(super) fn config() -> BertConfig {
     BertConfig {
         vocab_size: VOCABULARY as usize,
         hidden_size: 64,
@@ -49,7 +49,7 @@ fn texts(lengths: &[usize], name: impl Fn(usize) -> u64) -> TextBatch {
 }
 
 /// Five queries of two passages, some of them hidden from some, scored by a teacher.
-fn batch(first: u64) -> ContrastiveBatch {
+pub(super) fn batch(first: u64) -> ContrastiveBatch {
     let queries = texts(&[3, 9, 1, 12, 7], |i| (first + i as u64) << 16);
     let passages = texts(&[20, 5, 33, 8, 40, 2, 17, 28, 3, 11], |i| (first + i as u64 / 2) << 16 | (1 + i as u64 % 2));
     ContrastiveBatch {
@@ -67,6 +67,7 @@ fn batch(first: u64) -> ContrastiveBatch {
 fn options(untied: bool) -> Options {
     Options {
         shape: Shape { pooling: Pooling::Mean, projection: Some(16), normalize: true },
+        lexical: None,
         untied,
         temperature: 0.1,
         distillation: Some(Distillation { loss: DistillLoss::MarginMse, contrastive_weight: 0.3 }),
@@ -84,13 +85,13 @@ fn dropout() -> StepDropout {
     StepDropout { hidden: Dropout::new(5, 3, 0.1), attention: Dropout::new(5, 3, 0.2) }
 }
 
-fn gradients(model: &mut BiEncoder, micro: &[ContrastiveBatch]) -> (f64, Vec<f64>) {
+pub(super) fn gradients(model: &mut BiEncoder, micro: &[ContrastiveBatch]) -> (f64, Vec<f64>) {
     let loss = model.gradients(micro, dropout()).unwrap().total();
     let all = model.params().parts().iter().flat_map(|part| model.params().get_gradient(part));
     (loss, all.map(f64::from).collect())
 }
 
-fn apart(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn apart(a: &[f64], b: &[f64]) -> f64 {
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
     norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied())
 }

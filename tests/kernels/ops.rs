@@ -5,6 +5,7 @@
 
 mod attention;
 mod groups;
+mod joined;
 mod lexical;
 mod losses;
 mod rows;

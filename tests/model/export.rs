@@ -54,13 +54,16 @@ pub fn spec(kind: ExportKind, folder: &Path) -> ExportSpec {
 }
 
 pub fn bi_encoder(pooling: Pooling, normalize: bool, dense: bool) -> ExportKind {
-    ExportKind::BiEncoder { pooling, normalize, projection: dense.then_some(16), untied: false }
+    ExportKind::BiEncoder { pooling, normalize, projection: dense.then_some(16), lexical: false, untied: false }
 }
 
 /// Two encoders with their poolers, mean pooling and a projection of 16 each.
 pub fn untied(folder: &Path) -> ExportSpec {
     let (pooling, normalize, projection) = (Pooling::Mean, false, Some(16));
-    ExportSpec { pooler: true, ..spec(ExportKind::BiEncoder { pooling, normalize, projection, untied: true }, folder) }
+    ExportSpec {
+        pooler: true,
+        ..spec(ExportKind::BiEncoder { pooling, normalize, projection, lexical: false, untied: true }, folder)
+    }
 }
 
 /// [`source`] of either of two encoders.

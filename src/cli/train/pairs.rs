@@ -12,6 +12,7 @@ use crate::data::pairs::qrels::QrelsFormat;
 use crate::data::pairs::rows::RowFormat;
 use crate::data::shard::TitleSep;
 use crate::ops::pool::Pooling;
+use crate::retrieve::representation::Representation;
 use crate::train::biencoder::DistillLoss;
 
 /// Settings given on the command line; what is absent comes from the configuration file or has its default.
@@ -87,6 +88,12 @@ pub(super) struct Flags {
     /// What an embedding is made of [default: that of the model, else cls]
     #[arg(long, value_enum)]
     pooling: Option<Pooling>,
+    /// What of a text is trained: cls, its dense embedding, or both, the words of the MLM head beside it, scores added [default: cls]
+    #[arg(long, value_enum)]
+    representation: Option<Representation>,
+    /// Keep this many words of a text [default: 128]
+    #[arg(long, value_name = "K")]
+    lexical_top_k: Option<usize>,
     /// Scale embeddings to length 1 [default: as the model does, else false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", value_parser = BoolishValueParser::new())]
     normalize: Option<bool>,

@@ -19,8 +19,8 @@ pub(super) fn kind_name(kind: &ExportKind) -> &'static str {
 pub(super) fn config(spec: &ExportSpec) -> Map<String, Value> {
     let mut map = spec.config.to_map();
     let architecture = match spec.kind {
-        ExportKind::MaskedLm => "BertForMaskedLM",
-        ExportKind::BiEncoder { .. } => "BertModel",
+        _ if spec.has_mlm_head() => "BertForMaskedLM",
+        ExportKind::MaskedLm | ExportKind::BiEncoder { .. } => "BertModel",
         ExportKind::CrossEncoder => "BertForSequenceClassification",
     };
     map.insert("architectures".into(), json!([architecture]));

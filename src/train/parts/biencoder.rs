@@ -15,6 +15,7 @@ use crate::model::digest::{self, Parts};
 use crate::model::hub;
 use crate::model::parameters::Parameters;
 use crate::model::towers::{PROJECTION, PROJECTIONS, SIDES, Towers};
+use crate::retrieve::model::LEXICAL_TOP_K;
 use crate::train::biencoder::{BiEncoder, Distillation, Options, Room};
 use crate::train::dev::{DevSearch, DevSet};
 use crate::train::origin::Purpose;
@@ -96,7 +97,7 @@ impl BiEncoderJob {
             let own = queries.length(query)?;
             members.iter().try_fold(own, |sum, &passage| Ok(sum + passages.length(passage)?))
         })?;
-        let footprint = BiEncoder::footprint(&config, &options, room, target.storage);
+        let footprint = BiEncoder::footprint((target.device, target.storage), &config, &options, room);
         if options.untied {
             kind += " for queries, one for passages";
         }
@@ -158,7 +159,19 @@ fn options(settings: &mut Settings, towers: Option<&Towers>, data: &PairData) ->
         None
     };
     let shape = Shape { pooling, projection, normalize };
-    Ok(Options { shape, untied, temperature: temperature as f32, distillation })
+    // What is the same as nothing said is not kept.
+    settings.representation = settings.representation.filter(|r| r.lexical());
+    let lexical = settings.representation.map(|_| settings.lexical_top_k.unwrap_or(LEXICAL_TOP_K));
+    settings.lexical_top_k = lexical;
+    if let (Some(k), Some(towers)) = (lexical, towers) {
+        (0..if towers.untied() { 2 } else { 1 }).try_for_each(|side| towers.require_mlm_head(side))?;
+        let words = towers.config.vocab_size;
+        if k > words {
+            return Err(Error::usage(format!("--lexical-top-k {k}: the model has {words} words"))
+                .remedy(format!("choose 1 to {words}")));
+        }
+    }
+    Ok(Options { shape, lexical, untied, temperature: temperature as f32, distillation })
 }
 
 fn open_dev(
@@ -201,6 +214,7 @@ impl Job for BiEncoderJob {
             pooling: self.options.shape.pooling,
             normalize: self.options.shape.normalize,
             projection: self.options.shape.projection,
+            lexical: self.options.lexical,
             untied: self.options.untied,
             prompts: [text(&self.facts.settings.query_prefix), text(&self.facts.settings.passage_prefix)],
             max_length: self.room.lengths[0].max(self.room.lengths[1]),

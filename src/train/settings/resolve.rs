@@ -6,6 +6,8 @@ use toml::{Table, Value};
 
 use super::{Objective, Settings};
 use crate::error::{Error, Kind, Result};
+use crate::ops::lexical::MAX_K;
+use crate::retrieve::representation::Representation;
 use crate::train::biencoder::DistillLoss;
 use crate::train::checkpoint::LOSS;
 
@@ -48,9 +50,11 @@ const FINE_TUNING: [&str; 23] = [
     "dev-run",
 ];
 /// Those of a bi-encoder alone.
-const BI_ENCODER: [&str; 11] = [
+const BI_ENCODER: [&str; 13] = [
     "passage-length",
     "pooling",
+    "representation",
+    "lexical-top-k",
     "normalize",
     "untied",
     "projection",
@@ -272,6 +276,21 @@ impl Settings {
             ("temperature", positive(self.temperature), "must be positive"),
             ("projection", self.projection != Some(0), "must be at least 1"),
             ("chunk", self.chunk != Some(0), "must be at least 1"),
+            (
+                "representation",
+                self.representation != Some(Representation::Lexical),
+                "lexical is not trained alone: choose cls or both",
+            ),
+            (
+                "lexical-top-k",
+                self.lexical_top_k.is_none() || self.representation == Some(Representation::Both),
+                "belongs to --representation both",
+            ),
+            (
+                "lexical-top-k",
+                self.lexical_top_k.is_none_or(|k| (1..=MAX_K).contains(&k)),
+                "must be between 1 and 4096",
+            ),
             (
                 "contrastive-loss-weight",
                 self.contrastive_loss_weight.is_none_or(|x| x >= 0.0 && x.is_finite()),
