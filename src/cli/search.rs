@@ -15,9 +15,10 @@ use crate::train::settings::Precision;
 
 /// Find the best passages of every query, exactly
 ///
-/// Inner products of all queries with all passages, in f32, those of lexical embeddings added where there are some; the order of equal scores is that of the corpus. In TREC's form the second of
-/// two equal scores is written as the next smaller number, so that trec_eval sees the same order. On a GPU --precision bf16 rounds the
-/// embeddings; without it they are compared as they are.
+/// Inner products of all queries with all passages, in f32; of embeddings that are dense and lexical, the sum of both products. The order
+/// of equal scores is that of the corpus. In TREC's form the second of two equal scores is written as the next smaller number, so that
+/// trec_eval sees the same order. On a GPU --precision bf16 rounds the embeddings; without it they are compared as they are. Lexical
+/// embeddings are searched on the CPU.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Folders of the queries' embeddings

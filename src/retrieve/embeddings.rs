@@ -1,8 +1,8 @@
 //! A folder of embeddings: what it says of itself, and its rows, read in order in bounded memory.
 //!
-//! `meta.json` names the files with their digests, `ids.txt` holds the id of every row, a line each. What a row has lies in columns: the dense
-//! embedding, and of a lexical one the token ids and the weights, `[n, K]` each, the largest weight first. Rows are read through the file and
-//! not through a map: a file that is cut meanwhile is then an error and not a signal. Digests are checked on the way.
+//! `meta.json` names the files with their digests, `ids.txt` holds the id of every row, a line each. What a row has lies in columns: the
+//! dense embedding, and of a lexical one the token ids and the weights, `[n, K]` each, the largest weight first. Rows are read through the
+//! file and not through a map: a file that is cut meanwhile is then an error and not a signal. Digests are checked on the way.
 
 mod columns;
 mod reader;

@@ -67,7 +67,7 @@ impl Embedded {
 
     /// Texts, of these widths.
     pub fn len(&self, (dim, k): (usize, usize)) -> usize {
-        if dim > 0 { self.dense.len() / dim } else { self.ids.len() / k.max(1) }
+        self.dense.len().checked_div(dim).unwrap_or(self.ids.len() / k.max(1))
     }
 
     /// Removes all texts.

@@ -122,7 +122,7 @@ impl Embeddings {
         let (block, all) = (block_rows(width(spec)) as u64, self.meta.files.parts(spec)[part].rows);
         let (mut buffer, mut digests) = (vec![0; header], Vec::new());
         for (column, files) in &self.files {
-            files[part].read_exact_at(&mut buffer, 0).at(&self.path(*column, part), "cannot read")?;
+            files[part].read_exact_at(&mut buffer, 0).at(self.path(*column, part), "cannot read")?;
             digests.push(crc32c::crc32c(&buffer));
         }
         let (mut at, mut rows) = (0, Embedded::default());
@@ -132,7 +132,7 @@ impl Embeddings {
                 let row = column.row(spec);
                 buffer.resize(count as usize * row, 0);
                 let from = header as u64 + at * row as u64;
-                files[part].read_exact_at(&mut buffer, from).at(&self.path(*column, part), "cannot read")?;
+                files[part].read_exact_at(&mut buffer, from).at(self.path(*column, part), "cannot read")?;
                 *crc = crc32c::crc32c_append(*crc, &buffer);
                 self.decode((*column, part), at, &buffer, &mut rows)?;
             }
