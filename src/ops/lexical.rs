@@ -14,6 +14,9 @@ use crate::device::{Device, Matrix, Tensor};
 /// Largest K: the largest of a text are sorted in shared memory.
 pub const MAX_K: usize = 4096;
 
+/// Most words: the kernels order them by 24 bits of their ids.
+pub const MAX_VOCABULARY: usize = 1 << 24;
+
 /// Sizes and borders of texts.
 #[derive(Clone, Copy)]
 pub struct Shape<'a> {
@@ -150,7 +153,7 @@ mod cpu {
 /// The launches of `lexical.cu`.
 mod gpu {
     use super::super::gpu::{blocks, launch_as};
-    use super::{Lexical, Shape};
+    use super::{Lexical, MAX_VOCABULARY, Shape};
     use crate::device::gpu::Gpu;
     use crate::device::launch::Shape as Launch;
 
@@ -159,7 +162,7 @@ mod gpu {
 
     pub fn chunk(gpu: &Gpu, a: &Lexical<'_>, first: usize) {
         let Shape { rows, vocabulary: v, chunk, k, .. } = a.shape;
-        assert!(v < 1 << 24 && v.is_multiple_of(8), "{v} words");
+        assert!(v <= MAX_VOCABULARY && v.is_multiple_of(8), "{v} words");
         let (cu_seqlens, sequence, rows) = (a.shape.cu_seqlens.get(), a.shape.sequence.get(), rows.get());
         let (first, chunk) = (first as i32, chunk as i32);
         launch_as!(
