@@ -126,7 +126,7 @@ fn doctor_tells_what_is_there() {
     }
     let kernels = match fakes::NO_KERNELS {
         Some(why) => format!("--  {:<12} {}\n", "GPU kernels", why.split_once("; ").unwrap().0),
-        None => format!("ok  {:<12} PTX for compute capability 8.0", "GPU kernels"),
+        None => format!("ok  {:<12} for compute capability 8.0", "GPU kernels"),
     };
     assert!(told.contains(&kernels), "{told}");
 }
