@@ -18,8 +18,8 @@ use crate::train::target::Target;
 /// Find the best passages of every query, exactly
 ///
 /// Inner products of all queries with all passages, in f32; the order of equal scores is that of the corpus. In TREC's form the second of
-/// two equal scores is written as the next smaller number, so that trec_eval sees the same order. On a GPU embeddings that are stored as f16
-/// are compared as they are, by tensor cores, and f32 in f32; --precision fp16 rounds f32 to f16.
+/// two equal scores is written as the next smaller number, so that trec_eval sees the same order. On a GPU embeddings stored as f16 are
+/// multiplied as they are, by tensor cores, others in f32; --precision fp16 rounds those to f16.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Folders of the queries' embeddings
@@ -135,9 +135,30 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     let done = done?;
     global.write_json(&json!({
         "queries": done.queries, "passages": done.rows, "hits": done.hits, "nudged": done.nudged, "seconds": done.seconds,
-        "output": args.output,
+        "precision": if storage == DType::F16 { "fp16" } else { "fp32" }, "output": args.output,
     }))?;
     let counts = [("queries", done.queries), ("passages", done.rows), ("hits", done.hits), ("nudged", done.nudged)];
     let lines: Vec<String> = counts.iter().map(|(name, n)| format!("{name:<11}{:>15}", grouped(*n))).collect();
     say(&format!("{}\nwritten to {} in {:.1} s", lines.join("\n"), args.output.display(), done.seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::emulator::Options;
+    use crate::ops::topk::MAX_K;
+
+    #[test]
+    fn a_gpu_that_cannot_search_is_left_aside_unless_it_was_named() {
+        let global = Global { threads: None, seed: None, json: None, quiet: true, verbose: false };
+        let gpu = Device::emulator(Options::default()).unwrap();
+        let on = |device, named, width, k| searching(&global, (device, named), width, k).map(Device::is_gpu);
+        assert!(on(gpu, "auto", 8, MAX_K).unwrap() && on(gpu, "cuda", 8, MAX_K).unwrap());
+        // The CPU has no such limits.
+        for (width, k) in [(8, MAX_K + 1), (12, 1)] {
+            assert!(!on(gpu, "auto", width, k).unwrap() && !on(Device::Cpu, "cpu", width, k).unwrap());
+            let refused = on(gpu, "cuda", width, k).unwrap_err().to_string();
+            assert!(refused.contains("on a GPU; ") && refused.ends_with("--device cpu"), "{refused}");
+        }
+    }
 }

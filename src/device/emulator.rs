@@ -300,11 +300,13 @@ impl Launcher for Emulator {
     // SAFETY: what callers owe is written at the trait.
     unsafe fn launch(&self, kernel: &Kernel, shape: Shape, params: &[*const c_void]) -> Result<()> {
         kernel.accepts(shape, params.len())?;
-        if shape.shared_bytes > self.options.shared_bytes {
-            let (wanted, limit) = (shape.shared_bytes, self.options.shared_bytes);
-            let cause =
-                format!("kernel {} wants {wanted} bytes of shared memory a block, the limit is {limit}", kernel.name);
-            return Err(Error::device(cause).remedy("correct the launch"));
+        let (wanted, limit) = (shape.shared_bytes, self.options.shared_bytes);
+        if wanted > limit {
+            let name = kernel.name;
+            return Err(Error::device(format!(
+                "kernel {name}: {wanted} bytes of dynamic shared memory, the limit is {limit}"
+            ))
+            .remedy("correct the launch"));
         }
         let launch = RawLaunch {
             grid: shape.grid,

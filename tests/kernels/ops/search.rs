@@ -196,7 +196,7 @@ fn searches_fit_less_shared_memory() {
     search.start(&q, PLAIN.queries);
     search.add(&place.matrix(&PLAIN.x(), 0), PLAIN.rows, 0);
     let refused = place.device().check().unwrap_err().to_string();
-    assert!(refused.contains("topk_scan_f16 wants 98304 bytes of shared memory a block"), "{refused}");
+    assert!(refused.contains("topk_scan_f16: 98304 bytes of dynamic shared memory"), "{refused}");
 }
 
 /// 6 MiB of memory, where the scores alone would be 16 MiB and the search has 4.
