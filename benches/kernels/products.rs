@@ -142,12 +142,13 @@ fn in_batch(bench: &Bench<'_>, queries: usize, passages: usize) -> Result<()> {
 /// fewer.
 fn search(bench: &Bench<'_>, queries: usize, rows: usize, k: usize) -> Result<()> {
     let (device, width) = (bench.setup.device, bench.setup.dims.hidden);
+    let storage = if bench.setup.storage == DType::BF16 { DType::F16 } else { DType::F32 };
     let shape = topk::Shape { queries, width, k };
     TopK::new(device, shape)?;
     let work =
         Work { flops: 2 * queries * rows * width, bytes: bench.bytes((queries + rows) * width) + 16 * queries * k };
-    bench.case(&format!("top {k} of {rows} for {queries}"), work, || {
-        let storage = if bench.setup.storage == DType::BF16 { DType::F16 } else { DType::F32 };
+    let name = format!("top {k} of {rows} for {queries} in {}", if storage == DType::F16 { "f16" } else { "f32" });
+    bench.case(&name, work, || {
         let [q, x] = [queries, rows].map(|n| bench.random(storage, n * width));
         // Refused above, if at all.
         let run = TopK::new(device, shape).ok().map(RefCell::new);
