@@ -132,6 +132,11 @@ impl<'a> Bench<'a> {
         self.random.tensor(self.setup.device, self.setup.storage, len, scale)
     }
 
+    /// A tensor of this type with standard normal values.
+    pub fn random(&self, dtype: DType, len: usize) -> Tensor {
+        self.random.tensor(self.setup.device, dtype, len, 1.0)
+    }
+
     /// A tensor of the storage type for results.
     pub fn room(&self, len: usize) -> Tensor {
         self.setup.device.zeros(self.setup.storage, len)

@@ -135,15 +135,18 @@ fn in_batch(bench: &Bench<'_>, queries: usize, passages: usize) -> Result<()> {
     })
 }
 
-/// Exact search from the start: with every block of rows that follows, candidates become fewer.
+/// Exact search from the start, in f32, or in f16 where other kernels have bf16: with every block of rows that follows, candidates become
+/// fewer.
 fn search(bench: &Bench<'_>, queries: usize, rows: usize, k: usize) -> Result<()> {
     let (device, width) = (bench.setup.device, bench.setup.dims.hidden);
+    let storage = if bench.setup.storage == DType::BF16 { DType::F16 } else { DType::F32 };
     let shape = topk::Shape { queries, width, k };
     TopK::new(device, shape)?;
     let work =
         Work { flops: 2 * queries * rows * width, bytes: bench.bytes((queries + rows) * width) + 16 * queries * k };
-    bench.case(&format!("top {k} of {rows} for {queries}"), work, || {
-        let (q, x) = (bench.stored(queries * width, 1.0), bench.stored(rows * width, 1.0));
+    let name = format!("top {k} of {rows} for {queries} in {}", if storage == DType::F16 { "f16" } else { "f32" });
+    bench.case(&name, work, || {
+        let [q, x] = [queries, rows].map(|n| bench.random(storage, n * width));
         // Refused above, if at all.
         let run = TopK::new(device, shape).ok().map(RefCell::new);
         Box::new(move || {

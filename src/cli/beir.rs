@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::encode::ModelArgs;
 use super::evaluate::figures;
 use super::progress::Rows as Progress;
+use super::search::searching;
 use super::{Global, Hardware, grouped, say};
 use crate::error::{Error, IoContext, Result};
 use crate::eval::metrics::Metric;
@@ -107,6 +108,7 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         metrics: if args.metrics.is_empty() { METRICS.to_vec() } else { args.metrics.clone() },
     };
     let mut judge = Judge::new(&model, (target.device, target.storage), &options)?;
+    judge.search = searching(global, (target.device, &args.hardware.device), judge.width(), judge.depth())?;
     let work = Work::new(args.output.as_deref())?;
     let mut judged = Vec::new();
     for files in &files {

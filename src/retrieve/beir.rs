@@ -94,7 +94,8 @@ pub struct Judge<'m> {
     jobs: [Job; 2],
     /// Of queries and of passages; one where the model has one encoder.
     embedders: Vec<Embedder>,
-    device: Device,
+    /// Where embeddings are compared: the embedders' device, unless set otherwise.
+    pub search: Device,
 }
 
 impl<'m> Judge<'m> {
@@ -109,7 +110,17 @@ impl<'m> Judge<'m> {
         if model.untied() {
             embedders.push(model.embedder(target, Kind::Passage, longest)?);
         }
-        Ok(Judge { model, options, jobs, embedders, device: target.0 })
+        Ok(Judge { model, options, jobs, embedders, search: target.0 })
+    }
+
+    /// Numbers of an embedding.
+    pub fn width(&self) -> usize {
+        self.jobs[0].spec.dim
+    }
+
+    /// Passages that are searched for: one more than asked for, since the query's own does not count.
+    pub fn depth(&self) -> usize {
+        self.options.top_k + 1
     }
 
     /// Judges the model on one set, with the work left in `dir`: what an earlier run left there of the same is used.
@@ -140,8 +151,7 @@ impl<'m> Judge<'m> {
         let (queries, corpus) = (Rows::open(&folders[..1])?, Rows::open(&folders[1..])?);
         let run = dir.join(format!("run-{split}.trec"));
         let to = Written { path: &run, format: RunFormat::Trec, tag: "retromae-engine" };
-        // One more, since the query's own passage does not count.
-        let searched = write_run((self.device, DType::F32), (&queries, &corpus), self.options.top_k + 1, &to, &|_| {})?;
+        let searched = write_run((self.search, DType::F32), (&queries, &corpus), self.depth(), &to, &|_| {})?;
         let input = Input { path: run.clone(), bytes: None };
         let run = Run::read(&input, Some(RunFormat::Trec))?;
         let evaluation = evaluate(&run, &qrels, &self.options.metrics, &EvalRules::new(Rules::Trec))

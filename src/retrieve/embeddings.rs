@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::npy::{FAISS_HEADER, HEADER, Stored};
+use super::npy::{FAISS_HEADER, HEADER, Number, Stored};
 use crate::data::shard::Verified;
 use crate::error::{Error, IoContext, Result};
 use crate::files::sealed::{self, Sealed};
@@ -270,10 +270,10 @@ impl Embeddings {
     /// are compared at the end of every file.
     ///
     /// # Errors
-    /// A failed read, a file that does not match its digest, a number that is not finite, or an error of `each`.
-    pub fn each_block(&self, mut each: impl FnMut(u64, &[f32]) -> Result<()>) -> Result<()> {
-        let (to, blocks) = std::sync::mpsc::sync_channel::<Result<(u64, Vec<f32>)>>(1);
-        let (back, used) = std::sync::mpsc::channel::<Vec<f32>>();
+    /// A failed read, a file that does not match its digest, a number that is not finite or too large for the type, or an error of `each`.
+    pub fn each_block<N: Number>(&self, mut each: impl FnMut(u64, &[N]) -> Result<()>) -> Result<()> {
+        let (to, blocks) = std::sync::mpsc::sync_channel::<Result<(u64, Vec<N>)>>(1);
+        let (back, used) = std::sync::mpsc::channel::<Vec<N>>();
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 let mut first = 0;
@@ -331,24 +331,33 @@ impl Embeddings {
     }
 
     /// Bytes to numbers, all of which must be finite.
-    fn decode(&self, part: usize, first: u64, bytes: &[u8], out: &mut Vec<f32>) -> Result<()> {
+    fn decode<N: Number>(&self, part: usize, first: u64, bytes: &[u8], out: &mut Vec<N>) -> Result<()> {
         const PIECE: usize = 1 << 14;
         let (stored, dim) = (self.meta.spec.dtype, self.meta.spec.dim);
-        out.resize(bytes.len() / stored.size(), 0.0);
+        out.resize(bytes.len() / stored.size(), N::default());
         let pieces = out.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE * stored.size())).enumerate();
         let wrong = pieces.filter_map(|(i, (out, bytes))| {
-            stored.decode(bytes, out);
-            // Without branches: all exponents are looked at.
-            let all = out.iter().fold(true, |all, x| all & x.is_finite());
-            if all { None } else { out.iter().position(|x| !x.is_finite()).map(|at| i * PIECE + at) }
+            if N::decode(stored, bytes, out) {
+                None
+            } else {
+                out.iter().position(|x| !x.is_finite()).map(|at| i * PIECE + at)
+            }
         });
         let Some(at) = wrong.min() else { return Ok(()) };
         let row = first + (at / dim) as u64;
         let before: u64 = self.meta.shards[..part].iter().map(|part| part.rows).sum();
         let id = self.id(before + row);
-        Err(Error::refused(format!("the embedding of {id} (row {row}) holds a number that is not finite"))
+        let mut number = [0.0];
+        stored.decode(&bytes[at * stored.size()..(at + 1) * stored.size()], &mut number);
+        let (what, remedy) = match number[0].is_finite() {
+            true => {
+                (format!("{}, too large for f16, which ends at {}", number[0], half::f16::MAX), "use --precision fp32")
+            }
+            false => ("a number that is not finite".into(), AGAIN),
+        };
+        Err(Error::refused(format!("the embedding of {id} (row {row}) holds {what}"))
             .path(self.dir.join(&self.meta.shards[part].file))
-            .remedy(AGAIN))
+            .remedy(remedy))
     }
 
     /// Checks every digest and every number.
@@ -356,7 +365,7 @@ impl Embeddings {
     /// # Errors
     /// What is damaged first.
     pub fn verify(&self) -> Result<Verified> {
-        self.each_block(|_, _| Ok(()))?;
+        self.each_block::<f32>(|_, _| Ok(()))?;
         let row = (self.meta.spec.dim * self.meta.spec.dtype.size()) as u64;
         let header = self.meta.header() as u64 * self.files.len() as u64;
         let bytes = header + self.rows() * row + self.ids.text.len() as u64;

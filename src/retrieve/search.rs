@@ -1,16 +1,18 @@
 //! Exact search: for every query the rows of greatest inner product, in bounded memory.
 //!
 //! Queries come in groups whose candidates fit a budget; for each group all rows of the corpus are read once. Scores descend, equal ones
-//! are ordered by row; folders follow each other in the order given. On a GPU rows are uploaded block by block, as f32, or rounded to bf16
-//! where that is asked for.
+//! are ordered by row; folders follow each other in the order given. On a GPU rows are uploaded block by block, as f32 or as f16: what is
+//! stored as f16 then goes there as it is, and f32 is rounded.
 
 use std::io;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use ahash::AHashSet;
 
 use super::embeddings::{Embeddings, block_rows};
+use super::npy::{Number, Stored};
 use super::topk::TopK;
 use crate::data::pairs::runs::{RunFormat, RunWriter};
 use crate::device::{DType, Device, Tensor};
@@ -77,11 +79,16 @@ impl Rows {
         self.folders[folder].id(row - self.first[folder])
     }
 
+    /// Whether all files hold f16.
+    pub fn are_f16(&self) -> bool {
+        self.folders.iter().all(|folder| folder.meta().spec.dtype == Stored::F16)
+    }
+
     /// Hands out all rows in order, some thousand at a time.
     ///
     /// # Errors
     /// As [`Embeddings::each_block`].
-    pub fn each_block(&self, mut each: impl FnMut(u64, &[f32]) -> Result<()>) -> Result<()> {
+    pub fn each_block<N: Number>(&self, mut each: impl FnMut(u64, &[N]) -> Result<()>) -> Result<()> {
         for (folder, &first) in self.folders.iter().zip(&self.first) {
             folder.each_block(|row, block| each(first + row, block))?;
         }
@@ -122,14 +129,28 @@ pub fn search(
     (queries, corpus): (&Rows, &Rows),
     k: usize,
     watch: &dyn Fn(u64),
+    each: impl FnMut(&str, &[(u32, f32)]) -> Result<()>,
+) -> Result<()> {
+    match target {
+        (Device::Cpu, _) => search_in::<TopK>(target.0, (queries, corpus), k, watch, each),
+        (_, DType::F16) => search_in::<OnGpu<half::f16>>(target.0, (queries, corpus), k, watch, each),
+        _ => search_in::<OnGpu<f32>>(target.0, (queries, corpus), k, watch, each),
+    }
+}
+
+fn search_in<B: Best>(
+    device: Device,
+    (queries, corpus): (&Rows, &Rows),
+    k: usize,
+    watch: &dyn Fn(u64),
     mut each: impl FnMut(&str, &[(u32, f32)]) -> Result<()>,
 ) -> Result<()> {
     queries.folders().iter().try_for_each(|folder| corpus.check(folder))?;
     let width = corpus.width();
-    let group = (BUDGET / (4 * width + 16 * k + 64)).max(64) * width;
+    let group = (BUDGET / (size_of::<B::Number>() * width + 16 * k + 64)).max(64) * width;
     let (mut waiting, mut begun, mut seen) = (Vec::new(), 0, AHashSet::new());
-    let mut flush = |waiting: &mut Vec<f32>, begun: &mut u64| -> Result<()> {
-        let lists = one_group(target, waiting, corpus, k)?;
+    let mut flush = |waiting: &mut Vec<B::Number>, begun: &mut u64| -> Result<()> {
+        let lists = one_group::<B>(device, waiting, corpus, k)?;
         for (list, query) in lists.iter().zip(*begun..) {
             let id = queries.id(query);
             if !seen.insert(id) {
@@ -161,71 +182,83 @@ pub fn search(
     if waiting.is_empty() { Ok(()) } else { flush(&mut waiting, &mut begun) }
 }
 
-/// Where a search computes, and as what the numbers are stored there.
+/// Where a search computes, and as what the numbers are stored there: F32 or F16, on the CPU F32.
 pub type Target = (Device, DType);
 
-/// The search of a group of queries, on either device.
-enum Best {
-    Cpu(TopK),
-    Gpu { best: Box<topk::TopK>, rows: Tensor, k: usize },
+/// The search of a group of queries.
+trait Best: Sized {
+    /// What numbers are read as.
+    type Number: Number;
+    /// The best `k` of no rows, for `queries` `[Q, width]`.
+    fn begin(device: Device, queries: &[Self::Number], width: usize, k: usize) -> Result<Self>;
+    /// Goes over `rows` `[N, width]`, which are numbered from `first` on.
+    fn take(&mut self, first: u32, rows: &[Self::Number]);
+    /// Row and score of each query's best.
+    fn lists(self) -> Result<Vec<Vec<(u32, f32)>>>;
 }
 
-impl Best {
-    fn new((device, storage): Target, queries: &[f32], width: usize, k: usize) -> Result<Best> {
-        if !device.is_gpu() {
-            return Ok(Best::Cpu(TopK::new(queries, width, k)));
-        }
-        let count = queries.len() / width;
-        let mut best = Box::new(topk::TopK::new(device, topk::Shape { queries: count, width, k })?);
-        let own = device.zeros(storage, queries.len());
-        upload(&own, queries);
-        best.start(&own, count);
-        Ok(Best::Gpu { best, rows: device.zeros(storage, block_rows(width) * width), k })
+impl Best for TopK {
+    type Number = f32;
+
+    fn begin(_: Device, queries: &[f32], width: usize, k: usize) -> Result<Self> {
+        Ok(TopK::new(queries, width, k))
     }
 
-    fn add(&mut self, first: u32, block: &[f32], width: usize) {
-        match self {
-            Best::Cpu(best) => best.add(first, block),
-            Best::Gpu { best, rows, .. } => {
-                upload(rows, block);
-                best.add(rows, block.len() / width, first);
-            }
-        }
+    fn take(&mut self, first: u32, rows: &[f32]) {
+        self.add(first, rows);
     }
 
-    fn finish(self, device: Device) -> Result<Vec<Vec<(u32, f32)>>> {
-        match self {
-            Best::Cpu(best) => Ok(best.finish()),
-            Best::Gpu { mut best, k, .. } => {
-                let (scores, rows) = best.results();
-                device.check()?;
-                let lists = rows.chunks_exact(k).zip(scores.chunks_exact(k));
-                // Places that no row took hold the largest number.
-                let list = |(rows, scores): (&[u32], &[f32])| {
-                    let hits = rows.iter().copied().zip(scores.iter().copied());
-                    hits.take_while(|hit| hit.0 != u32::MAX).collect()
-                };
-                Ok(lists.map(list).collect())
-            }
-        }
+    fn lists(self) -> Result<Vec<Vec<(u32, f32)>>> {
+        Ok(self.finish())
     }
 }
 
-fn upload(to: &Tensor, values: &[f32]) {
-    match to.dtype() {
-        DType::BF16 => to.upload(&values.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>()),
-        _ => to.upload(values),
+/// On a GPU, stored as `N`.
+struct OnGpu<N> {
+    device: Device,
+    best: topk::TopK,
+    /// Room for a block of rows.
+    rows: Tensor,
+    shape: topk::Shape,
+    stored: PhantomData<N>,
+}
+
+impl<N: Number> Best for OnGpu<N> {
+    type Number = N;
+
+    fn begin(device: Device, queries: &[N], width: usize, k: usize) -> Result<Self> {
+        let shape = topk::Shape { queries: queries.len() / width, width, k };
+        let mut best = topk::TopK::new(device, shape)?;
+        best.start(&device.tensor(queries), shape.queries);
+        let rows = device.zeros(N::DTYPE, block_rows(width) * width);
+        Ok(OnGpu { device, best, rows, shape, stored: PhantomData })
+    }
+
+    fn take(&mut self, first: u32, rows: &[N]) {
+        self.rows.upload(rows);
+        self.best.add(&self.rows, rows.len() / self.shape.width, first);
+    }
+
+    fn lists(mut self) -> Result<Vec<Vec<(u32, f32)>>> {
+        let (scores, rows) = self.best.results();
+        self.device.check()?;
+        let lists = rows.chunks_exact(self.shape.k).zip(scores.chunks_exact(self.shape.k));
+        // Places that no row took hold the largest number.
+        let list = |(rows, scores): (&[u32], &[f32])| {
+            let hits = rows.iter().copied().zip(scores.iter().copied());
+            hits.take_while(|hit| hit.0 != u32::MAX).collect()
+        };
+        Ok(lists.map(list).collect())
     }
 }
 
-fn one_group(target: Target, queries: &[f32], corpus: &Rows, k: usize) -> Result<Vec<Vec<(u32, f32)>>> {
-    let width = corpus.width();
-    let mut best = Best::new(target, queries, width, k)?;
+fn one_group<B: Best>(device: Device, queries: &[B::Number], corpus: &Rows, k: usize) -> Result<Vec<Vec<(u32, f32)>>> {
+    let mut best = B::begin(device, queries, corpus.width(), k)?;
     corpus.each_block(|first, rows| {
-        best.add(first as u32, rows, width);
+        best.take(first as u32, rows);
         Ok(())
     })?;
-    best.finish(target.0)
+    best.lists()
 }
 
 /// How a run is written.
