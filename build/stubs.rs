@@ -39,16 +39,12 @@ fn modules(s: &mut String, units: &[Unit], ptx: Option<&Ptx>) {
     put(s, format_args!("pub static MODULES: [Module; {}] = [\n", units.len()));
     for (i, unit) in units.iter().enumerate() {
         let embedded = |how: &str, files: fn(&Ptx) -> &[[PathBuf; 2]], target: usize| {
-            ptx.map_or("None".to_string(), |p| {
-                format!("Some({how}!({:?}))", files(p)[i][target].display().to_string())
-            })
+            ptx.map_or("None".to_string(), |p| format!("Some({how}!({:?}))", files(p)[i][target].display().to_string()))
         };
         put(s, format_args!("    Module {{ name: {:?}", unit.stem));
         for (target, name) in ["sm80", "sm90a"].into_iter().enumerate() {
-            let (ptx, cubin) = (
-                embedded("include_str", |p| &p.files, target),
-                embedded("include_bytes", |p| &p.binaries, target),
-            );
+            let (ptx, cubin) =
+                (embedded("include_str", |p| &p.files, target), embedded("include_bytes", |p| &p.binaries, target));
             put(s, format_args!(", ptx_{name}: {ptx}, cubin_{name}: {cubin}"));
         }
         s.push_str(" },\n");

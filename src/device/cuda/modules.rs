@@ -119,7 +119,8 @@ impl Modules {
         if let Some(loaded) = module.machine_code(self.capability).and_then(ready) {
             return Ok(loaded);
         }
-        let text = module.ptx(self.capability).and_then(|text| CString::new(text).ok()).ok_or_else(super::no_kernels)?;
+        let text =
+            module.ptx(self.capability).and_then(|text| CString::new(text).ok()).ok_or_else(super::no_kernels)?;
         let mut log = [0u8; 4096];
         // SAFETY: the text ends with a zero byte.
         let (code, handle) = unsafe { image(text.as_ptr().cast(), &mut log) };
@@ -148,9 +149,8 @@ unsafe fn image(from: *const c_void, log: &mut [u8]) -> (CUresult, Handle<CUmodu
     let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(log.len() - 1)];
     let (count, mut handle) = (options.len() as u32, std::ptr::null_mut());
     // SAFETY: passed on; the compiler writes no more of its log than it was given room for.
-    let code = unsafe {
-        sys::cuModuleLoadDataEx(&raw mut handle, from, count, options.as_mut_ptr(), values.as_mut_ptr())
-    };
+    let code =
+        unsafe { sys::cuModuleLoadDataEx(&raw mut handle, from, count, options.as_mut_ptr(), values.as_mut_ptr()) };
     (code, Handle(handle))
 }
 
