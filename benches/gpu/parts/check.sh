@@ -1,23 +1,30 @@
 # Does it compute what it must? Sourced by run.sh.
 # shellcheck shell=bash disable=SC2154 # variables of run.sh
 
+# check [STAGE]: all stages, or one of them. Stages may run side by side: they share the GPU, and no files.
 check() {
     facts
     try doctor 60 "${libraries[@]}" "$engine" doctor --json "$raw/doctor.json" || true
     grep -aE '^(ok|--) ' "$said" >>"$work/tables" || true
-    tests
-    tuning
-    golden
-    training
+    local stage
+    for stage in ${1:-flash losses rows graph tuning golden training}; do "$stage"; done
 }
 
-# Kernels, primitives and graph against the CPU, on this device; what the primitives gave is kept for tests/golden/conformance.
-tests() {
-    # All tests share the one GPU, and ops their temporary memory on it.
-    local serial=(--test-threads=1) everything=() records=$work/conformance
-    # The emulator's runs are part of every test run on any machine; here they only show that the script works.
-    [ "$device" = cuda ] || everything=(layernorm)
-    try "kernels against the CPU's ops" 240 "${libraries[@]}" "$pack/tests/kernels" "${serial[@]}" "${everything[@]}" || true
+# Kernels against the CPU's ops, on this device, in three groups. All tests of a process share its one GPU, and ops their temporary
+# memory on it. The emulator's runs are part of every test run on any machine; there they only show that the script works.
+families() {
+    local what=$1
+    shift
+    [ "$device" = cuda ] || set -- layernorm
+    try "kernels against the CPU's ops: $what" 240 "${libraries[@]}" "$pack/tests/kernels" --test-threads=1 "$@" || true
+}
+flash() { families "attention" attention:: enhanced_decoding::; }
+losses() { families "losses and top-k" cross_entropy:: contrastive:: topk::; }
+rows() { families "the rest" --skip attention:: --skip enhanced_decoding:: --skip cross_entropy:: --skip contrastive:: --skip topk::; }
+
+# Primitives and graph against the CPU; what the primitives gave is kept for tests/golden/conformance.
+graph() {
+    local serial=(--test-threads=1) everything records=$work/conformance
     try "primitives, recorded" 60 "${libraries[@]}" RETROMAE_RECORD="$records" "$pack/tests/emulator" "${serial[@]}" primitives || true
     [ ! -d "$records" ] || tar -C "$records" -czf "$raw/conformance.tar.gz" .
     try "graph against golden cases" 60 "${libraries[@]}" "$pack/tests/graph" "${serial[@]}" || true
