@@ -18,9 +18,12 @@ pub const TARGETS: [&str; 2] = ["80", "90a"];
 /// would refuse the relabelled file if they did.
 const PTX_VERSION: &str = "8.0";
 
-/// PTX files by unit, in the order of [`TARGETS`].
+/// Files by unit, in the order of [`TARGETS`].
 pub struct Ptx {
+    /// PTX.
     pub files: Vec<[PathBuf; TARGETS.len()]>,
+    /// Machine code of it.
+    pub binaries: Vec<[PathBuf; TARGETS.len()]>,
     pub report: PathBuf,
 }
 
@@ -111,7 +114,8 @@ impl Toolkit {
             .map(|((_, target), job)| Ok((target, text::read(&jobs::append(&job.output, ".log"))?)))
             .collect::<Result<_, String>>()?;
         text::write_if_changed(&report, &resources(&logs, units)?)?;
-        Ok(Ptx { files: sources.iter().map(|s| TARGETS.map(|t| named(s, t, ".ptx"))).collect(), report })
+        let of = |suffix: &str| sources.iter().map(|s| TARGETS.map(|t| named(s, t, suffix))).collect();
+        Ok(Ptx { files: of(".ptx"), binaries: of(".cubin"), report })
     }
 
     fn nvcc_job(&self, source: &Path, headers: Digest, target: &str, output: PathBuf) -> Result<Job, String> {

@@ -251,6 +251,7 @@ fn scalar(words: &[&str]) -> Option<&'static str> {
         ["float"] => "f32",
         ["double"] => "f64",
         ["bf16" | "__nv_bfloat16"] => "half::bf16",
+        ["f16" | "__half"] => "half::f16",
         ["int" | "int32_t"] => "i32",
         ["unsigned" | "uint32_t"] | ["unsigned", "int"] => "u32",
         ["long", "long"] | ["int64_t"] => "i64",

@@ -3,6 +3,7 @@
 use super::nvcc::Ptx;
 use super::signatures::{Field, Struct, Type, Unit};
 use std::fmt::Write;
+use std::path::PathBuf;
 
 /// The text of `kernels.rs` in OUT_DIR, included by `src/device/kernels.rs`.
 pub fn generate(units: &[Unit], ptx: Option<&Ptx>, missing: &str) -> Result<String, String> {
@@ -37,15 +38,16 @@ fn modules(s: &mut String, units: &[Unit], ptx: Option<&Ptx>) {
     s.push_str("/// One module for each .cu file, in the order of their names.\n");
     put(s, format_args!("pub static MODULES: [Module; {}] = [\n", units.len()));
     for (i, unit) in units.iter().enumerate() {
-        let text = |target: usize| {
-            ptx.map_or("None".to_string(), |p| {
-                format!("Some(include_str!({:?}))", p.files[i][target].display().to_string())
-            })
+        let embedded = |how: &str, files: fn(&Ptx) -> &[[PathBuf; 2]], target: usize| {
+            ptx.map_or("None".to_string(), |p| format!("Some({how}!({:?}))", files(p)[i][target].display().to_string()))
         };
-        put(
-            s,
-            format_args!("    Module {{ name: {:?}, ptx_sm80: {}, ptx_sm90a: {} }},\n", unit.stem, text(0), text(1)),
-        );
+        put(s, format_args!("    Module {{ name: {:?}", unit.stem));
+        for (target, name) in ["sm80", "sm90a"].into_iter().enumerate() {
+            let (ptx, cubin) =
+                (embedded("include_str", |p| &p.files, target), embedded("include_bytes", |p| &p.binaries, target));
+            put(s, format_args!(", ptx_{name}: {ptx}, cubin_{name}: {cubin}"));
+        }
+        s.push_str(" },\n");
     }
     s.push_str("];\n\n");
 }

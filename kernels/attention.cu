@@ -9,7 +9,8 @@
 // for the tensor cores. Rows that belong to no sequence, and tokens past the last sequence, stay as they are.
 //
 // Grid: (capacity for tiles, H). batch.tiles lists the tiles of 64 query rows (forward, dq) or of 64 keys (dkv), longest sequence
-// first; blocks past *batch.tile_count leave at once. Block: the entry point's launch bound, exactly. Dynamic shared memory:
+// first; blocks past *batch.tile_count leave at once, and every other one of a sequence where blocks own 128 rows. Block: the entry point's
+// launch bound, exactly. Dynamic shared memory:
 //   tiles of 64 D elements: 5 (forward), 6 (dq, dkv) in bf16; 3, 4, 4 in f32; and 2048 bytes; f32: 9216 more; dkv: 1280 n more,
 //   n = 2 stages in bf16 and 1 in f32.
 // Bound by the tensor cores from about 256 tokens on, by bytes below.
@@ -36,66 +37,70 @@ template <class T, int D> struct Tensors {
 
 #endif
 
-#define ATTENTION_FORWARD(T, suffix, D, threads, ...)                                                                             \
-  extern "C" __global__ void __launch_bounds__(threads) attention_forward_d##D##_##suffix(                                        \
-      T* out, float* lse, const T* q, int q_stride, const T* k, int k_stride, const T* v, int v_stride, AttentionBatch batch,     \
-      Dropout dropout, unsigned site, int heads) {                                                                                \
-    RM_DYN_SMEM(smem);                                                                                                            \
-    flash::Item item;                                                                                                             \
-    if (!flash::find(item, batch)) return;                                                                                        \
-    const flash::Tensors<T, D> x(q, q_stride, k, k_stride, v, v_stride, item);                                                    \
-    const flash::Drop drop(dropout, site, batch, item);                                                                           \
-    flash::forward<flash::Plan<T, D, __VA_ARGS__>>(out, lse, x.queries, x.k, x.v, x.mask, item, batch, drop, heads, smem);        \
-  }                                                                                                                               \
+#define ATTENTION_FORWARD(T, suffix, D, threads, blocks, ...)                                                                 \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) attention_forward_d##D##_##suffix(                            \
+      T* out, float* lse, const T* q, int q_stride, const T* k, int k_stride, const T* v, int v_stride, AttentionBatch batch, \
+      Dropout dropout, unsigned site, int heads) {                                                                            \
+    RM_DYN_SMEM(smem);                                                                                                        \
+    using P = flash::Plan<T, D, __VA_ARGS__>;                                                                                 \
+    flash::Item item;                                                                                                         \
+    if (!flash::find<P>(item, batch)) return;                                                                                 \
+    const flash::Tensors<T, D> x(q, q_stride, k, k_stride, v, v_stride, item);                                                \
+    const flash::Drop drop(dropout, site, batch, item);                                                                       \
+    flash::forward<P>(out, lse, x.queries, x.k, x.v, x.mask, item, batch, drop, heads, smem);                                 \
+  }                                                                                                                           \
   RM_EXPORT_HOT(attention_forward_d##D##_##suffix)
 
-#define ATTENTION_BACKWARD_DQ(T, suffix, D, threads, ...)                                                                         \
-  extern "C" __global__ void __launch_bounds__(threads) attention_backward_dq_d##D##_##suffix(                                    \
-      T* dq, int dq_stride, float* delta, const T* q, int q_stride, const T* k, int k_stride, const T* v, int v_stride,           \
-      const T* out, const float* lse, const T* dout, AttentionBatch batch, Dropout dropout, unsigned site, int heads) {           \
-    RM_DYN_SMEM(smem);                                                                                                            \
-    flash::Item item;                                                                                                             \
-    if (!flash::find(item, batch)) return;                                                                                        \
-    const flash::Tensors<T, D> x(q, q_stride, k, k_stride, v, v_stride, item);                                                    \
-    const flash::Drop drop(dropout, site, batch, item);                                                                           \
-    flash::backward_dq<flash::Plan<T, D, __VA_ARGS__>>(dq, dq_stride, delta, out, {dout, lse}, x.queries, x.k, x.v, x.mask, item, \
-                                                       batch, drop, heads, smem);                                                 \
-  }                                                                                                                               \
+#define ATTENTION_BACKWARD_DQ(T, suffix, D, threads, blocks, ...)                                                       \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) attention_backward_dq_d##D##_##suffix(                  \
+      T* dq, int dq_stride, float* delta, const T* q, int q_stride, const T* k, int k_stride, const T* v, int v_stride, \
+      const T* out, const float* lse, const T* dout, AttentionBatch batch, Dropout dropout, unsigned site, int heads) { \
+    RM_DYN_SMEM(smem);                                                                                                  \
+    using P = flash::Plan<T, D, __VA_ARGS__>;                                                                           \
+    flash::Item item;                                                                                                   \
+    if (!flash::find<P>(item, batch)) return;                                                                           \
+    const flash::Tensors<T, D> x(q, q_stride, k, k_stride, v, v_stride, item);                                          \
+    const flash::Drop drop(dropout, site, batch, item);                                                                 \
+    flash::backward_dq<P>(dq, dq_stride, delta, out, {dout, lse}, x.queries, x.k, x.v, x.mask, item,                    \
+                                                       batch, drop, heads, smem);                                       \
+  }                                                                                                                     \
   RM_EXPORT_HOT(attention_backward_dq_d##D##_##suffix)
 
-#define ATTENTION_BACKWARD_DKV(T, suffix, D, threads, ...)                                                                        \
-  extern "C" __global__ void __launch_bounds__(threads) attention_backward_dkv_d##D##_##suffix(                                   \
-      T* dk, T* dv, int dkv_stride, const T* q, int q_stride, const T* k, int k_stride, const T* v, int v_stride,                 \
-      const float* lse, const float* delta, const T* dout, AttentionBatch batch, Dropout dropout, unsigned site, int heads) {     \
-    RM_DYN_SMEM(smem);                                                                                                            \
-    flash::Item item;                                                                                                             \
-    if (!flash::find(item, batch)) return;                                                                                        \
-    const flash::Tensors<T, D> x(q, q_stride, k, k_stride, v, v_stride, item);                                                    \
-    const flash::Drop drop(dropout, site, batch, item);                                                                           \
-    const size_t corner = x.column(item, dkv_stride);                                                                             \
-    flash::backward_dkv<flash::Plan<T, D, __VA_ARGS__>>(dk + corner, dv + corner, dkv_stride, delta, {dout, lse}, x.queries, x.k, \
-                                                        x.v, x.mask, item, batch, drop, heads, smem);                             \
-  }                                                                                                                               \
+#define ATTENTION_BACKWARD_DKV(T, suffix, D, threads, blocks, ...)                                                            \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) attention_backward_dkv_d##D##_##suffix(                       \
+      T* dk, T* dv, int dkv_stride, const T* q, int q_stride, const T* k, int k_stride, const T* v, int v_stride,             \
+      const float* lse, const float* delta, const T* dout, AttentionBatch batch, Dropout dropout, unsigned site, int heads) { \
+    RM_DYN_SMEM(smem);                                                                                                        \
+    using P = flash::Plan<T, D, __VA_ARGS__>;                                                                                 \
+    flash::Item item;                                                                                                         \
+    if (!flash::find<P>(item, batch)) return;                                                                                 \
+    const flash::Tensors<T, D> x(q, q_stride, k, k_stride, v, v_stride, item);                                                \
+    const flash::Drop drop(dropout, site, batch, item);                                                                       \
+    const size_t corner = x.column(item, dkv_stride);                                                                         \
+    flash::backward_dkv<P>(dk + corner, dv + corner, dkv_stride, delta, {dout, lse}, x.queries, x.k,                          \
+                                                        x.v, x.mask, item, batch, drop, heads, smem);                         \
+  }                                                                                                                           \
   RM_EXPORT_HOT(attention_backward_dkv_d##D##_##suffix)
 
-// Threads, then the plan: blocks of 16 rows a warp, left operands kept, streamed rows a step, and of the rest.
-ATTENTION_FORWARD(bf16, bf16, 32, 64, 2, true, 32, 32)
-ATTENTION_FORWARD(bf16, bf16, 64, 64, 2, true, 64, 32)
-ATTENTION_FORWARD(bf16, bf16, 128, 64, 2, false, 32, 32)
-ATTENTION_FORWARD(float, f32, 32, 128, 1, false, 32, 32)
-ATTENTION_FORWARD(float, f32, 64, 128, 1, false, 32, 32)
-ATTENTION_FORWARD(float, f32, 128, 128, 1, false, 32, 32)
+// Threads, least blocks a multiprocessor, then the plan: warps, blocks of 16 rows of each, left operands kept, streamed rows a step, and
+// of the rest.
+ATTENTION_FORWARD(bf16, bf16, 32, 64, 1, 2, 2, true, 32, 32)
+ATTENTION_FORWARD(bf16, bf16, 64, 64, 1, 2, 2, true, 64, 32)
+ATTENTION_FORWARD(bf16, bf16, 128, 64, 1, 2, 2, false, 32, 32)
+ATTENTION_FORWARD(float, f32, 32, 128, 1, 4, 1, false, 32, 32)
+ATTENTION_FORWARD(float, f32, 64, 128, 1, 4, 1, false, 32, 32)
+ATTENTION_FORWARD(float, f32, 128, 128, 1, 4, 1, false, 32, 32)
 
-ATTENTION_BACKWARD_DQ(bf16, bf16, 32, 64, 2, true, 32, 32)
-ATTENTION_BACKWARD_DQ(bf16, bf16, 64, 64, 2, true, 32, 32)
-ATTENTION_BACKWARD_DQ(bf16, bf16, 128, 64, 2, false, 16, 16)
-ATTENTION_BACKWARD_DQ(float, f32, 32, 128, 1, false, 32, 32)
-ATTENTION_BACKWARD_DQ(float, f32, 64, 128, 1, false, 32, 32)
-ATTENTION_BACKWARD_DQ(float, f32, 128, 128, 1, false, 32, 32)
+ATTENTION_BACKWARD_DQ(bf16, bf16, 32, 64, 1, 2, 2, true, 32, 32)
+ATTENTION_BACKWARD_DQ(bf16, bf16, 64, 64, 1, 2, 2, true, 32, 32)
+ATTENTION_BACKWARD_DQ(bf16, bf16, 128, 64, 1, 2, 2, false, 16, 16)
+ATTENTION_BACKWARD_DQ(float, f32, 32, 128, 1, 4, 1, false, 32, 32)
+ATTENTION_BACKWARD_DQ(float, f32, 64, 128, 1, 4, 1, false, 32, 32)
+ATTENTION_BACKWARD_DQ(float, f32, 128, 128, 1, 4, 1, false, 32, 32)
 
-ATTENTION_BACKWARD_DKV(bf16, bf16, 32, 64, 2, true, 32, 32)
-ATTENTION_BACKWARD_DKV(bf16, bf16, 64, 64, 2, false, 16, 16)
-ATTENTION_BACKWARD_DKV(bf16, bf16, 128, 128, 1, false, 32, 32)
-ATTENTION_BACKWARD_DKV(float, f32, 32, 128, 1, false, 32, 32)
-ATTENTION_BACKWARD_DKV(float, f32, 64, 128, 1, false, 32, 32)
-ATTENTION_BACKWARD_DKV(float, f32, 128, 128, 1, false, 32, 32)
+ATTENTION_BACKWARD_DKV(bf16, bf16, 32, 64, 1, 2, 2, true, 32, 32)
+ATTENTION_BACKWARD_DKV(bf16, bf16, 64, 64, 1, 2, 2, false, 16, 16)
+ATTENTION_BACKWARD_DKV(bf16, bf16, 128, 128, 1, 4, 1, false, 32, 32)
+ATTENTION_BACKWARD_DKV(float, f32, 32, 128, 1, 4, 1, false, 32, 32)
+ATTENTION_BACKWARD_DKV(float, f32, 64, 128, 1, 4, 1, false, 32, 32)
+ATTENTION_BACKWARD_DKV(float, f32, 128, 128, 1, 4, 1, false, 32, 32)

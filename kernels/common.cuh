@@ -9,6 +9,7 @@
 #define RM_SHARED(T, name, N)
 #elif defined(__CUDACC__)
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <stdint.h>
 // Dynamic shared memory of the block, aligned for the 128-byte swizzle.
 #define RM_DYN_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
@@ -26,6 +27,7 @@ struct alignas(64) CUtensorMap {
 #endif
 
 typedef __nv_bfloat16 bf16;
+typedef __half f16;
 
 // ---- parameter structs, mirrored in Rust by build.rs: plain scalars, arrays of them, and pointers
 
@@ -66,9 +68,11 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t bits) {
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(f16 v) { return __half2float(v); }
 template <class T> __device__ __forceinline__ T from_float(float v);
 template <> __device__ __forceinline__ float from_float<float>(float v) { return v; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) { return __float2bfloat16_rn(v); }
+template <> __device__ __forceinline__ f16 from_float<f16>(float v) { return __float2half_rn(v); }
 
 // ---- eight neighbouring elements by 128-bit accesses. `p` must be 16-byte aligned.
 

@@ -39,23 +39,47 @@ __device__ __forceinline__ void store_fragment(float* m, const float (&d)[4]) {
   for (int i = 0; i < 4; i++) m[(g + i / 2 * 8) * 8 + t + i % 2] = d[i];
 }
 
-// d [16, 8] = a [16, 16] b [16, 8] + c [16, 8]; operands through ldmatrix, b transposed by it.
-extern "C" __global__ void __launch_bounds__(32) conformance_mma_bf16(float* d, const bf16* a, const bf16* b, const float* c) {
-  RM_SHARED(bf16, sa, 256);
-  RM_SHARED(bf16, sb, 128);
+// Both operands [16, 16] and [16, 8] through ldmatrix, b transposed by it.
+template <class T> __device__ __forceinline__ void load_operands(uint32_t (&fa)[4], uint32_t (&fb)[2], const T* a, const T* b) {
+  RM_SHARED(T, sa, 256);
+  RM_SHARED(T, sb, 128);
   const int lane = lane_id();
   for (int i = lane; i < 256; i += WARP) sa[i] = a[i];
   for (int i = lane; i < 128; i += WARP) sb[i] = b[i];
   __syncwarp();
-  uint32_t fa[4], fb[2];
-  float acc[4];
   ldmatrix_x4(fa, smem_u32(sa) + uint32_t(lane % 16 * 32 + lane / 16 * 16));
   ldmatrix_x2_trans(fb, smem_u32(sb) + uint32_t(lane % 16 * 16));
+}
+
+// d [16, 8] = a [16, 16] b [16, 8] + c [16, 8].
+extern "C" __global__ void __launch_bounds__(32) conformance_mma_bf16(float* d, const bf16* a, const bf16* b, const float* c) {
+  uint32_t fa[4], fb[2];
+  float acc[4];
+  load_operands(fa, fb, a, b);
   load_fragment(acc, c);
   mma_bf16(acc, fa, fb);
   store_fragment(d, acc);
 }
 RM_EXPORT(conformance_mma_bf16)
+
+extern "C" __global__ void __launch_bounds__(32) conformance_mma_f16(float* d, const f16* a, const f16* b, const float* c) {
+  uint32_t fa[4], fb[2];
+  float acc[4];
+  load_operands(fa, fb, a, b);
+  load_fragment(acc, c);
+  mma_f16(acc, fa, fb);
+  store_fragment(d, acc);
+}
+RM_EXPORT(conformance_mma_f16)
+
+// half [n] = x [n] rounded to f16; back [n]: what is left of it. One thread each.
+extern "C" __global__ void __launch_bounds__(32) conformance_f16(f16* half, float* back, const float* x, int n) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= n) return;
+  half[i] = from_float<f16>(x[i]);
+  back[i] = to_float(half[i]);
+}
+RM_EXPORT(conformance_f16)
 
 // d [16, 8] = a [16, 8] b [8, 8] + c [16, 8] with a and b rounded to tf32.
 extern "C" __global__ void __launch_bounds__(32) conformance_mma_tf32(float* d, const float* a, const float* b, const float* c) {

@@ -75,9 +75,9 @@ template <class T, int D> struct FormedQueries {
   const T *by_position, *sentence;   // of the head; without a sentence the first is by row
   const uint32_t* position;          // [R]
   int width;
-  __device__ __forceinline__ void load(unsigned char* tile, int first, int rows) const {
+  template <int ROWS> __device__ __forceinline__ void load(unsigned char* tile, int first, int rows) const {
     using L = Tile<T, D>;
-    for (int i = int(threadIdx.x); i < TILE * L::CHUNKS; i += int(blockDim.x)) {
+    for (int i = int(threadIdx.x); i < ROWS * L::CHUNKS; i += int(blockDim.x)) {
       const int row = i / L::CHUNKS, chunk = i % L::CHUNKS, at = chunk * L::ELEMENTS;
       uint4 query = make_uint4(0, 0, 0, 0);
       if (row < rows) {
@@ -110,68 +110,72 @@ template <class T, int D> struct DecoderTensors {
 
 #endif
 
-#define ENHANCED_DECODING_FORWARD(T, suffix, D, threads, ...)                                                                     \
-  extern "C" __global__ void __launch_bounds__(threads) enhanced_decoding_forward_d##D##_##suffix(                                \
-      T* out, float* lse, const T* q_position, const T* q_sentence, const T* k, int k_stride, const T* v, int v_stride,           \
-      VisibleKeys visible, AttentionBatch batch, Dropout dropout, unsigned site, int heads) {                                     \
-    RM_DYN_SMEM(smem);                                                                                                            \
-    flash::Item item;                                                                                                             \
-    if (!flash::find(item, batch)) return;                                                                                        \
-    const flash::DecoderTensors<T, D> x(q_position, q_sentence, k, k_stride, v, v_stride, visible, batch, heads, item);           \
-    const flash::Drop drop(dropout, site, batch, item);                                                                           \
-    flash::forward<flash::Plan<T, D, __VA_ARGS__>>(out, lse, x.queries, x.k, x.v, x.mask, item, batch, drop, heads, smem);        \
-  }                                                                                                                               \
+#define ENHANCED_DECODING_FORWARD(T, suffix, D, threads, blocks, ...)                                                   \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) enhanced_decoding_forward_d##D##_##suffix(              \
+      T* out, float* lse, const T* q_position, const T* q_sentence, const T* k, int k_stride, const T* v, int v_stride, \
+      VisibleKeys visible, AttentionBatch batch, Dropout dropout, unsigned site, int heads) {                           \
+    RM_DYN_SMEM(smem);                                                                                                  \
+    using P = flash::Plan<T, D, __VA_ARGS__>;                                                                           \
+    flash::Item item;                                                                                                   \
+    if (!flash::find<P>(item, batch)) return;                                                                           \
+    const flash::DecoderTensors<T, D> x(q_position, q_sentence, k, k_stride, v, v_stride, visible, batch, heads, item); \
+    const flash::Drop drop(dropout, site, batch, item);                                                                 \
+    flash::forward<P>(out, lse, x.queries, x.k, x.v, x.mask, item, batch, drop, heads, smem);                           \
+  }                                                                                                                     \
   RM_EXPORT_HOT(enhanced_decoding_forward_d##D##_##suffix)
 
-#define ENHANCED_DECODING_BACKWARD_DQ(T, suffix, D, threads, ...)                                                                 \
-  extern "C" __global__ void __launch_bounds__(threads) enhanced_decoding_backward_dq_d##D##_##suffix(                            \
-      T* dq, float* delta, const T* q_position, const T* q_sentence, const T* k, int k_stride, const T* v, int v_stride,          \
-      const T* out, const float* lse, const T* dout, VisibleKeys visible, AttentionBatch batch, Dropout dropout, unsigned site,   \
-      int heads) {                                                                                                                \
-    RM_DYN_SMEM(smem);                                                                                                            \
-    flash::Item item;                                                                                                             \
-    if (!flash::find(item, batch)) return;                                                                                        \
-    const flash::DecoderTensors<T, D> x(q_position, q_sentence, k, k_stride, v, v_stride, visible, batch, heads, item);           \
-    const flash::Drop drop(dropout, site, batch, item);                                                                           \
-    flash::backward_dq<flash::Plan<T, D, __VA_ARGS__>>(dq, heads * D, delta, out, {dout, lse}, x.queries, x.k, x.v, x.mask, item, \
-                                                       batch, drop, heads, smem);                                                 \
-  }                                                                                                                               \
+#define ENHANCED_DECODING_BACKWARD_DQ(T, suffix, D, threads, blocks, ...)                                                       \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) enhanced_decoding_backward_dq_d##D##_##suffix(                  \
+      T* dq, float* delta, const T* q_position, const T* q_sentence, const T* k, int k_stride, const T* v, int v_stride,        \
+      const T* out, const float* lse, const T* dout, VisibleKeys visible, AttentionBatch batch, Dropout dropout, unsigned site, \
+      int heads) {                                                                                                              \
+    RM_DYN_SMEM(smem);                                                                                                          \
+    using P = flash::Plan<T, D, __VA_ARGS__>;                                                                                   \
+    flash::Item item;                                                                                                           \
+    if (!flash::find<P>(item, batch)) return;                                                                                   \
+    const flash::DecoderTensors<T, D> x(q_position, q_sentence, k, k_stride, v, v_stride, visible, batch, heads, item);         \
+    const flash::Drop drop(dropout, site, batch, item);                                                                         \
+    flash::backward_dq<P>(dq, heads * D, delta, out, {dout, lse}, x.queries, x.k, x.v, x.mask, item,                            \
+                                                       batch, drop, heads, smem);                                               \
+  }                                                                                                                             \
   RM_EXPORT_HOT(enhanced_decoding_backward_dq_d##D##_##suffix)
 
-#define ENHANCED_DECODING_BACKWARD_DKV(T, suffix, D, threads, ...)                                                                \
-  extern "C" __global__ void __launch_bounds__(threads) enhanced_decoding_backward_dkv_d##D##_##suffix(                           \
-      T* dkv, const T* q_position, const T* q_sentence, const T* k, int k_stride, const T* v, int v_stride, const float* lse,     \
-      const float* delta, const T* dout, VisibleKeys visible, AttentionBatch batch, Dropout dropout, unsigned site, int heads) {  \
-    RM_DYN_SMEM(smem);                                                                                                            \
-    flash::Item item;                                                                                                             \
-    if (!flash::find(item, batch)) return;                                                                                        \
-    const flash::DecoderTensors<T, D> x(q_position, q_sentence, k, k_stride, v, v_stride, visible, batch, heads, item);           \
-    const flash::Drop drop(dropout, site, batch, item);                                                                           \
-    const int width = heads * D;                                                                                                  \
-    T* const dk = dkv + x.column(item, 2 * width);                                                                                \
-    flash::backward_dkv<flash::Plan<T, D, __VA_ARGS__>>(dk, dk + width, 2 * width, delta, {dout, lse}, x.queries, x.k, x.v,       \
-                                                        x.mask, item, batch, drop, heads, smem);                                  \
-  }                                                                                                                               \
+#define ENHANCED_DECODING_BACKWARD_DKV(T, suffix, D, threads, blocks, ...)                                                       \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) enhanced_decoding_backward_dkv_d##D##_##suffix(                  \
+      T* dkv, const T* q_position, const T* q_sentence, const T* k, int k_stride, const T* v, int v_stride, const float* lse,    \
+      const float* delta, const T* dout, VisibleKeys visible, AttentionBatch batch, Dropout dropout, unsigned site, int heads) { \
+    RM_DYN_SMEM(smem);                                                                                                           \
+    using P = flash::Plan<T, D, __VA_ARGS__>;                                                                                    \
+    flash::Item item;                                                                                                            \
+    if (!flash::find<P>(item, batch)) return;                                                                                    \
+    const flash::DecoderTensors<T, D> x(q_position, q_sentence, k, k_stride, v, v_stride, visible, batch, heads, item);          \
+    const flash::Drop drop(dropout, site, batch, item);                                                                          \
+    const int width = heads * D;                                                                                                 \
+    T* const dk = dkv + x.column(item, 2 * width);                                                                               \
+    flash::backward_dkv<P>(dk, dk + width, 2 * width, delta, {dout, lse}, x.queries, x.k, x.v,                                   \
+                                                        x.mask, item, batch, drop, heads, smem);                                 \
+  }                                                                                                                              \
   RM_EXPORT_HOT(enhanced_decoding_backward_dkv_d##D##_##suffix)
 
-// Threads, then the plan: blocks of 16 rows a warp, left operands kept, streamed rows a step, and of the rest.
-ENHANCED_DECODING_FORWARD(bf16, bf16, 32, 64, 2, true, 32, 32)
-ENHANCED_DECODING_FORWARD(bf16, bf16, 64, 64, 2, true, 32, 32)
-ENHANCED_DECODING_FORWARD(bf16, bf16, 128, 128, 1, true, 64, 32)
-ENHANCED_DECODING_FORWARD(float, f32, 32, 128, 1, false, 32, 32)
-ENHANCED_DECODING_FORWARD(float, f32, 64, 128, 1, false, 32, 32)
-ENHANCED_DECODING_FORWARD(float, f32, 128, 128, 1, false, 32, 32)
+// Threads, least blocks a multiprocessor, then the plan: warps, blocks of 16 rows of each, left operands kept, streamed rows a step, and
+// of the rest.
+ENHANCED_DECODING_FORWARD(bf16, bf16, 32, 64, 1, 2, 2, true, 32, 32)
+ENHANCED_DECODING_FORWARD(bf16, bf16, 64, 64, 1, 2, 2, true, 32, 32)
+ENHANCED_DECODING_FORWARD(bf16, bf16, 128, 128, 1, 4, 1, true, 64, 32)
+ENHANCED_DECODING_FORWARD(float, f32, 32, 128, 1, 4, 1, false, 32, 32)
+ENHANCED_DECODING_FORWARD(float, f32, 64, 128, 1, 4, 1, false, 32, 32)
+ENHANCED_DECODING_FORWARD(float, f32, 128, 128, 1, 4, 1, false, 32, 32)
 
-ENHANCED_DECODING_BACKWARD_DQ(bf16, bf16, 32, 64, 2, true, 32, 32)
-ENHANCED_DECODING_BACKWARD_DQ(bf16, bf16, 64, 64, 2, false, 32, 32)
-ENHANCED_DECODING_BACKWARD_DQ(bf16, bf16, 128, 64, 2, false, 16, 16)
-ENHANCED_DECODING_BACKWARD_DQ(float, f32, 32, 128, 1, false, 32, 32)
-ENHANCED_DECODING_BACKWARD_DQ(float, f32, 64, 128, 1, false, 32, 32)
-ENHANCED_DECODING_BACKWARD_DQ(float, f32, 128, 128, 1, false, 32, 32)
+ENHANCED_DECODING_BACKWARD_DQ(bf16, bf16, 32, 64, 1, 2, 2, true, 32, 32)
+ENHANCED_DECODING_BACKWARD_DQ(bf16, bf16, 64, 64, 1, 2, 2, false, 32, 32)
+ENHANCED_DECODING_BACKWARD_DQ(bf16, bf16, 128, 64, 1, 2, 2, false, 16, 16)
+ENHANCED_DECODING_BACKWARD_DQ(float, f32, 32, 128, 1, 4, 1, false, 32, 32)
+ENHANCED_DECODING_BACKWARD_DQ(float, f32, 64, 128, 1, 4, 1, false, 32, 32)
+ENHANCED_DECODING_BACKWARD_DQ(float, f32, 128, 128, 1, 4, 1, false, 32, 32)
 
-ENHANCED_DECODING_BACKWARD_DKV(bf16, bf16, 32, 64, 2, true, 32, 32)
-ENHANCED_DECODING_BACKWARD_DKV(bf16, bf16, 64, 64, 2, false, 16, 16)
-ENHANCED_DECODING_BACKWARD_DKV(bf16, bf16, 128, 128, 1, false, 32, 32)
-ENHANCED_DECODING_BACKWARD_DKV(float, f32, 32, 128, 1, false, 32, 32)
-ENHANCED_DECODING_BACKWARD_DKV(float, f32, 64, 128, 1, false, 32, 32)
-ENHANCED_DECODING_BACKWARD_DKV(float, f32, 128, 128, 1, false, 16, 16)
+ENHANCED_DECODING_BACKWARD_DKV(bf16, bf16, 32, 64, 1, 2, 2, true, 32, 32)
+ENHANCED_DECODING_BACKWARD_DKV(bf16, bf16, 64, 64, 1, 2, 2, false, 16, 16)
+ENHANCED_DECODING_BACKWARD_DKV(bf16, bf16, 128, 128, 1, 4, 1, false, 32, 32)
+ENHANCED_DECODING_BACKWARD_DKV(float, f32, 32, 128, 1, 4, 1, false, 32, 32)
+ENHANCED_DECODING_BACKWARD_DKV(float, f32, 64, 128, 1, 4, 1, false, 32, 32)
+ENHANCED_DECODING_BACKWARD_DKV(float, f32, 128, 128, 1, 4, 1, false, 16, 16)

@@ -1,16 +1,16 @@
 // Attention by tiles with online softmax, forward and backward, for any mask and any source of queries.
 //
-// A block owns 64 rows of one head of one sequence and streams the other side past them, 64 rows at a time: queries own and keys
-// stream in the forward and for dQ, keys own and queries stream for dK and dV. Each warp owns 16 M of the rows, so nothing is summed
-// across warps or blocks and every result has one order of summation. Which sequence and tile a block works on stands in a table in
-// device memory; a grid made for the largest batch serves every batch.
+// A block owns 64 or 128 rows of one head of one sequence and streams the other side past them, 64 rows at a time: queries own and
+// keys stream in the forward and for dQ, keys own and queries stream for dK and dV. Each warp owns 16 M of the rows, so nothing is
+// summed across warps or blocks and every result has one order of summation. Which sequence and tile a block works on stands in a table
+// in device memory; a grid made for the largest batch serves every batch.
 //
 // A mask has
 //   Rows<M>                         what a lane keeps of its own query rows; begin(rows, positions, count) fills it
 //   cuts(key, n)                    whether any of keys key .. key + n is hidden from some query
 //   word(rows, m, r, key)           bit i: the row sees key + i (key is a multiple of 16)
 //   COLUMNS, column(position, key)  the word of the query at `position`, for blocks that own keys; not COLUMNS: all is seen
-// and queries have load(tile, row, rows): fills a tile with rows of the packed query matrix, the rest with zero.
+// and queries have load<ROWS>(tile, row, rows): fills ROWS rows of a tile with rows of the packed query matrix, the rest with zero.
 #pragma once
 #include "tile.cuh"
 
@@ -41,34 +41,36 @@ template <class T> struct Stages { static constexpr int COUNT = 2; };
 // f32 tiles are large: with two stages, D = 128 would not fit the shared memory of sm_80.
 template <> struct Stages<float> { static constexpr int COUNT = 1; };
 
-// How a kernel cuts its work: 16 M rows a warp, left operands kept in registers or not, and how many streamed rows are worked on at
+// How a kernel cuts its work: warps of 16 M rows, left operands kept in registers or not, and how many streamed rows are worked on at
 // once; STEP on whole tiles, REST (at most STEP) on what is left of a sequence, so that short ones waste little.
-template <class T_, int D_, int M_, bool KEPT_, int STEP_, int REST_> struct Plan {
+template <class T_, int D_, int WARPS_, int M_, bool KEPT_, int STEP_, int REST_> struct Plan {
   using T = T_;
-  static constexpr int D = D_, M = M_, STEP = STEP_, REST = REST_, STAGES = Stages<T>::COUNT;
+  static constexpr int D = D_, WARPS = WARPS_, M = M_, STEP = STEP_, REST = REST_, STAGES = Stages<T>::COUNT, OWN = 16 * M * WARPS;
   static constexpr bool KEPT = KEPT_;
 };
 
-// Of one streamed query.
-struct Column {
+// Of the streamed queries; OWN keys may see each or not.
+template <int OWN> struct Columns {
+  static constexpr int WORDS = OWN / 32;
   float lse[TILE], delta[TILE];
-  uint32_t position[TILE], visible[2 * TILE];
+  uint32_t position[TILE], visible[WORDS * TILE];
 };
 
-// Shared memory: OWN tiles, then a pair of tiles a stage, then scratch.
-template <class P, int OWN> struct Layout {
+// Shared memory: COUNT blocks of the rows that are owned, then a pair of tiles a stage, then scratch.
+template <class P, int COUNT> struct Layout {
   using L = Tile<typename P::T, P::D>;
-  static constexpr int RANDOM = (OWN + 2 * P::STAGES) * L::BYTES;   // 512 bytes a warp
-  static constexpr int PRODUCT = RANDOM + 2048;                     // f32 only: 16 M rows a warp
+  static constexpr int STREAMED = COUNT * P::OWN * L::ROW;
+  static constexpr int RANDOM = STREAMED + 2 * P::STAGES * L::BYTES;   // 512 bytes a warp
+  static constexpr int PRODUCT = RANDOM + 512 * P::WARPS;              // f32 only: 16 M rows a warp
   static constexpr int ROWS = P::M * 16 * (P::STEP + 4) * 4;
-  static constexpr int COLUMNS = PRODUCT + (sizeof(typename P::T) == 4 ? 4 / P::M * ROWS : 0);
+  static constexpr int COLUMNS = PRODUCT + (sizeof(typename P::T) == 4 ? P::WARPS * ROWS : 0);
   unsigned char* smem;
-  __device__ __forceinline__ unsigned char* own(int i) const { return smem + i * L::BYTES; }
-  __device__ __forceinline__ unsigned char* streamed(int stage, int i) const { return smem + (OWN + 2 * stage + i) * L::BYTES; }
+  __device__ __forceinline__ unsigned char* own(int i) const { return smem + i * P::OWN * L::ROW; }
+  __device__ __forceinline__ unsigned char* streamed(int stage, int i) const { return smem + STREAMED + (2 * stage + i) * L::BYTES; }
   __device__ __forceinline__ unsigned char* random() const { return smem + RANDOM + warp_id() * 512; }
   __device__ __forceinline__ float* product() const { return smem_at<float>(smem, uint32_t(PRODUCT + warp_id() * ROWS)); }
-  __device__ __forceinline__ Column* columns(int stage) const {
-    return smem_at<Column>(smem, uint32_t(COLUMNS) + uint32_t(stage) * uint32_t(sizeof(Column)));
+  __device__ __forceinline__ Columns<P::OWN>* columns(int stage) const {
+    return smem_at<Columns<P::OWN>>(smem, uint32_t(COLUMNS) + uint32_t(stage) * uint32_t(sizeof(Columns<P::OWN>)));
   }
 };
 
@@ -79,12 +81,13 @@ struct Item {
   int first_key, keys;
 };
 
-__device__ __forceinline__ bool find(Item& item, const AttentionBatch& batch) {
+template <class P> __device__ __forceinline__ bool find(Item& item, const AttentionBatch& batch) {
   const int i = int(blockIdx.x);
   if (i >= *batch.tile_count) return false;
   const int s = int(batch.tiles[2 * i]);
   item.sequence = s;
   item.tile = int(batch.tiles[2 * i + 1]);
+  if (item.tile % (P::OWN / TILE) != 0) return false;   // the block of an earlier tile owns this one too
   item.head = int(blockIdx.y);
   item.first_row = int(batch.cu_rows[s]);
   item.rows = int(batch.cu_rows[s + 1]) - item.first_row;
@@ -200,7 +203,9 @@ struct AllKeys {
 
 template <class T, int D> struct GivenQueries {
   View<T> view;   // row 0 is the first of the packed matrix
-  __device__ __forceinline__ void load(unsigned char* tile, int row, int rows) const { load_tile<T, D>(tile, view, row, rows); }
+  template <int ROWS> __device__ __forceinline__ void load(unsigned char* tile, int row, int rows) const {
+    load_tile<T, D, ROWS>(tile, view, row, rows);
+  }
 };
 
 // Calls f(m, n, e, sees) for the lane's elements; `key` is the key of column 0.

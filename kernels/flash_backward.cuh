@@ -51,11 +51,11 @@ __device__ __forceinline__ void backward_dq(typename P::T* dq, int dq_stride, fl
   using T = typename P::T;
   constexpr int D = P::D, M = P::M;
   const Layout<P, 2> shared{smem};
-  const int first = item.first_row + item.tile * TILE, rows = min(TILE, item.rows - item.tile * TILE);
+  const int first = item.first_row + item.tile * TILE, rows = min(P::OWN, item.rows - item.tile * TILE);
   const int lane = lane_id(), warp_row = warp_id() * 16 * M, warp_rows = rows - warp_row;
   const size_t stride = size_t(heads) * D, warp_first = size_t(first + warp_row);
-  queries.load(shared.own(0), first, rows);
-  load_tile<T, D>(shared.own(1), View<T>{saved.dout + size_t(item.head) * D, heads * D}, first, rows);
+  queries.template load<P::OWN>(shared.own(0), first, rows);
+  load_tile<T, D, P::OWN>(shared.own(1), View<T>{saved.dout + size_t(item.head) * D, heads * D}, first, rows);
 
   const uint32_t* positions = batch.position + first + warp_row;
   typename Mask::template Rows<M> seen;
@@ -130,8 +130,8 @@ __device__ __forceinline__ void backward_dq(typename P::T* dq, int dq_stride, fl
 }
 
 // Begins to copy what is known of `rows` queries from `row`; zeros for the rest, whose dout is zero too.
-template <class Mask>
-__device__ __forceinline__ void load_columns(Column* to, const float* lse, const float* delta, const uint32_t* position, int heads,
+template <int OWN, class Mask>
+__device__ __forceinline__ void load_columns(Columns<OWN>* to, const float* lse, const float* delta, const uint32_t* position, int heads,
                                              int row, int rows, const Mask& mask, int key) {
   for (int i = int(threadIdx.x); i < TILE; i += int(blockDim.x)) {
     const bool inside = i < rows;
@@ -142,8 +142,9 @@ __device__ __forceinline__ void load_columns(Column* to, const float* lse, const
     cp_async_4(smem_u32(&to->position[i]), position + from, bytes);
     if (Mask::COLUMNS) {
       const uint32_t own = position[from];
-      to->visible[2 * i] = inside ? mask.column(int(own), key) : 0;
-      to->visible[2 * i + 1] = inside ? mask.column(int(own), key + 32) : 0;
+#pragma unroll
+      for (int word = 0; word < OWN / 32; word++)
+        to->visible[OWN / 32 * i + word] = inside ? mask.column(int(own), key + 32 * word) : 0;
     }
   }
 }
@@ -157,10 +158,10 @@ __device__ __forceinline__ void backward_dkv(typename P::T* dk, typename P::T* d
   using T = typename P::T;
   constexpr int D = P::D, M = P::M;
   const Layout<P, 2> shared{smem};
-  const int first = item.tile * TILE, rows = min(TILE, item.keys - first);
+  const int first = item.tile * TILE, rows = min(P::OWN, item.keys - first);
   const int g = lane_id() >> 2, t = lane_id() & 3, warp_row = warp_id() * 16 * M, warp_rows = rows - warp_row;
-  load_tile<T, D>(shared.own(0), k, first, rows);
-  load_tile<T, D>(shared.own(1), v, first, rows);
+  load_tile<T, D, P::OWN>(shared.own(0), k, first, rows);
+  load_tile<T, D, P::OWN>(shared.own(1), v, first, rows);
 
   const View<T> dout{saved.dout + size_t(item.head) * D, heads * D};
   Left<T, M, D, P::KEPT> keys, values;
@@ -171,7 +172,7 @@ __device__ __forceinline__ void backward_dkv(typename P::T* dk, typename P::T* d
       tiles_of(item.rows),
       [&](int tile, int stage) {
         const int row = item.first_row + tile * TILE, count = item.rows - tile * TILE;
-        queries.load(shared.streamed(stage, 0), row, count);
+        queries.template load<TILE>(shared.streamed(stage, 0), row, count);
         load_tile<T, D>(shared.streamed(stage, 1), dout, row, count);
         load_columns(shared.columns(stage), saved.lse + item.head, delta + item.head, batch.position, heads, row, count, mask, first);
       },
@@ -181,7 +182,7 @@ __device__ __forceinline__ void backward_dkv(typename P::T* dk, typename P::T* d
       },
       [&](int tile, int stage) {
         if (warp_rows <= 0) return;
-        const Column& columns = *shared.columns(stage);
+        const Columns<P::OWN>& columns = *shared.columns(stage);
         steps<P>(min(TILE, item.rows - tile * TILE), [&](auto number, int column) {
           constexpr int N = decltype(number)::VALUE;
           float p[M][N][4], ds[M][N][4];
@@ -195,7 +196,7 @@ __device__ __forceinline__ void backward_dkv(typename P::T* dk, typename P::T* d
             for (int j = 0; j < 2; j++) {
               const int query = column + 8 * n + 2 * t + j;
               const float lse = columns.lse[query] * LOG2E;
-              const uint32_t sees = Mask::COLUMNS ? columns.visible[2 * query + (warp_row >> 5)] >> ((warp_row & 31) + g) : 0;
+              const uint32_t sees = Mask::COLUMNS ? columns.visible[P::OWN / 32 * query + (warp_row >> 5)] >> ((warp_row & 31) + g) : 0;
 #pragma unroll
               for (int m = 0; m < M; m++)
 #pragma unroll

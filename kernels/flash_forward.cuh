@@ -58,9 +58,9 @@ __device__ __forceinline__ void forward(typename P::T* out, float* lse, const Qu
   using T = typename P::T;
   constexpr int D = P::D, M = P::M;
   const Layout<P, 1> shared{smem};
-  const int first = item.first_row + item.tile * TILE, rows = min(TILE, item.rows - item.tile * TILE);
+  const int first = item.first_row + item.tile * TILE, rows = min(P::OWN, item.rows - item.tile * TILE);
   const int lane = lane_id(), warp_row = warp_id() * 16 * M, warp_rows = rows - warp_row;
-  queries.load(shared.own(0), first, rows);
+  queries.template load<P::OWN>(shared.own(0), first, rows);
 
   const uint32_t* positions = batch.position + first + warp_row;
   typename Mask::template Rows<M> seen;

@@ -13,7 +13,7 @@
 //                Grid: any number of blocks, each takes every gridDim.x-th sequence; block 512. Dynamic shared memory 8 `size` bytes;
 //                `size` is a power of two, at least K and 32.
 //
-// V is a multiple of 8 and below 2^24; padding has the bias -inf. K is at most V without the padding. Storage of logits and maxima f32 or
+// V is a multiple of 8 and at most 2^24; padding has the bias -inf. K is at most V without the padding. Storage of logits and maxima f32 or
 // bf16, exact as maxima are; bias and weights f32. NaN counts as nothing, -0 as 0. The same bits whatever the chunks.
 //
 // lexical_max is bound by bytes out of L2, where the product left the chunk: it reads a logit once. lexical_top_k selects by digits of

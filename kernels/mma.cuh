@@ -73,25 +73,46 @@ RM_PRIMITIVE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t a RM_SITE) { emu:
 
 // ---- mma: d += a b, f32 accumulators
 
+#if defined(__CUDACC__)
+#define RM_MMA_M16N8K16(type, d, a, b)                                                                                                  \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#endif
+
 // d (16x8) += a (16x16, row major) b (16x8, column major), bf16 inputs.
 RM_PRIMITIVE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] RM_SITE) {
 #if defined(__CUDACC__)
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  RM_MMA_M16N8K16("bf16", d, a, b);
 #else
   emu::mma_bf16(d, a, b, site_);
 #endif
 }
 
-// The same with the two registers of b apart, as they come out of one ldmatrix_x4.
+// The same with f16 inputs.
+RM_PRIMITIVE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] RM_SITE) {
+#if defined(__CUDACC__)
+  RM_MMA_M16N8K16("f16", d, a, b);
+#else
+  emu::mma_f16(d, a, b, site_);
+#endif
+}
+
+// Both with the two registers of b apart, as they come out of one ldmatrix_x4.
 RM_PRIMITIVE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 RM_SITE) {
   const uint32_t b[2] = {b0, b1};
 #if defined(__CUDACC__)
   mma_bf16(d, a, b);
 #else
   emu::mma_bf16(d, a, b, site_);
+#endif
+}
+RM_PRIMITIVE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 RM_SITE) {
+  const uint32_t b[2] = {b0, b1};
+#if defined(__CUDACC__)
+  mma_f16(d, a, b);
+#else
+  emu::mma_f16(d, a, b, site_);
 #endif
 }
 

@@ -39,11 +39,12 @@ template <int M, int N> __device__ __forceinline__ void zero(float (&x)[M][N][4]
       for (int e = 0; e < 4; e++) x[m][n][e] = 0.f;
 }
 
-// Begins to copy `rows` rows from `first` of a view; the tile's other rows become zero.
-template <class T, int D> __device__ __forceinline__ void load_tile(unsigned char* tile, const View<T>& from, int first, int rows) {
+// Begins to copy `rows` rows from `first` of a view to a tile of ROWS; its other rows become zero.
+template <class T, int D, int ROWS = TILE>
+__device__ __forceinline__ void load_tile(unsigned char* tile, const View<T>& from, int first, int rows) {
   using L = Tile<T, D>;
   const uint32_t base = smem_u32(tile);
-  for (int i = int(threadIdx.x); i < TILE * L::CHUNKS; i += int(blockDim.x)) {
+  for (int i = int(threadIdx.x); i < ROWS * L::CHUNKS; i += int(blockDim.x)) {
     const int row = i / L::CHUNKS, chunk = i % L::CHUNKS;
     const bool inside = row < rows;
     cp_async_16(base + uint32_t(L::at(row, chunk)), from.row(inside ? first + row : first) + chunk * L::ELEMENTS, inside ? 16 : 0);

@@ -3,20 +3,21 @@
 //
 //   s[b, i] = q[b] . x[i]      order: s descending, then number of the row ascending      best[b, 0 .. k] = the first k of that order
 //
-// q [Q, W], x [N, W], f32 or bf16, W a multiple of 8, 16-byte aligned, no NaN. A score is one sum in f32 whose order depends on W alone,
+// q [Q, W], x [N, W], f32 or f16, W a multiple of 8, 16-byte aligned, no NaN. A score is one sum in f32 whose order depends on W alone,
 // and (score, number) orders rows strictly: results are the same bits whatever blocks the rows came in and however threads were scheduled.
 //
 // topk_clear     scores [Q, k] (=): -inf, rows [Q, k] (=): all bits set, counts [Q] (=): 0. Grid ceil(Q k / 256), block 256.
 // topk_scan_*    candidates [Q, capacity] (+): the rows of x that come before the k-th best of `scores` and `rows`, as keys, behind the
 //                counts[b] (+=) that are there, in any order. counts[b] + N <= capacity must hold before: then nothing can overflow.
 //                Grid: any number of blocks, block 256; each takes every gridDim.x-th tile, queries fastest, so that one piece of x is
-//                read from memory once. Dynamic shared memory 3 (ROWS + COLUMNS) 128 bytes: 147,456 for bf16, 49,152 for f32.
+//                read from memory once. Dynamic shared memory `stages` (ROWS + COLUMNS) 128 bytes: with 2 stages 98,304 for f16 and 32,768
+//                for f32, which fits the 99 KB of sm_86 and sm_89; with 3 stages 147,456 and 49,152. Scores do not depend on the stages.
 // topk_merge     where counts[b] > trigger: scores, rows [Q, k] (=) sorted, the best of themselves and the candidates; counts[b] (=): 0.
 //                Grid Q, block 512. Dynamic shared memory 16 `size` bytes; `size` is a power of two, at least k and 32.
 //
-// A tile is 128 queries by 256 rows for bf16, 64 by 64 for f32: 85 FLOP a byte of L2, and one cycle of shared memory an mma. 2 Q N W FLOP.
+// A tile is 128 queries by 256 rows for f16, 64 by 64 for f32: 85 FLOP a byte of L2, and one cycle of shared memory an mma. 2 Q N W FLOP.
 // After s rows in any random order a window of n more brings about k n / s candidates of 8 bytes: nothing beside reading x.
-// f32 is the exact path for comparisons, on ordinary FMA.
+// Products of two f16 are exact in f32; tensor cores add them up. f32 is the exact path for what f16 would round, on ordinary FMA.
 #include "contrastive.cuh"
 
 // The best so far, and what may join them.
@@ -31,7 +32,6 @@ struct TopKState {
 
 #if !defined(RM_SIGNATURES)
 
-constexpr int TK_STAGES = 3;
 constexpr int TK_MERGE_THREADS = 512;
 constexpr uint32_t TK_NO_ROW = 0xffffffffu;
 
@@ -49,8 +49,8 @@ __device__ __forceinline__ uint32_t tk_row(uint64_t key) { return ~uint32_t(key)
 // A tile of scores, ROWS x COLUMNS over the block; a thread holds R x N of them. GROUP neighbouring lanes share a row.
 template <class T> struct TkTile;
 
-// bf16: warps of 64 rows by 64 columns, in mma fragments.
-template <> struct TkTile<bf16> {
+// f16: warps of 64 rows by 64 columns, in mma fragments.
+template <> struct TkTile<f16> {
   static constexpr int ROWS = 128, COLUMNS = 256, R = 8, N = 16, GROUP = 4;
   float acc[4][8][4];
 
@@ -79,8 +79,8 @@ template <> struct TkTile<bf16> {
         ldmatrix_x4(b, cl_further(x_at, 2 * k) + pair * 2048);
 #pragma unroll
         for (int m = 0; m < 4; m++) {
-          mma_bf16(acc[m][2 * pair], a[m], b[0], b[1]);
-          mma_bf16(acc[m][2 * pair + 1], a[m], b[2], b[3]);
+          mma_f16(acc[m][2 * pair], a[m], b[0], b[1]);
+          mma_f16(acc[m][2 * pair + 1], a[m], b[2], b[3]);
         }
       }
     }
@@ -127,7 +127,7 @@ template <class T> struct TkStream {
   const T* q;
   const T* x;
   unsigned char* ring;
-  int Q, N, W, chunks, query_tiles, tiles;
+  int Q, N, W, stages, chunks, query_tiles, tiles;   // stages: 2 or 3
   int tile, chunk, stage;   // what is copied next, and where
 
   __device__ __forceinline__ void issue() {
@@ -138,16 +138,19 @@ template <class T> struct TkStream {
       chunk++;
       if (chunk == chunks) chunk = 0, tile += int(gridDim.x);
     }
-    stage = stage + 1 == TK_STAGES ? 0 : stage + 1;
+    stage = stage + 1 == stages ? 0 : stage + 1;
     cp_async_commit();
   }
   __device__ __forceinline__ void start() {
-#pragma unroll
-    for (int i = 0; i < TK_STAGES - 1; i++) issue();
+    for (int i = 0; i < stages - 1; i++) issue();
   }
   // The next chunk, when all threads are done with the one before.
   __device__ __forceinline__ const unsigned char* next() {
-    cp_async_wait<TK_STAGES - 2>();
+    if (stages == 2) {
+      cp_async_wait<0>();
+    } else {
+      cp_async_wait<1>();
+    }
     __syncthreads();
     issue();
     return ring + stage * STAGE;
@@ -202,12 +205,13 @@ __device__ __forceinline__ void tk_filter(const TopKState& state, const TkTile<T
 }
 
 template <class T>
-__device__ __forceinline__ void topk_scan(const TopKState& state, const T* q, const T* x, int Q, int N, int W, uint32_t first_row) {
+__device__ __forceinline__ void topk_scan(const TopKState& state, const T* q, const T* x, int Q, int N, int W, uint32_t first_row,
+                                          int stages) {
   using Tile = TkTile<T>;
   RM_DYN_SMEM(smem);
   const int chunks = (W + CL_CHUNK<T> - 1) / CL_CHUNK<T>, query_tiles = (Q + Tile::ROWS - 1) / Tile::ROWS;
   const int tiles = query_tiles * ((N + Tile::COLUMNS - 1) / Tile::COLUMNS);
-  TkStream<T> stream{q, x, smem, Q, N, W, chunks, query_tiles, tiles, int(blockIdx.x), 0, 0};
+  TkStream<T> stream{q, x, smem, Q, N, W, stages, chunks, query_tiles, tiles, int(blockIdx.x), 0, 0};
   stream.start();
   for (int t = int(blockIdx.x); t < tiles; t += int(gridDim.x)) {
     Tile tile;
@@ -285,10 +289,10 @@ RM_EXPORT_HOT(topk_merge)
 
 #define RM_TOPK_SCAN(name, T)                                                                                        \
   extern "C" __global__ void __launch_bounds__(256)                                                                  \
-      name(const TopKState state, const T* q, const T* x, int Q, int N, int W, uint32_t first_row) {                 \
-    topk_scan<T>(state, q, x, Q, N, W, first_row);                                                                   \
+      name(const TopKState state, const T* q, const T* x, int Q, int N, int W, uint32_t first_row, int stages) {     \
+    topk_scan<T>(state, q, x, Q, N, W, first_row, stages);                                                           \
   }                                                                                                                  \
   RM_EXPORT_HOT(name)
 
 RM_TOPK_SCAN(topk_scan_f32, float)
-RM_TOPK_SCAN(topk_scan_bf16, bf16)
+RM_TOPK_SCAN(topk_scan_f16, f16)

@@ -126,7 +126,7 @@ fn doctor_tells_what_is_there() {
     }
     let kernels = match fakes::NO_KERNELS {
         Some(why) => format!("--  {:<12} {}\n", "GPU kernels", why.split_once("; ").unwrap().0),
-        None => format!("ok  {:<12} PTX for compute capability 8.0", "GPU kernels"),
+        None => format!("ok  {:<12} for compute capability 8.0", "GPU kernels"),
     };
     assert!(told.contains(&kernels), "{told}");
 }
@@ -180,7 +180,7 @@ fn the_driver_is_called_in_the_right_order() {
         "cuMemAlloc_v2 16",
         "cuMemsetD8Async 16",
         // A kernel, loaded at its first launch.
-        "cuModuleLoadDataEx .target sm_90a",
+        "cuModuleLoadDataEx machine code",
         "cuModuleGetFunction conformance_reductions",
         "cuFuncGetAttribute 1",
         "cuLaunchKernel conformance_reductions 1 1 1, 32 1 1, 0",
@@ -236,10 +236,19 @@ fn the_driver_is_called_in_the_right_order() {
 }
 
 #[test]
-fn gpus_other_than_hopper_get_the_common_code() {
-    let Some(said) = child("launch", Libraries::Both, &[("FAKE_CAPABILITY", "120")]) else { return };
-    assert_eq!(said.lines, ["fine"]);
-    assert!(said.log.iter().any(|line| line == "cuModuleLoadDataEx .target sm_80"), "{:?}", said.log);
+fn gpus_without_machine_code_and_drivers_that_refuse_it_get_ptx() {
+    let (code, ptx) = ("machine code", |target: &str| format!(".target {target}"));
+    for (variables, expected) in [
+        (vec![("FAKE_CAPABILITY", "86")], vec![code.to_string()]),
+        (vec![("FAKE_CAPABILITY", "120")], vec![ptx("sm_80")]),
+        (vec![("FAKE_CAPABILITY", "89"), ("FAKE_OLD", "1")], vec![code.to_string(), ptx("sm_80")]),
+        (vec![("FAKE_OLD", "1")], vec![code.to_string(), ptx("sm_90a")]),
+    ] {
+        let Some(said) = child("launch", Libraries::Both, &variables) else { return };
+        assert_eq!(said.lines, ["fine"]);
+        let loaded: Vec<&str> = said.log.iter().filter_map(|line| line.strip_prefix("cuModuleLoadDataEx ")).collect();
+        assert_eq!(loaded, expected, "{variables:?}");
+    }
 }
 
 #[test]

@@ -23,8 +23,8 @@ fn reads_every_kind_of_parameter() {
         struct Unused { int x; };
         template <class T> struct Tile { T* p; };
         extern "C" __global__ void __launch_bounds__(32 * 4, 2)
-            scale(float* __restrict__ y, const bf16* __restrict__ x, const unsigned char* mask, unsigned long long n, const Dropout d,
-                  const __grid_constant__ CUtensorMap map) { if (x) { y[0] = 1; } }
+            scale(float* __restrict__ y, const bf16* __restrict__ x, const f16* z, const unsigned char* mask, unsigned long long n,
+                  const Dropout d, const __grid_constant__ CUtensorMap map) { if (x) { y[0] = 1; } }
         RM_EXPORT_HOT(scale)
         extern "C" __global__ void none() {}
         RM_EXPORT(none)
@@ -36,10 +36,11 @@ fn reads_every_kind_of_parameter() {
     assert_eq!((scale.name.as_str(), scale.max_threads, scale.hot), ("scale", 128, true));
     assert_eq!((none.name.as_str(), none.max_threads, none.hot, none.params.len()), ("none", 1024, false, 0));
     let names: Vec<&str> = scale.params.iter().map(|p| p.name.as_str()).collect();
-    assert_eq!(names, ["y", "x", "mask", "n", "d", "map"]);
+    assert_eq!(names, ["y", "x", "z", "mask", "n", "d", "map"]);
     let types = [
         Type::MutPtr("f32"),
         Type::ConstPtr("half::bf16"),
+        Type::ConstPtr("half::f16"),
         Type::ConstPtr("u8"),
         Type::Scalar("u64"),
         Type::Struct("Dropout".into()),

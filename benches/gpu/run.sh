@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs one part of the work on a GPU from what pack.sh packed: see README.md beside this.
 #
-#   [DEVICE=cuda|emulator] [OUT=folder] [PYTHON=python3] benches/gpu/run.sh check|sanitize|bench|kernels|pretrain|profile [workload]
+#   [DEVICE=cuda|emulator] [OUT=folder] [PYTHON=python3] benches/gpu/run.sh check|sanitize|bench|kernels|plans|pretrain|profile [workload]
 #
 # A part prints a short table last and leaves three files in OUT: PART.txt, PART.log, PART.tar.gz. DEVICE=emulator rehearses the script at tiny sizes on
 # a machine without a GPU; what cannot be rehearsed says so in one line.
@@ -16,7 +16,7 @@ out=${OUT:-$root/benches/results/gpu-out}
 python=${PYTHON:-python3}
 # No part may need more than nine minutes; what has not begun by then is left out.
 deadline=${BUDGET:-530}
-case $part in check | sanitize | bench | kernels | pretrain | profile) ;; *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
+case $part in check | sanitize | bench | kernels | plans | pretrain | profile) ;; *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
 case $device in cuda | emulator) ;; *) echo "error: DEVICE=$device; choose cuda or emulator" >&2; exit 2 ;; esac
 
 mkdir -p "$out"

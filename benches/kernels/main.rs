@@ -26,6 +26,7 @@ use retromae_engine::device::{DType, Device, Tensor};
 use retromae_engine::error::IoContext;
 use retromae_engine::graph::Dims;
 use retromae_engine::graph::inputs::Inputs;
+use retromae_engine::graph::mlm::LOGITS_BYTES_GPU;
 use retromae_engine::ops::SiteDropout;
 use retromae_engine::rng::Dropout;
 use retromae_engine::train::settings::Precision;
@@ -54,6 +55,9 @@ struct Arguments {
     /// Sets of operands of each case, used in turn [default: 4, together larger than the cache; 1 in the emulator]
     #[arg(long)]
     copies: Option<usize>,
+    /// MiB of logits that exist at a time [default: as in training]
+    #[arg(long, value_delimiter = ',', default_values_t = [LOGITS_BYTES_GPU >> 20])]
+    logits_mib: Vec<usize>,
     /// Append the results to this file
     #[arg(long)]
     json: Option<PathBuf>,
@@ -128,6 +132,11 @@ impl<'a> Bench<'a> {
         self.random.tensor(self.setup.device, self.setup.storage, len, scale)
     }
 
+    /// A tensor of this type with standard normal values.
+    pub fn random(&self, dtype: DType, len: usize) -> Tensor {
+        self.random.tensor(self.setup.device, dtype, len, 1.0)
+    }
+
     /// A tensor of the storage type for results.
     pub fn room(&self, len: usize) -> Tensor {
         self.setup.device.zeros(self.setup.storage, len)
@@ -146,6 +155,11 @@ impl<'a> Bench<'a> {
     /// Bytes of `elements` of the storage type.
     pub fn bytes(&self, elements: usize) -> usize {
         elements * self.setup.storage.size()
+    }
+
+    /// Bytes of logits to try, in MiB.
+    pub fn logits_mib(&self) -> &[usize] {
+        &self.args.logits_mib
     }
 
     /// Whether these sizes are for trying the code only.

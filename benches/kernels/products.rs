@@ -9,15 +9,12 @@ use retromae_engine::ops::cross_entropy::{self, CrossEntropy, Gradients, Scale};
 use retromae_engine::ops::topk::{self, TopK};
 use retromae_engine::ops::{Count, contrastive, linear};
 
-/// Bytes of logits that exist at a time on a GPU, as in `graph::mlm`.
-const LOGITS_BYTES: usize = 32 << 20;
-
 pub fn cases(bench: &Bench<'_>) -> Result<()> {
     let (c, i) = (bench.setup.dims.hidden, bench.setup.dims.intermediate);
     for (name, inputs, outputs) in [("qkv", c, 3 * c), ("out", c, c), ("up", c, i), ("down", i, c)] {
         layer(bench, name, inputs, outputs)?;
     }
-    head(bench)?;
+    bench.logits_mib().iter().try_for_each(|mib| head(bench, mib << 20))?;
     let sizes = if bench.tiny() { [(8, 24), (16, 64)] } else { [(512, 4096), (4096, 32768)] };
     sizes.iter().try_for_each(|&(queries, passages)| in_batch(bench, queries, passages))?;
     // One query reads the rows; many queries multiply.
@@ -55,11 +52,11 @@ fn layer(bench: &Bench<'_>, name: &str, inputs: usize, outputs: usize) -> Result
 }
 
 /// Loss and all gradients over every token, as for the decoder.
-fn head(bench: &Bench<'_>) -> Result<()> {
+fn head(bench: &Bench<'_>, logits_bytes: usize) -> Result<()> {
     let (device, dims, batch) = (bench.setup.device, bench.setup.dims, bench.full);
     let (t, c, v) = (batch.tokens, dims.hidden, dims.vocabulary);
     let rows = batch.inputs.tokens.count.get();
-    let chunk = (LOGITS_BYTES / bench.bytes(v)).clamp(16, t);
+    let chunk = (logits_bytes / bench.bytes(v)).clamp(16, t);
     let chunk = if chunk > 128 { chunk / 128 * 128 } else { chunk };
     let shape = cross_entropy::Shape { rows, width: c, vocabulary: v, chunk };
     let labels = &batch.inputs.tokens.ids;
@@ -138,15 +135,18 @@ fn in_batch(bench: &Bench<'_>, queries: usize, passages: usize) -> Result<()> {
     })
 }
 
-/// Exact search from the start: with every block of rows that follows, candidates become fewer.
+/// Exact search from the start, in f32, or in f16 where other kernels have bf16: with every block of rows that follows, candidates become
+/// fewer.
 fn search(bench: &Bench<'_>, queries: usize, rows: usize, k: usize) -> Result<()> {
     let (device, width) = (bench.setup.device, bench.setup.dims.hidden);
+    let storage = if bench.setup.storage == DType::BF16 { DType::F16 } else { DType::F32 };
     let shape = topk::Shape { queries, width, k };
     TopK::new(device, shape)?;
     let work =
         Work { flops: 2 * queries * rows * width, bytes: bench.bytes((queries + rows) * width) + 16 * queries * k };
-    bench.case(&format!("top {k} of {rows} for {queries}"), work, || {
-        let (q, x) = (bench.stored(queries * width, 1.0), bench.stored(rows * width, 1.0));
+    let name = format!("top {k} of {rows} for {queries} in {}", if storage == DType::F16 { "f16" } else { "f32" });
+    bench.case(&name, work, || {
+        let [q, x] = [queries, rows].map(|n| bench.random(storage, n * width));
         // Refused above, if at all.
         let run = TopK::new(device, shape).ok().map(RefCell::new);
         Box::new(move || {

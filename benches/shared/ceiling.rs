@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use half::bf16;
+use half::{bf16, f16};
 use retromae_engine::Result;
 use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::{DType, Device, Element, Matmul, Matrix, Output, Product, Tensor};
@@ -16,6 +16,7 @@ const VALUES: usize = 1 << 22;
 pub struct Random {
     f32s: Vec<f32>,
     bf16s: Vec<bf16>,
+    f16s: Vec<f16>,
     /// Where the next tensor begins, so that no two are equal.
     start: Cell<usize>,
 }
@@ -24,7 +25,9 @@ impl Random {
     pub fn new() -> Self {
         let mut stream = Stream::new(3, 0, Site::Init, 0);
         let f32s: Vec<f32> = (0..VALUES).map(|_| stream.normal()).collect();
-        Random { bf16s: f32s.iter().map(|&x| bf16::from_f32(x)).collect(), f32s, start: Cell::new(0) }
+        let bf16s = f32s.iter().map(|&x| bf16::from_f32(x)).collect();
+        let f16s = f32s.iter().map(|&x| f16::from_f32(x)).collect();
+        Random { f32s, bf16s, f16s, start: Cell::new(0) }
     }
 
     /// A tensor of them, each number `scale` times as large.
@@ -33,6 +36,7 @@ impl Random {
         let tensor = device.zeros(dtype, len);
         match dtype {
             DType::BF16 => fill(&tensor, &self.bf16s, start, |x| bf16::from_f32(x.to_f32() * scale)),
+            DType::F16 => fill(&tensor, &self.f16s, start, |x| f16::from_f32(x.to_f32() * scale)),
             _ => fill(&tensor, &self.f32s, start, |x| x * scale),
         }
         tensor

@@ -128,22 +128,22 @@ template <int K> static void multiply(const WarpCall& call, const float (&a)[16]
   }
 }
 
-static float low_bf16(std::uint32_t pair) { return bf16_to_float(std::uint16_t(pair)); }
-static float high_bf16(std::uint32_t pair) { return bf16_to_float(std::uint16_t(pair >> 16)); }
-
-static void run_mma_bf16(const WarpCall& call) {
+// m16n8k16 of 16-bit elements that `to_float` reads, two in a register.
+template <float (*to_float)(std::uint16_t)> static void run_mma_16(const WarpCall& call) {
+  const auto low = [](std::uint32_t pair) { return to_float(std::uint16_t(pair)); };
+  const auto high = [](std::uint32_t pair) { return to_float(std::uint16_t(pair >> 16)); };
   alignas(32) float a[16][16], b[16][8];
   for (int lane = 0; lane < WARP_SIZE; lane++) {
     const MmaArg& m = call.arg<MmaArg>(lane);
     const int g = lane >> 2, t = (lane & 3) * 2;
     for (int i = 0; i < 4; i++) {
       const int row = g + (i & 1) * 8, k = t + (i >> 1) * 8;
-      a[row][k] = low_bf16(m.a[i]);
-      a[row][k + 1] = high_bf16(m.a[i]);
+      a[row][k] = low(m.a[i]);
+      a[row][k + 1] = high(m.a[i]);
     }
     for (int i = 0; i < 2; i++) {
-      b[t + i * 8][g] = low_bf16(m.b[i]);
-      b[t + i * 8 + 1][g] = high_bf16(m.b[i]);
+      b[t + i * 8][g] = low(m.b[i]);
+      b[t + i * 8 + 1][g] = high(m.b[i]);
     }
   }
   multiply<16>(call, a, b);
@@ -168,7 +168,12 @@ static void run_mma_tf32(const WarpCall& call) {
 
 void mma_bf16(float* d, const std::uint32_t* a, const std::uint32_t* b, Site site) {
   MmaArg arg{d, a, b};
-  warp_op(~0u, "mma.m16n8k16.bf16", &run_mma_bf16, &arg, site);
+  warp_op(~0u, "mma.m16n8k16.bf16", &run_mma_16<bf16_to_float>, &arg, site);
+}
+
+void mma_f16(float* d, const std::uint32_t* a, const std::uint32_t* b, Site site) {
+  MmaArg arg{d, a, b};
+  warp_op(~0u, "mma.m16n8k16.f16", &run_mma_16<f16_to_float>, &arg, site);
 }
 
 void mma_tf32(float* d, const std::uint32_t* a, const std::uint32_t* b, Site site) {

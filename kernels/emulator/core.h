@@ -80,6 +80,7 @@ void cp_async_commit();
 void cp_async_wait(int groups_left);      // negative: everything, committed or not
 void ldmatrix(std::uint32_t* r, std::uint32_t address, int matrices, bool trans, Site site);
 void mma_bf16(float* d, const std::uint32_t* a, const std::uint32_t* b, Site site);
+void mma_f16(float* d, const std::uint32_t* a, const std::uint32_t* b, Site site);
 void mma_tf32(float* d, const std::uint32_t* a, const std::uint32_t* b, Site site);
 
 // sm_90 primitives.

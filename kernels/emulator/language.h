@@ -1,4 +1,4 @@
-// CUDA C++ for the host compiler: qualifiers, vector types, built-in variables, bf16, intrinsics.
+// CUDA C++ for the host compiler: qualifiers, vector types, built-in variables, bf16 and f16, intrinsics.
 //
 // Only what the project's kernels use. What is absent is absent on purpose: `__activemask`, `__nanosleep` and float `atomicAdd`
 // would break rules 4, 6 and 10 of `kernels/README.md`, so a kernel that uses them does not compile here.
@@ -135,6 +135,26 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 inline __nv_bfloat16 __float2bfloat16(float f) { return __float2bfloat16_rn(f); }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 h) { return {__bfloat162float(h.x), __bfloat162float(h.y)}; }
+
+// ---- f16
+
+struct __half {
+  std::uint16_t x;
+};
+// Exact: exponents of f16 are moved to those of f32 by a product, which makes its denormals normal numbers.
+inline float __half2float(__half h) {
+  const unsigned magnitude = __float_as_uint(__uint_as_float(unsigned(h.x & 0x7fff) << 13) * 0x1p112f);
+  return __uint_as_float(magnitude | ((h.x & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u) | unsigned(h.x & 0x8000) << 16);
+}
+// To nearest even; NaN and what rounds past 65504 as the device has them.
+inline __half __float2half_rn(float f) {
+  const unsigned u = __float_as_uint(f), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {0x7fff};
+  if (magnitude >= 0x477ff000u) return {std::uint16_t(sign | 0x7c00)};
+  // Below the least normal number, 2^-14, adding one half leaves the digits of f16 in the low bits, rounded.
+  if (magnitude < 0x38800000u) return {std::uint16_t(sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u))};
+  return {std::uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13))};
+}
 
 // ---- intrinsics. The approximate ones are exact here: tests against a GPU need a tolerance.
 

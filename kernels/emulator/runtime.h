@@ -41,7 +41,7 @@ constexpr std::size_t PAGE = 4 * 1024;
 constexpr std::size_t STACK_BYTES = (EMU_ASAN ? 256 : 64) * 1024, STACK_SLOT = STACK_BYTES + PAGE;
 constexpr std::size_t ARENA_BYTES = 256 * 1024;   // 18-bit shared addresses, as in wgmma descriptors
 constexpr std::uint32_t STATIC_SHARED_MAX = 24 * 1024, DYNAMIC_SHARED_MAX = 227 * 1024, SHARED_ALIGN = 1024;
-constexpr unsigned char CANARY = 0xA5, POISON = 0xFF;   // POISON reads as NaN in fp32 and bf16
+constexpr unsigned char CANARY = 0xA5, POISON = 0xFF;   // POISON reads as NaN in fp32, bf16 and f16
 
 struct Launch {
   const Kernel* kernel;
@@ -192,6 +192,18 @@ inline bool perform_at_issue() {
 inline float bf16_to_float(std::uint16_t h) {
   const std::uint32_t u = std::uint32_t(h) << 16;
   float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+// Exact: exponents of f16 are moved to those of f32 by a product, which makes its denormals normal numbers.
+inline float f16_to_float(std::uint16_t h) {
+  std::uint32_t u = std::uint32_t(h & 0x7fff) << 13;
+  float f;
+  std::memcpy(&f, &u, 4);
+  f *= 0x1p112f;
+  std::memcpy(&u, &f, 4);
+  if ((h & 0x7c00) == 0x7c00) u |= 0x7f800000u;
+  u |= std::uint32_t(h & 0x8000) << 16;
   std::memcpy(&f, &u, 4);
   return f;
 }

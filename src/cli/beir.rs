@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::encode::{ModelArgs, RepresentationArgs};
 use super::evaluate::figures;
 use super::progress::Rows as Progress;
+use super::search::searching;
 use super::{Global, Hardware, grouped, say};
 use crate::error::{Error, IoContext, Result};
 use crate::eval::metrics::Metric;
@@ -114,6 +115,9 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         metrics: if args.metrics.is_empty() { METRICS.to_vec() } else { args.metrics.clone() },
     };
     let mut judge = Judge::new(&model, (target.device, target.storage), &options)?;
+    // A GPU that was named encodes, whoever searches.
+    let named = if args.kept.representation.lexical() { "auto" } else { &args.hardware.device };
+    judge.search = searching(global, (target.device, named), judge.kept(), judge.depth())?;
     let work = Work::new(args.output.as_deref())?;
     let mut judged = Vec::new();
     for files in &files {

@@ -170,7 +170,8 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     global.write_json(&json!({
         "rows": done.rows, "resumed": done.resumed, "dim": job.spec.dim, "tokens": done.tokens, "empty": done.counts.empty,
         "truncated": done.counts.truncated, "duplicates": done.counts.duplicates, "seconds": done.seconds,
-        "representation": job.spec.representation, "lexical_top_k": job.spec.lexical_top_k, "texts_per_second": rate, "model_sha256": job.spec.model_sha256, "output": args.output,
+        "representation": job.spec.representation, "lexical_top_k": job.spec.lexical_top_k,
+        "texts_per_second": rate, "model_sha256": job.spec.model_sha256, "output": args.output,
     }))?;
     let counts = [
         ("rows", done.rows),

@@ -6,18 +6,22 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use super::progress::Rows as Progress;
-use super::{Global, Hardware, grouped, say};
+use super::{Global, grouped, say};
 use crate::data::pairs::runs::RunFormat;
 use crate::device::{DType, Device};
 use crate::error::{Error, Result};
-use crate::retrieve::search::{Rows, Written, write_run};
-use crate::train::settings::Precision;
+use crate::ops::topk::Shape;
+use crate::retrieve::representation::Representation;
+use crate::retrieve::search::{Rows, Written, on_cpu, write_run};
+use crate::train::settings;
+use crate::train::target::Target;
 
 /// Find the best passages of every query, exactly
 ///
-/// Inner products of all queries with all passages, in f32, those of lexical embeddings added where there are some; the order of equal scores is that of the corpus. In TREC's form the second of
-/// two equal scores is written as the next smaller number, so that trec_eval sees the same order. On a GPU --precision bf16 rounds the
-/// embeddings; without it they are compared as they are.
+/// Inner products of all queries with all passages, in f32; of embeddings that are dense and lexical, the sum of both products. The order
+/// of equal scores is that of the corpus. In TREC's form the second of two equal scores is written as the next smaller number, so that
+/// trec_eval sees the same order. On a GPU embeddings stored as f16 are multiplied as they are, by tensor cores, others in f32; --precision
+/// fp16 rounds those to f16. Lexical embeddings are searched on the CPU.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Folders of the queries' embeddings
@@ -38,8 +42,23 @@ pub struct Arguments {
     /// Name of the run, in TREC's form
     #[arg(long, default_value = "retromae-engine", value_name = "NAME", value_parser = tag)]
     tag: String,
-    #[command(flatten)]
-    hardware: Hardware,
+    /// Device: auto takes a GPU where there is one; emulator runs the GPU's kernels on the CPU, for tests
+    #[arg(long, default_value = "auto", value_parser = ["auto", "cpu", "cuda", "emulator"])]
+    device: String,
+    /// What is multiplied: auto is fp16 on a GPU where all embeddings are stored as f16, else fp32; sums are fp32
+    #[arg(long, value_enum, default_value = "auto")]
+    precision: Precision,
+}
+
+/// What embeddings are multiplied as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Precision {
+    /// What they are stored as, on a GPU; fp32 on the CPU.
+    Auto,
+    /// fp32.
+    Fp32,
+    /// fp16, to which others are rounded.
+    Fp16,
 }
 
 /// Form of a run that is written.
@@ -71,6 +90,26 @@ fn tag(text: &str) -> std::result::Result<String, String> {
     }
 }
 
+/// Where the `k` best of these embeddings, dense ones of this width, are searched for: on the device, or, where a GPU cannot and was not asked for by name, on
+/// the CPU, which is told.
+pub fn searching(
+    global: &Global,
+    (device, named): (Device, &str),
+    (kept, width): (Representation, usize),
+    k: usize,
+) -> Result<Device> {
+    let able = if kept.lexical() { on_cpu(device, kept) } else { Shape { queries: 1, width, k }.check(device) };
+    match able {
+        Err(e) if device.is_gpu() && named != "auto" => Err(e),
+        Err(e) if device.is_gpu() => {
+            global.note(&format!("searching on the CPU: {e}"));
+            Ok(Device::Cpu)
+        }
+        // What is above the limit of the ops, the search on the CPU keeps too.
+        _ => Ok(device),
+    }
+}
+
 /// Runs the subcommand.
 pub fn run(args: Arguments, global: &Global) -> Result<()> {
     let (queries, corpus) = (Rows::open(&args.queries)?, Rows::open(&args.corpus)?);
@@ -80,31 +119,61 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
             global.note(&format!("warning: {}: was encoded with --kind {kind}", folder.dir().display()));
         }
     }
-    let mut target = args.hardware.open(global)?;
-    let representation = corpus.representation();
-    if representation.lexical() && target.device.is_gpu() {
-        if args.hardware.device != "auto" {
-            let (name, device) = (representation.name(), &args.hardware.device);
-            return Err(Error::usage(format!("--device {device}: {name} embeddings are searched on the CPU"))
-                .remedy("use --device cpu, or leave it out"));
-        }
-        global.note("lexical embeddings are searched on the CPU");
-        target.device = Device::Cpu;
-    }
+    let target = Target::open(&args.device, settings::Precision::Fp32)?;
+    target.note.iter().for_each(|note| global.note(note));
+    let k = args.top_k as usize;
+    let kept = (corpus.representation(), corpus.widths().0);
+    let device = searching(global, (target.device, &args.device), kept, k)?;
     // Rounded vectors change the order of near ones: only who asks for it gets them.
-    let storage = if args.hardware.precision == Precision::Bf16 { target.storage } else { DType::F32 };
+    let storage = match args.precision {
+        Precision::Fp16 if !device.is_gpu() => {
+            return Err(
+                Error::usage("--precision fp16: the CPU computes in fp32").remedy("leave --precision out or use fp32")
+            );
+        }
+        Precision::Fp16 => DType::F16,
+        Precision::Auto if device.is_gpu() && queries.are_f16() && corpus.are_f16() => DType::F16,
+        _ => DType::F32,
+    };
     let total = queries.len();
     let progress = Progress::start(global.quiet, "queries");
     let to = Written { path: &args.output, format: args.format.format(), tag: &args.tag };
-    let (target, k) = ((target.device, storage), args.top_k as usize);
-    let done = write_run(target, (&queries, &corpus), k, &to, &|queries| progress.update(queries, Some(total)));
+    let done =
+        write_run((device, storage), (&queries, &corpus), k, &to, &|queries| progress.update(queries, Some(total)));
     progress.finish();
     let done = done?;
     global.write_json(&json!({
         "queries": done.queries, "passages": done.rows, "hits": done.hits, "nudged": done.nudged, "seconds": done.seconds,
-        "output": args.output,
+        "precision": if storage == DType::F16 { "fp16" } else { "fp32" }, "output": args.output,
     }))?;
     let counts = [("queries", done.queries), ("passages", done.rows), ("hits", done.hits), ("nudged", done.nudged)];
     let lines: Vec<String> = counts.iter().map(|(name, n)| format!("{name:<11}{:>15}", grouped(*n))).collect();
     say(&format!("{}\nwritten to {} in {:.1} s", lines.join("\n"), args.output.display(), done.seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::emulator::Options;
+    use crate::ops::topk::MAX_K;
+
+    #[test]
+    fn a_gpu_that_cannot_search_is_left_aside_unless_it_was_named() {
+        let global = Global { threads: None, seed: None, json: None, quiet: true, verbose: false };
+        let gpu = Device::emulator(Options::default()).unwrap();
+        let kept = |representation, device, named, width, k| {
+            searching(&global, (device, named), (representation, width), k).map(Device::is_gpu)
+        };
+        let on = |device, named, width, k| kept(Representation::Cls, device, named, width, k);
+        assert!(on(gpu, "auto", 8, MAX_K).unwrap() && on(gpu, "cuda", 8, MAX_K).unwrap());
+        // The CPU has no such limits.
+        for (width, k) in [(8, MAX_K + 1), (12, 1)] {
+            assert!(!on(gpu, "auto", width, k).unwrap() && !on(Device::Cpu, "cpu", width, k).unwrap());
+            let refused = on(gpu, "cuda", width, k).unwrap_err().to_string();
+            assert!(refused.contains("on a GPU; ") && refused.ends_with("--device cpu"), "{refused}");
+        }
+        let both = |device, named| kept(Representation::Both, device, named, 8, 1);
+        assert!(!both(gpu, "auto").unwrap() && !both(Device::Cpu, "cpu").unwrap());
+        assert!(both(gpu, "cuda").unwrap_err().to_string().ends_with("searched on the CPU; use --device cpu"));
+    }
 }

@@ -321,8 +321,8 @@ pub(super) fn findings() -> Vec<Finding> {
     list.push(match NVCC_MISSING {
         None => found(
             "GPU kernels",
-            "PTX for compute capability 8.0 and newer, and for 9.0a".into(),
-            "the driver compiles them for its GPU when they are first used, and keeps the result",
+            "for compute capability 8.0 to 8.9 and 9.0, and as PTX for newer ones".into(),
+            "PTX is compiled by the driver for its GPU when it is first used, and the result is kept",
         ),
         Some(_) => missing("GPU kernels", &no_kernels()),
     });

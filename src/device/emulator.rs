@@ -38,6 +38,8 @@ pub struct Options {
     pub watchdog_ms: u32,
     /// Bytes of device memory.
     pub memory: usize,
+    /// Shared memory that a block may ask for, in bytes.
+    pub shared_bytes: u32,
 }
 
 /// [`Options`] as `api.h` declares them.
@@ -51,7 +53,14 @@ struct RawOptions {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 0, asynchronous: Asynchronous::Late, threads: 2, watchdog_ms: 120_000, memory: 8 << 30 }
+        Options {
+            seed: 0,
+            asynchronous: Asynchronous::Late,
+            threads: 2,
+            watchdog_ms: 120_000,
+            memory: 8 << 30,
+            shared_bytes: 227 << 10,
+        }
     }
 }
 
@@ -291,6 +300,14 @@ impl Launcher for Emulator {
     // SAFETY: what callers owe is written at the trait.
     unsafe fn launch(&self, kernel: &Kernel, shape: Shape, params: &[*const c_void]) -> Result<()> {
         kernel.accepts(shape, params.len())?;
+        let (wanted, limit) = (shape.shared_bytes, self.options.shared_bytes);
+        if wanted > limit {
+            let name = kernel.name;
+            return Err(Error::device(format!(
+                "kernel {name}: {wanted} bytes of dynamic shared memory, the limit is {limit}"
+            ))
+            .remedy("correct the launch"));
+        }
         let launch = RawLaunch {
             grid: shape.grid,
             block: shape.block,

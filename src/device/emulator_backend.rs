@@ -43,7 +43,7 @@ impl EmulatorBackend {
             capability: (9, 0),
             // Few, so that small tests give every block more than one share of the work.
             multiprocessors: 2,
-            shared_bytes: 227 << 10,
+            shared_bytes: options.shared_bytes,
             memory: options.memory as u64,
             software: format!("{} build", emulator.variant()),
         };

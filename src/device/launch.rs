@@ -6,15 +6,35 @@ use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
 
-/// A .cu file compiled to PTX, once for each target.
+/// A .cu file, compiled once for each target; all `None` when the engine was built without nvcc.
 #[derive(Debug)]
 pub struct Module {
     /// The file's name without extension.
     pub name: &'static str,
-    /// PTX for compute capability 8.0 and everything newer; `None` when the engine was built without nvcc.
+    /// PTX for compute capability 8.0 and everything newer.
     pub ptx_sm80: Option<&'static str>,
+    /// The same as machine code for 8.0 to 8.9.
+    pub cubin_sm80: Option<&'static [u8]>,
     /// PTX for compute capability 9.0 with Hopper's own instructions.
     pub ptx_sm90a: Option<&'static str>,
+    /// The same as machine code.
+    pub cubin_sm90a: Option<&'static [u8]>,
+}
+
+impl Module {
+    /// The machine code that a GPU of this compute capability runs, if it is here.
+    pub fn machine_code(&self, capability: (u32, u32)) -> Option<&'static [u8]> {
+        match capability {
+            (8, _) => self.cubin_sm80,
+            (9, 0) => self.cubin_sm90a,
+            _ => None,
+        }
+    }
+
+    /// The PTX from which a driver makes the machine code of any GPU.
+    pub fn ptx(&self, capability: (u32, u32)) -> Option<&'static str> {
+        if capability == (9, 0) { self.ptx_sm90a } else { self.ptx_sm80 }
+    }
 }
 
 /// The emulator's description of a kernel, opaque here.

@@ -23,7 +23,7 @@ pub trait Element: bytemuck::Pod + Send + Sync {
 macro_rules! element {
     ($($t:ty = $d:ident),*) => { $(impl Element for $t { const DTYPE: DType = DType::$d; })* };
 }
-element!(f32 = F32, f64 = F64, half::bf16 = BF16, u16 = U16, u32 = U32, u64 = U64);
+element!(f32 = F32, f64 = F64, half::bf16 = BF16, half::f16 = F16, u16 = U16, u32 = U32, u64 = U64);
 
 /// One cache line; the unit of allocation, so that every allocation is aligned to 64 bytes.
 #[derive(Clone, Copy)]

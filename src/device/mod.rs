@@ -47,6 +47,8 @@ pub enum DType {
     F64,
     /// 16-bit float with the range of f32: storage on the GPU.
     BF16,
+    /// 16-bit float with 11 bits of digits, up to 65504: embeddings of a search on the GPU.
+    F16,
     /// 16-bit unsigned integer.
     U16,
     /// 32-bit unsigned integer.
@@ -58,13 +60,13 @@ pub enum DType {
 impl DType {
     /// The type of statistics, sums and master weights where this is the storage type.
     pub fn wide(self) -> DType {
-        if self == DType::BF16 { DType::F32 } else { self }
+        if matches!(self, DType::BF16 | DType::F16) { DType::F32 } else { self }
     }
 
     /// Bytes of one element.
     pub fn size(self) -> usize {
         match self {
-            DType::BF16 | DType::U16 => 2,
+            DType::BF16 | DType::F16 | DType::U16 => 2,
             DType::F32 | DType::U32 => 4,
             DType::F64 | DType::U64 => 8,
         }

@@ -12,9 +12,10 @@ use crate::model::config::BertConfig;
 use crate::ops::cross_entropy::{self, Scale};
 use crate::ops::{Count, activation, layernorm};
 
-/// Bytes of logits that exist at a time: on the CPU, and on a GPU, where they stay in the second-level cache.
+/// Bytes of logits that exist at a time on the CPU.
 const LOGITS_BYTES: usize = 64 << 20;
-const LOGITS_BYTES_GPU: usize = 32 << 20;
+/// The same on a GPU.
+pub const LOGITS_BYTES_GPU: usize = 32 << 20;
 
 /// The head.
 pub struct MlmHead {

@@ -18,12 +18,15 @@ macro_rules! launch {
 }
 pub(crate) use launch;
 
-/// [`launch!`] of the first kernel for f32 storage, of the second for bf16.
+/// [`launch!`] of the first kernel for f32 storage, of the second for bf16 or the type that is named.
 macro_rules! launch_as {
     ($gpu:expr, $storage:expr, $shape:expr, $f32:ident | $bf16:ident $fields:tt) => {
+        $crate::ops::gpu::launch_as!($gpu, $storage, $shape, F32: $f32 | BF16: $bf16 $fields)
+    };
+    ($gpu:expr, $storage:expr, $shape:expr, F32: $f32:ident | $narrow:ident: $kernel:ident $fields:tt) => {
         match $storage.dtype() {
             $crate::device::DType::F32 => $crate::ops::gpu::launch!($gpu, $shape, $f32 $fields),
-            $crate::device::DType::BF16 => $crate::ops::gpu::launch!($gpu, $shape, $bf16 $fields),
+            $crate::device::DType::$narrow => $crate::ops::gpu::launch!($gpu, $shape, $kernel $fields),
             other => panic!("{} for {other:?}", stringify!($f32)),
         }
     };

@@ -2,8 +2,8 @@
 //! positions but the first, [CLS], and of these the K largest as (token id, weight).
 //!
 //! `m[s, v] = max_i h_i · W_v` over the rows i of text s but its first, `w[s, v] = m[s, v] + b_v`. Weights are these sums as they are: no
-//! ReLU, logarithm or softmax, and no token is left out, [SEP]'s position and special tokens included, as in the bag-of-words objective that
-//! trains them. Larger weights come first, of equal ones the lower id. A text of one row has none: ids of all bits set, weights of −∞.
+//! ReLU, logarithm or softmax, and nothing is left out, neither the position of [SEP] nor special tokens, as in the bag-of-words objective
+//! that trains them. Larger weights come first, of equal ones the lower id. A text of one row has none: ids of all bits set, weights of −∞.
 //!
 //! Rows go through in chunks, and so do the maxima: of a chunk's texts alone, and of the one that goes on in the next chunk. Memory is
 //! `O(chunk V)` whatever the number of rows and texts; `[T, V]` never exists, nor does `[S, V]`. There is no backward.
@@ -13,6 +13,9 @@ use crate::device::{Device, Matrix, Tensor};
 
 /// Largest K: the largest of a text are sorted in shared memory.
 pub const MAX_K: usize = 4096;
+
+/// Most words: the kernels order them by 24 bits of their ids.
+pub const MAX_VOCABULARY: usize = 1 << 24;
 
 /// Sizes and borders of texts.
 #[derive(Clone, Copy)]
@@ -150,7 +153,7 @@ mod cpu {
 /// The launches of `lexical.cu`.
 mod gpu {
     use super::super::gpu::{blocks, launch_as};
-    use super::{Lexical, Shape};
+    use super::{Lexical, MAX_VOCABULARY, Shape};
     use crate::device::gpu::Gpu;
     use crate::device::launch::Shape as Launch;
 
@@ -159,7 +162,7 @@ mod gpu {
 
     pub fn chunk(gpu: &Gpu, a: &Lexical<'_>, first: usize) {
         let Shape { rows, vocabulary: v, chunk, k, .. } = a.shape;
-        assert!(v < 1 << 24 && v.is_multiple_of(8), "{v} words");
+        assert!(v <= MAX_VOCABULARY && v.is_multiple_of(8), "{v} words");
         let (cu_seqlens, sequence, rows) = (a.shape.cu_seqlens.get(), a.shape.sequence.get(), rows.get());
         let (first, chunk) = (first as i32, chunk as i32);
         launch_as!(

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use super::embedder::{Embedder, Kind};
 use super::encode::{self, Job, Progress};
 use super::model::{Model, Reading, Texts};
+use super::representation::Representation;
 use super::search::{Rows, Written, write_run};
 use crate::data::pairs::runs::{Run, RunFormat};
 use crate::data::shard::TitleSep;
@@ -94,7 +95,8 @@ pub struct Judge<'m> {
     jobs: [Job; 2],
     /// Of queries and of passages; one where the model has one encoder.
     embedders: Vec<Embedder>,
-    device: Device,
+    /// Where embeddings are compared: the embedders' device, unless set otherwise.
+    pub search: Device,
 }
 
 impl<'m> Judge<'m> {
@@ -109,7 +111,17 @@ impl<'m> Judge<'m> {
         if model.untied() {
             embedders.push(model.embedder(target, Kind::Passage, longest)?);
         }
-        Ok(Judge { model, options, jobs, embedders, device: target.0 })
+        Ok(Judge { model, options, jobs, embedders, search: target.0 })
+    }
+
+    /// What is kept of a text, and the numbers of a dense embedding.
+    pub fn kept(&self) -> (Representation, usize) {
+        (self.jobs[0].spec.representation, self.jobs[0].spec.dim)
+    }
+
+    /// Passages that are searched for: one more than asked for, since the query's own does not count.
+    pub fn depth(&self) -> usize {
+        self.options.top_k + 1
     }
 
     /// Judges the model on one set, with the work left in `dir`: what an earlier run left there of the same is used.
@@ -140,10 +152,7 @@ impl<'m> Judge<'m> {
         let (queries, corpus) = (Rows::open(&folders[..1])?, Rows::open(&folders[1..])?);
         let run = dir.join(format!("run-{split}.trec"));
         let to = Written { path: &run, format: RunFormat::Trec, tag: "retromae-engine" };
-        // One more, since the query's own passage does not count.
-        // Lexical embeddings are searched on the CPU.
-        let device = if corpus.representation().lexical() { Device::Cpu } else { self.device };
-        let searched = write_run((device, DType::F32), (&queries, &corpus), self.options.top_k + 1, &to, &|_| {})?;
+        let searched = write_run((self.search, DType::F32), (&queries, &corpus), self.depth(), &to, &|_| {})?;
         let input = Input { path: run.clone(), bytes: None };
         let run = Run::read(&input, Some(RunFormat::Trec))?;
         let evaluation = evaluate(&run, &qrels, &self.options.metrics, &EvalRules::new(Rules::Trec))

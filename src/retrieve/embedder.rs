@@ -79,10 +79,6 @@ impl Embedder {
                 let cause = format!("embeddings are {width} wide; the GPU's kernels need a multiple of 8");
                 return Err(Error::refused(cause).remedy("use --device cpu, or a model of another size"));
             }
-            if representation.lexical() && config.vocab_size >= 1 << 24 {
-                let cause = format!("{} tokens; the GPU's kernels need fewer than {}", config.vocab_size, 1 << 24);
-                return Err(Error::refused(cause).remedy("use --device cpu"));
-            }
         }
         let (prefix, projection) = match towers.untied() {
             true => (format!("{}.", SIDES[kind.side()]), PROJECTIONS[kind.side()]),

@@ -1,8 +1,8 @@
 //! A folder of embeddings: what it says of itself, and its rows, read in order in bounded memory.
 //!
-//! `meta.json` names the files with their digests, `ids.txt` holds the id of every row, a line each. What a row has lies in columns: the dense
-//! embedding, and of a lexical one the token ids and the weights, `[n, K]` each, the largest weight first. Rows are read through the file and
-//! not through a map: a file that is cut meanwhile is then an error and not a signal. Digests are checked on the way.
+//! `meta.json` names the files with their digests, `ids.txt` holds the id of every row, a line each. What a row has lies in columns: the
+//! dense embedding, and of a lexical one the token ids and the weights, `[n, K]` each, the largest weight first. Rows are read through the
+//! file and not through a map: a file that is cut meanwhile is then an error and not a signal. Digests are checked on the way.
 
 mod columns;
 mod reader;
@@ -17,6 +17,7 @@ use super::npy::{FAISS_HEADER, HEADER, Stored};
 use super::representation::Representation;
 use crate::error::{Error, IoContext, Result};
 use crate::files::sealed::{self, Sealed};
+use crate::ops::lexical::{MAX_K, MAX_VOCABULARY};
 use crate::ops::pool::Pooling;
 
 pub(super) use columns::decode_ids;
@@ -216,8 +217,9 @@ impl Meta {
             return Err(bad(format!("embeddings of format {}; this program reads {FORMAT}", meta.format)));
         }
         let Spec { dim, lexical_top_k: k, vocab_size, representation, .. } = meta.spec;
-        let (dense, lexical) = (dim > 0 && dim <= WIDEST, k > 0 && k <= vocab_size && k <= WIDEST);
-        let agrees = (dense, lexical) == (representation.dense(), representation.lexical());
+        let (dense, lexical) = (dim > 0 && dim <= WIDEST, k > 0 && k <= vocab_size && k <= MAX_K);
+        let agrees =
+            vocab_size <= MAX_VOCABULARY && (dense, lexical) == (representation.dense(), representation.lexical());
         if !agrees || !meta.files.agree(&meta.spec, meta.count) {
             return Err(bad("contradicts itself".into()));
         }

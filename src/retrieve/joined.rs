@@ -1,10 +1,10 @@
 //! The best rows of each query by the joined score, exactly, on the CPU: the inner product of the dense embeddings plus that of the lexical
 //! ones, or of the lexical ones alone.
 //!
-//! As in [`super::topk`] rows come in blocks, and the scores of some thousand rows exist at a time, tile by tile. The tokens of some hundred
-//! queries are inverted: for every token of a row stand the queries that have it, so that work goes with the tokens in common and not with
-//! the vocabulary. A lexical product is added up in the order of the row's tokens and then added to the dense one: a score's bits depend on
-//! the two embeddings alone.
+//! As in [`super::topk`] rows come in blocks, and the scores of some thousand rows exist at a time, tile by tile. The tokens of some
+//! hundred queries are inverted: for every token of a row there are the queries that have it, so that work goes with the tokens in common
+//! and not with the vocabulary. A lexical product is added up in the order of the row's tokens and then added to the dense one: a score's
+//! bits depend on the two embeddings alone.
 
 use rayon::prelude::*;
 

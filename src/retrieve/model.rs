@@ -22,7 +22,7 @@ use crate::files::hex;
 use crate::graph::biencoder::Shape;
 use crate::model::digest;
 use crate::model::towers::Towers;
-use crate::ops::lexical::MAX_K;
+use crate::ops::lexical::{MAX_K, MAX_VOCABULARY};
 use crate::retrieve::encode::source::Source;
 
 /// What the user says of a model; what is not said is as in its folder.
@@ -174,6 +174,10 @@ impl Model {
         }
         if representation.lexical() {
             self.towers.require_mlm_head(texts.kind.side())?;
+            if config.vocab_size > MAX_VOCABULARY {
+                let cause = format!("{} tokens; lexical embeddings have at most {MAX_VOCABULARY}", config.vocab_size);
+                return Err(Error::refused(cause).path(&self.path).remedy("use --representation cls"));
+            }
             // Beyond the tokenizer's last id a vocabulary has rows that mean nothing.
             let words = tokenizer.vocab_size() as usize;
             if k == 0 || k > MAX_K.min(words) {

@@ -2,7 +2,11 @@
 //!
 //! Both are a header and then the rows, little-endian.
 
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use serde::{Deserialize, Serialize};
+
+use crate::device::Element;
 
 /// Type of a stored number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -37,7 +41,7 @@ impl Stored {
             Stored::F32 => out.extend(values.iter().flat_map(|x| x.to_le_bytes())),
             Stored::F16 => {
                 for (i, &x) in values.iter().enumerate() {
-                    let half = half::f16::from_f32(x);
+                    let half = f16::from_f32(x);
                     if half.is_infinite() {
                         return Err(i);
                     }
@@ -55,21 +59,62 @@ impl Stored {
                 out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
             }
             Stored::F16 => {
-                use half::slice::HalfFloatSliceExt;
-                const PIECE: usize = 1024;
-                let mut halves = [half::f16::ZERO; PIECE];
+                let mut halves = [f16::ZERO; PIECE];
                 for (out, bytes) in out.chunks_mut(PIECE).zip(bytes.chunks(2 * PIECE)) {
                     let halves = &mut halves[..out.len()];
-                    halves
-                        .iter_mut()
-                        .zip(bytes.as_chunks::<2>().0)
-                        .for_each(|(x, b)| *x = half::f16::from_le_bytes(*b));
+                    halves.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(x, b)| *x = f16::from_le_bytes(*b));
                     halves.convert_to_f32_slice(out);
                 }
             }
         }
     }
 }
+
+/// A type that stored numbers are read as.
+pub trait Number: Element + Default {
+    /// The numbers in `bytes`, which are as many as `out`; whether all are finite in this type.
+    fn decode(stored: Stored, bytes: &[u8], out: &mut [Self]) -> bool;
+
+    /// Whether it is a number, and not infinite.
+    fn is_finite(self) -> bool;
+}
+
+// Without branches: all exponents are looked at.
+impl Number for f32 {
+    fn decode(stored: Stored, bytes: &[u8], out: &mut [f32]) -> bool {
+        stored.decode(bytes, out);
+        out.iter().fold(true, |all, x| all & x.is_finite())
+    }
+
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+}
+
+/// Numbers in f32 are rounded, to infinity where they are too large.
+impl Number for f16 {
+    fn decode(stored: Stored, bytes: &[u8], out: &mut [f16]) -> bool {
+        match stored {
+            Stored::F16 => out.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(x, b)| *x = f16::from_le_bytes(*b)),
+            Stored::F32 => {
+                let mut wide = [0.0; PIECE];
+                for (out, bytes) in out.chunks_mut(PIECE).zip(bytes.chunks(4 * PIECE)) {
+                    let wide = &mut wide[..out.len()];
+                    stored.decode(bytes, wide);
+                    out.convert_from_f32_slice(wide);
+                }
+            }
+        }
+        out.iter().fold(true, |all, x| all & x.is_finite())
+    }
+
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+}
+
+/// Numbers that are converted at a time.
+const PIECE: usize = 1024;
 
 /// Bytes of [`header`].
 pub const HEADER: usize = 128;
@@ -148,5 +193,19 @@ mod tests {
             assert_eq!(back, values);
         }
         assert_eq!(Stored::F16.encode(&[1.0, 70_000.0], &mut Vec::new()), Err(1));
+    }
+
+    #[test]
+    fn halves_come_from_either_type() {
+        let values: Vec<f32> = (0..3000).map(|i| (i as f32 - 1500.0) / 3.0).collect();
+        let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
+        for stored in [Stored::F32, Stored::F16] {
+            let (mut bytes, mut back) = (Vec::new(), vec![f16::NAN; values.len()]);
+            stored.encode(&values, &mut bytes).unwrap();
+            assert!(<f16 as Number>::decode(stored, &bytes, &mut back));
+            assert_eq!(back, halves);
+        }
+        let finite = |x: f32| <f16 as Number>::decode(Stored::F32, &x.to_le_bytes(), &mut [f16::ZERO]);
+        assert!(finite(-65_504.0) && !finite(65_520.0) && !finite(f32::NAN));
     }
 }

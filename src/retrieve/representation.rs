@@ -9,6 +9,8 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::npy::Number;
+
 /// See the module.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -50,24 +52,24 @@ impl Representation {
 
 /// Some texts' embeddings; what the representation lacks is empty.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Embedded {
+pub struct Embedded<N = f32> {
     /// `[n, W]`.
-    pub dense: Vec<f32>,
+    pub dense: Vec<N>,
     /// `[n, K]`: token ids, in the order of their weights.
     pub ids: Vec<u32>,
     /// `[n, K]`.
     pub weights: Vec<f32>,
 }
 
-impl Embedded {
+impl<N: Number> Embedded<N> {
     /// For `n` texts of width `dim` and `k` tokens, which may be 0.
-    pub fn zeros(n: usize, dim: usize, k: usize) -> Embedded {
-        Embedded { dense: vec![0.0; n * dim], ids: vec![0; n * k], weights: vec![0.0; n * k] }
+    pub fn zeros(n: usize, dim: usize, k: usize) -> Embedded<N> {
+        Embedded { dense: vec![N::default(); n * dim], ids: vec![0; n * k], weights: vec![0.0; n * k] }
     }
 
     /// Texts, of these widths.
     pub fn len(&self, (dim, k): (usize, usize)) -> usize {
-        if dim > 0 { self.dense.len() / dim } else { self.ids.len() / k.max(1) }
+        self.dense.len().checked_div(dim).unwrap_or(self.ids.len() / k.max(1))
     }
 
     /// Removes all texts.
@@ -78,7 +80,7 @@ impl Embedded {
     }
 
     /// Appends the texts `range` of `other`.
-    pub fn append(&mut self, other: &Embedded, range: Range<usize>, (dim, k): (usize, usize)) {
+    pub fn append(&mut self, other: &Embedded<N>, range: Range<usize>, (dim, k): (usize, usize)) {
         self.dense.extend_from_slice(&other.dense[range.start * dim..range.end * dim]);
         self.ids.extend_from_slice(&other.ids[range.start * k..range.end * k]);
         self.weights.extend_from_slice(&other.weights[range.start * k..range.end * k]);
@@ -86,12 +88,12 @@ impl Embedded {
 
     /// Whether text `i` has its numbers and tokens, all finite.
     pub fn is_finite(&self, i: usize, (dim, k): (usize, usize)) -> bool {
-        let numbers = self.dense[i * dim..(i + 1) * dim].iter().chain(&self.weights[i * k..(i + 1) * k]);
-        numbers.fold(true, |all, x| all & x.is_finite())
+        let dense = self.dense[i * dim..(i + 1) * dim].iter().fold(true, |all, x| all & x.is_finite());
+        self.weights[i * k..(i + 1) * k].iter().fold(dense, |all, x| all & x.is_finite())
     }
 
     /// Copies text `from` of `other` to place `to`.
-    pub fn set(&mut self, to: usize, other: &Embedded, from: usize, (dim, k): (usize, usize)) {
+    pub fn set(&mut self, to: usize, other: &Embedded<N>, from: usize, (dim, k): (usize, usize)) {
         self.dense[to * dim..(to + 1) * dim].copy_from_slice(&other.dense[from * dim..(from + 1) * dim]);
         self.ids[to * k..(to + 1) * k].copy_from_slice(&other.ids[from * k..(from + 1) * k]);
         self.weights[to * k..(to + 1) * k].copy_from_slice(&other.weights[from * k..(from + 1) * k]);

@@ -2,10 +2,11 @@
 //! sum of both.
 //!
 //! Queries come in groups whose candidates fit a budget; for each group all rows of the corpus are read once. Scores descend, equal ones
-//! are ordered by row; folders follow each other in the order given. On a GPU rows are uploaded block by block, as f32, or rounded to bf16
-//! where that is asked for; lexical embeddings are searched on the CPU.
+//! are ordered by row; folders follow each other in the order given. On a GPU rows are uploaded block by block, as f32 or as f16: what is
+//! stored as f16 then goes there as it is, and f32 is rounded. Lexical embeddings are searched on the CPU.
 
 use std::io;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -13,6 +14,7 @@ use ahash::AHashSet;
 
 use super::embeddings::{Embeddings, block_rows};
 use super::joined::{Joined, Widths};
+use super::npy::{Number, Stored};
 use super::representation::{Embedded, Representation};
 use super::topk::TopK;
 use crate::data::pairs::runs::{RunFormat, RunWriter};
@@ -85,11 +87,16 @@ impl Rows {
         self.folders[folder].id(row - self.first[folder])
     }
 
+    /// Whether all files hold f16.
+    pub fn are_f16(&self) -> bool {
+        self.folders.iter().all(|folder| folder.meta().spec.dtype == Stored::F16)
+    }
+
     /// Hands out all rows in order, some thousand at a time.
     ///
     /// # Errors
     /// As [`Embeddings::each_block`].
-    pub fn each_block(&self, mut each: impl FnMut(u64, &Embedded) -> Result<()>) -> Result<()> {
+    pub fn each_block<N: Number>(&self, mut each: impl FnMut(u64, &Embedded<N>) -> Result<()>) -> Result<()> {
         for (folder, &first) in self.folders.iter().zip(&self.first) {
             folder.each_block(|row, block| each(first + row, block))?;
         }
@@ -132,21 +139,49 @@ pub fn search(
     (queries, corpus): (&Rows, &Rows),
     k: usize,
     watch: &dyn Fn(u64),
-    mut each: impl FnMut(&str, &[(u32, f32)]) -> Result<()>,
+    each: impl FnMut(&str, &[(u32, f32)]) -> Result<()>,
 ) -> Result<()> {
     queries.folders().iter().try_for_each(|folder| corpus.check(folder, false))?;
-    if corpus.representation().lexical() && target.0.is_gpu() {
-        return Err(Error::usage(format!(
-            "{} embeddings on a GPU: lexical ones are searched on the CPU",
-            corpus.representation().name()
-        ))
-        .remedy("use --device cpu"));
+    if corpus.representation().lexical() {
+        on_cpu(target.0, corpus.representation())?;
+        return search_in::<Joined>(target.0, (queries, corpus), k, watch, each);
     }
+    match target {
+        (Device::Cpu, _) => search_in::<TopK>(target.0, (queries, corpus), k, watch, each),
+        (_, DType::F16) => search_in::<OnGpu<half::f16>>(target.0, (queries, corpus), k, watch, each),
+        _ => search_in::<OnGpu<f32>>(target.0, (queries, corpus), k, watch, each),
+    }
+}
+
+/// Refuses a GPU where embeddings are lexical.
+///
+/// # Errors
+/// They are, and it is one.
+pub fn on_cpu(device: Device, representation: Representation) -> Result<()> {
+    match device.is_gpu() && representation.lexical() {
+        true => Err(Error::usage(format!(
+            "{} embeddings on a GPU: lexical ones are searched on the CPU",
+            representation.name()
+        ))
+        .remedy("use --device cpu")),
+        false => Ok(()),
+    }
+}
+
+fn search_in<B: Best>(
+    device: Device,
+    (queries, corpus): (&Rows, &Rows),
+    k: usize,
+    watch: &dyn Fn(u64),
+    mut each: impl FnMut(&str, &[(u32, f32)]) -> Result<()>,
+) -> Result<()> {
     let widths = queries.widths();
-    let group = (BUDGET / (4 * widths.0 + 16 * widths.1 + 16 * k + 64)).max(64);
-    let (mut waiting, mut begun, mut seen) = (Embedded::default(), 0, AHashSet::new());
-    let mut flush = |waiting: &mut Embedded, begun: &mut u64| -> Result<()> {
-        let lists = one_group(target, (waiting, widths), corpus, k)?;
+    let vocabulary = corpus.folders.first().map_or(0, |folder| folder.meta().spec.vocab_size);
+    let of = Widths { dim: widths.0, tokens: [widths.1, corpus.widths().1], vocabulary };
+    let group = (BUDGET / (size_of::<B::Number>() * widths.0 + 16 * widths.1 + 16 * k + 64)).max(64);
+    let (mut waiting, mut begun, mut seen) = (Embedded::<B::Number>::default(), 0, AHashSet::new());
+    let mut flush = |waiting: &mut Embedded<B::Number>, begun: &mut u64| -> Result<()> {
+        let lists = one_group::<B>(device, (waiting, of), corpus, k)?;
         for (list, query) in lists.iter().zip(*begun..) {
             let id = queries.id(query);
             if !seen.insert(id) {
@@ -181,85 +216,105 @@ pub fn search(
     if waiting.len(widths) == 0 { Ok(()) } else { flush(&mut waiting, &mut begun) }
 }
 
-/// Where a search computes, and as what the numbers are stored there.
+/// Where a search computes, and as what the numbers are stored there: F32 or F16, on the CPU F32.
 pub type Target = (Device, DType);
 
-/// The search of a group of queries, on either device.
-enum Best {
-    Cpu(TopK),
-    Joined(Joined),
-    Gpu { best: Box<topk::TopK>, rows: Tensor, k: usize },
+/// The search of a group of queries.
+trait Best: Sized {
+    /// What numbers are read as.
+    type Number: Number;
+    /// The best `k` of no rows, for `queries`.
+    fn begin(device: Device, queries: &Embedded<Self::Number>, of: Widths, k: usize) -> Result<Self>;
+    /// Goes over `rows`, which are numbered from `first` on.
+    fn take(&mut self, first: u32, rows: &Embedded<Self::Number>);
+    /// Row and score of each query's best.
+    fn lists(self) -> Result<Vec<Vec<(u32, f32)>>>;
 }
 
-impl Best {
-    fn new((device, storage): Target, queries: &[f32], width: usize, k: usize) -> Result<Best> {
-        if !device.is_gpu() {
-            return Ok(Best::Cpu(TopK::new(queries, width, k)));
-        }
-        let count = queries.len() / width;
-        let mut best = Box::new(topk::TopK::new(device, topk::Shape { queries: count, width, k })?);
-        let own = device.zeros(storage, queries.len());
-        upload(&own, queries);
-        best.start(&own, count);
-        Ok(Best::Gpu { best, rows: device.zeros(storage, block_rows(width) * width), k })
+impl Best for TopK {
+    type Number = f32;
+
+    fn begin(_: Device, queries: &Embedded, of: Widths, k: usize) -> Result<Self> {
+        Ok(TopK::new(&queries.dense, of.dim, k))
     }
 
-    fn add(&mut self, first: u32, block: &Embedded, width: usize) {
-        match self {
-            Best::Cpu(best) => best.add(first, &block.dense),
-            Best::Joined(best) => best.add(first, block),
-            Best::Gpu { best, rows, .. } => {
-                upload(rows, &block.dense);
-                best.add(rows, block.dense.len() / width, first);
-            }
-        }
+    fn take(&mut self, first: u32, rows: &Embedded) {
+        self.add(first, &rows.dense);
     }
 
-    fn finish(self, device: Device) -> Result<Vec<Vec<(u32, f32)>>> {
-        match self {
-            Best::Cpu(best) => Ok(best.finish()),
-            Best::Joined(best) => Ok(best.finish()),
-            Best::Gpu { mut best, k, .. } => {
-                let (scores, rows) = best.results();
-                device.check()?;
-                let lists = rows.chunks_exact(k).zip(scores.chunks_exact(k));
-                // Places that no row took hold the largest number.
-                let list = |(rows, scores): (&[u32], &[f32])| {
-                    let hits = rows.iter().copied().zip(scores.iter().copied());
-                    hits.take_while(|hit| hit.0 != u32::MAX).collect()
-                };
-                Ok(lists.map(list).collect())
-            }
-        }
+    fn lists(self) -> Result<Vec<Vec<(u32, f32)>>> {
+        Ok(self.finish())
     }
 }
 
-fn upload(to: &Tensor, values: &[f32]) {
-    match to.dtype() {
-        DType::BF16 => to.upload(&values.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>()),
-        _ => to.upload(values),
+impl Best for Joined {
+    type Number = f32;
+
+    fn begin(_: Device, queries: &Embedded, of: Widths, k: usize) -> Result<Self> {
+        Ok(Joined::new(queries, of, k))
+    }
+
+    fn take(&mut self, first: u32, rows: &Embedded) {
+        self.add(first, rows);
+    }
+
+    fn lists(self) -> Result<Vec<Vec<(u32, f32)>>> {
+        Ok(self.finish())
     }
 }
 
-fn one_group(
-    target: Target,
-    (queries, widths): (&Embedded, (usize, usize)),
+/// On a GPU, stored as `N`.
+struct OnGpu<N> {
+    device: Device,
+    best: topk::TopK,
+    /// Room for a block of rows.
+    rows: Tensor,
+    shape: topk::Shape,
+    stored: PhantomData<N>,
+}
+
+impl<N: Number> Best for OnGpu<N> {
+    type Number = N;
+
+    fn begin(device: Device, queries: &Embedded<N>, of: Widths, k: usize) -> Result<Self> {
+        let (queries, width) = (&queries.dense[..], of.dim);
+        let shape = topk::Shape { queries: queries.len() / width, width, k };
+        let mut best = topk::TopK::new(device, shape)?;
+        best.start(&device.tensor(queries), shape.queries);
+        let rows = device.zeros(N::DTYPE, block_rows(width) * width);
+        Ok(OnGpu { device, best, rows, shape, stored: PhantomData })
+    }
+
+    fn take(&mut self, first: u32, rows: &Embedded<N>) {
+        self.rows.upload(&rows.dense);
+        self.best.add(&self.rows, rows.dense.len() / self.shape.width, first);
+    }
+
+    fn lists(mut self) -> Result<Vec<Vec<(u32, f32)>>> {
+        let (scores, rows) = self.best.results();
+        self.device.check()?;
+        let lists = rows.chunks_exact(self.shape.k).zip(scores.chunks_exact(self.shape.k));
+        // Places that no row took hold the largest number.
+        let list = |(rows, scores): (&[u32], &[f32])| {
+            let hits = rows.iter().copied().zip(scores.iter().copied());
+            hits.take_while(|hit| hit.0 != u32::MAX).collect()
+        };
+        Ok(lists.map(list).collect())
+    }
+}
+
+fn one_group<B: Best>(
+    device: Device,
+    (queries, of): (&Embedded<B::Number>, Widths),
     corpus: &Rows,
     k: usize,
 ) -> Result<Vec<Vec<(u32, f32)>>> {
-    let width = widths.0;
-    let mut best = match corpus.folders.first().map(|folder| &folder.meta().spec) {
-        Some(spec) if spec.representation.lexical() => {
-            let tokens = [widths.1, spec.lexical_top_k];
-            Best::Joined(Joined::new(queries, Widths { dim: width, tokens, vocabulary: spec.vocab_size }, k))
-        }
-        _ => Best::new(target, &queries.dense, width, k)?,
-    };
+    let mut best = B::begin(device, queries, of, k)?;
     corpus.each_block(|first, rows| {
-        best.add(first as u32, rows, width);
+        best.take(first as u32, rows);
         Ok(())
     })?;
-    best.finish(target.0)
+    best.lists()
 }
 
 /// How a run is written.

@@ -7,7 +7,7 @@ use retromae_engine::device::launch::{Kernel, Launcher, Module, Shape, TensorLay
 use std::ffi::c_void;
 use std::process::Command;
 
-static BUGS: Module = Module { name: "bugs", ptx_sm80: None, ptx_sm90a: None };
+static BUGS: Module = Module { name: "bugs", ptx_sm80: None, cubin_sm80: None, ptx_sm90a: None, cubin_sm90a: None };
 
 /// How a build finds a bug.
 #[derive(Clone, Copy, PartialEq)]

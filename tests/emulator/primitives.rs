@@ -5,7 +5,7 @@
 
 use crate::device::*;
 use crate::support::{assert_close, normal, relative_error, to_bf16};
-use half::bf16;
+use half::{bf16, f16};
 use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels::*;
 use retromae_engine::device::launch::{Kernel, Shape, TensorLayout, TensorMap};
@@ -96,6 +96,73 @@ fn mma_bf16_multiplies() {
     });
     for d in outputs {
         assert_close("d", &d[0], &product(&widen(&a), &widen(&b), &c, (16, 8, 16)), 1e-6);
+    }
+}
+
+#[test]
+fn mma_f16_multiplies() {
+    let half = |values: Vec<f32>| values.into_iter().map(f16::from_f32).collect::<Vec<_>>();
+    let (mut a, b, c) = (half(normal(1, 256)), half(normal(2, 128)), normal(3, 128));
+    // A row of denormals, whose products count beside a zero, and one near the largest number, whose products only f32 holds.
+    a[..16].iter_mut().zip(1..).for_each(|(x, i)| *x = f16::from_bits(i));
+    a[16..32].fill(f16::MAX);
+    let mut c = c;
+    c[..8].fill(0.0);
+    let outputs = everywhere(ConformanceMmaF16::kernel(), |gpu| {
+        let (a, b, c, d) = (Buffer::of(gpu, &a), Buffer::of(gpu, &b), Buffer::of(gpu, &c), Buffer::poisoned(gpu, 128));
+        ConformanceMmaF16 { d: d.get_mut(), a: a.get(), b: b.get(), c: c.get() }.launch(gpu, Shape::linear(1, 32))?;
+        Ok(vec![raw(&d, 128)])
+    });
+    let widen = |values: &[f16]| values.iter().map(|v| v.to_f32()).collect::<Vec<_>>();
+    let exact = product(&widen(&a), &widen(&b), &c, (16, 8, 16));
+    for d in outputs {
+        for (d, exact) in [0..8, 8..16, 16..128].map(|part| (&d[0][part.clone()], &exact[part])) {
+            assert_close("d", d, exact, 1e-6);
+        }
+    }
+}
+
+#[test]
+fn f16_rounds_as_on_the_device() {
+    let all = (0..=u16::MAX).map(f16::from_bits).filter(|half| !half.is_nan());
+    // Every number of f16, and half way to its neighbours: ties go to the even one.
+    let mut x: Vec<f32> = all.clone().map(f16::to_f32).collect();
+    let next = |half: f16| f16::from_bits(half.to_bits() + 1).to_f32();
+    x.extend(
+        all.filter(|half| half.is_finite() && next(*half).is_finite()).map(|half| (half.to_f32() + next(half)) / 2.0),
+    );
+    x.extend(normal(1, 1000));
+    // The last that rounds down to 65504, and the first that does not.
+    x.extend([
+        65519.99,
+        65520.0,
+        1e9,
+        -65520.0,
+        2f32.powi(-25),
+        2f32.powi(-25) * 1.001,
+        f32::MIN_POSITIVE,
+        1e-45,
+        f32::NAN,
+    ]);
+    // Records are whole words.
+    x.resize(x.len().next_multiple_of(2), 0.1);
+    let n = x.len();
+    let outputs = everywhere(ConformanceF16::kernel(), |gpu| {
+        let (half, back) = (Buffer::<f16>::poisoned(gpu, n), Buffer::<f32>::poisoned(gpu, n));
+        let x = Buffer::of(gpu, &x);
+        ConformanceF16 { half: half.get_mut(), back: back.get_mut(), x: x.get(), n: n as i32 }
+            .launch(gpu, Shape::linear(n.div_ceil(32) as u32, 32))?;
+        Ok(vec![raw(&half, n), raw(&back, n)])
+    });
+    for (half, back) in outputs.iter().map(|out| (bits::<f16>(&out[0]), &out[1])) {
+        for ((&x, &half), &back) in x.iter().zip(&half).zip(back) {
+            if x.is_nan() {
+                assert!(half.is_nan() && back.is_nan(), "{half} and {back} of a NaN");
+                continue;
+            }
+            let want = f16::from_f32(x);
+            assert_eq!((half.to_bits(), back.to_bits()), (want.to_bits(), want.to_f32().to_bits()), "{x}");
+        }
     }
 }
 

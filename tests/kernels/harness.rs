@@ -1,7 +1,7 @@
 //! What the tests of kernels share: values in either storage type, names and dropout of rows, and the judgement of errors.
 
 pub use crate::device::*;
-use half::bf16;
+use half::{bf16, f16};
 use retromae_engine::device::Tensor;
 use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels;
@@ -33,6 +33,16 @@ impl Storage for bf16 {
     const ROUNDS: bool = true;
     fn of(x: f32) -> Self {
         bf16::from_f32(x)
+    }
+    fn f32(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Storage for f16 {
+    const ROUNDS: bool = true;
+    fn of(x: f32) -> Self {
+        f16::from_f32(x)
     }
     fn f32(self) -> f32 {
         self.to_f32()

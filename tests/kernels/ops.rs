@@ -12,7 +12,7 @@ mod rows;
 mod search;
 
 use crate::harness::*;
-use half::bf16;
+use half::{bf16, f16};
 use retromae_engine::device::emulator::Options;
 use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::{DType, Device, Element, Tensor};
@@ -63,6 +63,8 @@ impl Place {
         match (self.gpu, self.storage) {
             (Some(_), DType::BF16) => self.tensor(&x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>(), room),
             (None, DType::BF16) => self.wide(&rounded::<bf16>(x), room),
+            (Some(_), DType::F16) => self.tensor(&x.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>(), room),
+            (None, DType::F16) => self.wide(&rounded::<f16>(x), room),
             _ => self.wide(x, room),
         }
     }

@@ -1,7 +1,7 @@
 //! Exact top-k search by tiles, with values whose products are exact: results must equal a sort bit for bit, ties included.
 
 use crate::harness::*;
-use half::bf16;
+use half::f16;
 use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels::*;
 use retromae_engine::device::launch::Shape;
@@ -24,6 +24,8 @@ enum Values {
     Rising,
     /// Every row is worse than all before it: nothing is a candidate once there are k.
     Falling,
+    /// Eleven digits, with which f16 is full, and numbers that it only has as denormals; the rows in two copies, a row of zeros in each.
+    Half,
 }
 
 #[derive(Clone, Copy)]
@@ -38,11 +40,22 @@ struct Case {
     trigger: usize,
     /// Blocks of a scan.
     blocks: u32,
+    /// Chunks in a scan's ring, 2 or 3.
+    stages: u32,
     values: Values,
 }
 
-const PLAIN: Case =
-    Case { queries: 3, rows: 10, width: 16, k: 4, window: 2000, trigger: 0, blocks: 2, values: Values::Small };
+const PLAIN: Case = Case {
+    queries: 3,
+    rows: 10,
+    width: 16,
+    k: 4,
+    window: 2000,
+    trigger: 0,
+    blocks: 2,
+    stages: 3,
+    values: Values::Small,
+};
 
 /// One scan.
 struct Scan<'a, T> {
@@ -73,19 +86,21 @@ macro_rules! kernels {
                     N: scan.rows as i32,
                     W: case.width as i32,
                     first_row: FIRST + scan.from as u32,
+                    stages: case.stages as i32,
                 }
-                .launch(device, Shape::linear(case.blocks, 256).shared(3 * 128 * Self::TILE as u32))
+                .launch(device, Shape::linear(case.blocks, 256).shared(case.stages * 128 * Self::TILE as u32))
             }
         }
     };
 }
 kernels!(f32, 128, TopkScanF32);
-kernels!(bf16, 384, TopkScanBf16);
+kernels!(f16, 384, TopkScanF16);
 
 impl Case {
     fn q(&self) -> Vec<f32> {
         match self.values {
             Values::Small => below(self.queries * self.width, 5, 1).iter().map(|&x| x as f32 - 2.0).collect(),
+            Values::Half => below(self.queries * self.width, 3, 1).iter().map(|&x| x as f32 - 1.0).collect(),
             _ => vec![1.0; self.queries * self.width],
         }
     }
@@ -100,6 +115,16 @@ impl Case {
         match self.values {
             Values::Small => below(self.rows * self.width, 5, 2).iter().map(|&x| x as f32 - 2.0).collect(),
             Values::Zero => vec![0.0; self.rows * self.width],
+            Values::Half => {
+                // Multiples of the least denormal, all below 2^-13: sums of 16 are exact in f32.
+                let least = 2f32.powi(-24);
+                let values = below(self.rows * self.width, 4095, 2);
+                let mut x: Vec<f32> = values.iter().map(|&x| (x as f32 - 2047.0) * least).collect();
+                let half = self.rows / 2 * self.width;
+                x[..self.width].fill(0.0);
+                x.copy_within(..half, half);
+                x
+            }
             Values::Rising => (0..self.rows).flat_map(|i| number(i as f32)).collect(),
             Values::Falling => (0..self.rows).flat_map(|i| number(-(i as f32))).collect(),
         }
@@ -166,7 +191,7 @@ impl Case {
 
     fn check_both(&self) {
         self.check::<f32>();
-        self.check::<bf16>();
+        self.check::<f16>();
     }
 }
 
@@ -184,13 +209,15 @@ fn fewer_rows_than_k() {
 /// One row and one column past the tiles' borders (128 by 256, 64 by 64), W past a chunk's (64, 32) by less than a chunk.
 #[test]
 fn one_past_every_border() {
-    Case { queries: 129, rows: 257, width: 72, k: 5, ..PLAIN }.check::<bf16>();
+    Case { queries: 129, rows: 257, width: 72, k: 5, ..PLAIN }.check::<f16>();
     Case { queries: 65, rows: 65, width: 40, k: 5, ..PLAIN }.check::<f32>();
 }
 
 #[test]
 fn whole_tiles_and_more_chunks_than_stages() {
-    Case { queries: 64, rows: 256, width: 384, ..PLAIN }.check_both();
+    for stages in [2, 3] {
+        Case { queries: 64, rows: 256, width: 384, stages, ..PLAIN }.check_both();
+    }
 }
 
 /// Windows that end inside a tile; every one is merged, or only those of long lists.
@@ -204,8 +231,10 @@ fn windows() {
 /// Copies run on from one tile into the next; one block has all tiles, or some have none.
 #[test]
 fn fewer_and_more_blocks_than_tiles() {
-    Case { queries: 70, rows: 300, blocks: 1, ..PLAIN }.check_both();
-    Case { queries: 70, rows: 300, blocks: 3, ..PLAIN }.check_both();
+    for stages in [2, 3] {
+        Case { queries: 70, rows: 300, blocks: 1, stages, ..PLAIN }.check_both();
+        Case { queries: 70, rows: 300, blocks: 3, stages, ..PLAIN }.check_both();
+    }
     Case { rows: 20, blocks: 5, ..PLAIN }.check_both();
 }
 
@@ -213,6 +242,12 @@ fn fewer_and_more_blocks_than_tiles() {
 #[test]
 fn equal_scores() {
     Case { rows: 500, window: 300, k: 260, values: Values::Zero, ..PLAIN }.check_both();
+}
+
+/// What only f16 has of 16-bit types, and equal rows a tile apart.
+#[test]
+fn all_digits_of_f16() {
+    Case { queries: 5, rows: 600, window: 500, k: 400, values: Values::Half, ..PLAIN }.check::<f16>();
 }
 
 #[test]
@@ -226,5 +261,5 @@ fn rows_in_the_worst_and_the_best_order() {
 #[test]
 fn a_thousand_and_more_best_rows() {
     Case { queries: 2, rows: 2500, width: 8, k: 1000, window: 1100, ..PLAIN }.check_both();
-    Case { queries: 1, rows: 2500, width: 8, k: 2048, window: 700, trigger: 900, ..PLAIN }.check::<bf16>();
+    Case { queries: 1, rows: 2500, width: 8, k: 2048, window: 700, trigger: 900, ..PLAIN }.check::<f16>();
 }

@@ -85,7 +85,8 @@ impl Case {
         let used = self.lengths.len() * self.k;
         let (mut ids, mut weights) = (ids.to_vec::<u32>(), values(&weights));
         assert!(ids[used..].iter().all(|&id| id == 7) && weights[used..].iter().all(|x| x.is_nan()));
-        (ids.truncate(used), weights.truncate(used));
+        ids.truncate(used);
+        weights.truncate(used);
         (ids, weights)
     }
 }

@@ -1,5 +1,6 @@
 //! What is refused, and how it is told.
 
+use retromae_engine::device::{DType, Device};
 use retromae_engine::files::Disk;
 use retromae_engine::retrieve::embedder::Kind;
 use retromae_engine::retrieve::embeddings::{Embeddings, Spec};
@@ -51,6 +52,25 @@ fn numbers_that_are_not_finite_are_refused_with_their_id() {
     let rows = Rows::open(&[dir.at("huge")]).unwrap();
     let message = dir.message(search(CPU, (&rows, &rows), 2, &|_| {}, |_, _| Ok(())));
     assert!(message.starts_with("inner products of query d0 are not finite; "), "{message}");
+}
+
+#[test]
+fn numbers_too_large_for_a_search_in_f16_are_refused_with_file_and_row() {
+    let dir = Dir::new();
+    let (gpu, _) = Device::open("emulator").unwrap();
+    let mut rows = vectors(1, 40 * 8);
+    // The last that rounds to a number of f16 passes.
+    (rows[5], rows[31 * 8 + 3]) = (65_519.0, -65_520.0);
+    folder(&dir.at("c"), &ids("d", 40), 8, &rows, |_| {});
+    folder(&dir.at("q"), &ids("q", 1), 8, &[1.0; 8], |_| {});
+    let (queries, corpus) = (Rows::open(&[dir.at("q")]).unwrap(), Rows::open(&[dir.at("c")]).unwrap());
+    let message = dir.message(search((gpu, DType::F16), (&queries, &corpus), 3, &|_| {}, |_, _| Ok(())));
+    let expected =
+        "c/embeddings-00001.npy: the embedding of d31 (row 11) holds -65520, too large for f16, which ends at 65504; ";
+    assert_eq!(message, format!("{expected}use --precision fp32"));
+    let message = dir.message(search((gpu, DType::F16), (&corpus, &queries), 3, &|_| {}, |_, _| Ok(())));
+    assert!(message.starts_with(expected), "{message}");
+    search((gpu, DType::F32), (&queries, &corpus), 3, &|_| {}, |_, _| Ok(())).unwrap();
 }
 
 #[test]

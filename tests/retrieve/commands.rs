@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use retromae_engine::model::safetensors::SafeTensors;
 use retromae_engine::model::tensor_file::TensorFile;
+use retromae_engine::retrieve::npy::Stored;
 use serde_json::Value;
 
 use crate::encode::rows;
-use crate::support::{Dir, fails, jsonl, ok, texts};
+use crate::support::{Dir, fails, folder, ids, jsonl, ok, texts, vectors};
 
 fn json(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
@@ -110,6 +111,55 @@ fn encode_search_evaluate_mine_and_beir_agree() {
         (&mined["negatives"], &mined["without_positive"], &mined["short"]),
         (&80.into(), &1.into(), &Value::Array(vec![]))
     );
+}
+
+/// What is stored as f16 is searched in f16 on a GPU, in f32 when that is asked for, and so is f32.
+#[test]
+fn search_takes_the_precision_of_the_files_or_the_one_asked_for() {
+    let dir = Dir::new();
+    for (stored, width) in [(Stored::F16, 16), (Stored::F32, 16), (Stored::F32, 12)] {
+        let name = format!("{}-{width}", stored.name());
+        for (side, count) in [("query", 3), ("passage", 50)] {
+            let rows: Vec<f32> = vectors(7, count * width).iter().map(|x| x.round()).collect();
+            folder(&dir.at(&format!("{side}-{name}")), &ids("r", count), width, &rows, |spec| {
+                (spec.side, spec.dtype) = (side.into(), stored);
+            });
+        }
+    }
+    let sides = |name: &str| ["query", "passage"].map(|side| dir.arg(&format!("{side}-{name}")));
+    let run = |name: &str, options: &[&str]| {
+        let ([queries, corpus], [out, told]) = (sides(name), ["run", "told.json"].map(|file| dir.arg(file)));
+        let command = ["search", "--queries", &queries, "--corpus", &corpus, "--output", &out, "--json", &told, "-q"];
+        ok(&[&command[..], options].concat());
+        (json(&dir.at("told.json"))["precision"].clone(), std::fs::read(dir.at("run")).unwrap())
+    };
+    let emulator = ["--device", "emulator"];
+    let (precision, expected) = run("f16-16", &["--device", "cpu"]);
+    assert_eq!(precision, "fp32");
+    for (name, options, precision) in [
+        ("f16-16", &[][..], "fp16"),
+        ("f16-16", &["--precision", "fp32"], "fp32"),
+        ("f32-16", &[], "fp32"),
+        ("f32-16", &["--precision", "fp16"], "fp16"),
+    ] {
+        assert!(
+            run(name, &[&emulator[..], options].concat()) == (precision.into(), expected.clone()),
+            "{name} {options:?}"
+        );
+    }
+    let refused = |name: &str, options: &[&str]| {
+        let ([queries, corpus], out) = (sides(name), dir.arg("run"));
+        let command = ["search", "--queries", &queries, "--corpus", &corpus, "--output", &out, "-q"];
+        fails(2, &[&command[..], options].concat())
+    };
+    let error = refused("f32-16", &[&emulator[..], &["--top-k", "4097"]].concat());
+    assert_eq!(error, "the 4097 best rows on a GPU; ask for 1 to 4096, or use --device cpu");
+    let error = refused("f32-12", &emulator);
+    assert_eq!(error, "embeddings of width 12 on a GPU; use a multiple of 8, or --device cpu");
+    let error = refused("f16-16", &["--device", "cpu", "--precision", "fp16"]);
+    assert_eq!(error, "--precision fp16: the CPU computes in fp32; leave --precision out or use fp32");
+    // The CPU keeps as many as are asked for.
+    run("f32-16", &["--device", "cpu", "--top-k", "5000"]);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use retromae_engine::retrieve::embeddings::{Embeddings, Layout, Meta};
 use retromae_engine::retrieve::encode;
 use retromae_engine::retrieve::model::{Model, Overrides, Texts};
 use retromae_engine::retrieve::npy::Stored;
+use retromae_engine::retrieve::representation::Embedded;
 
 use crate::support::{CPU, Dir, WIDTH, content, encode_on, jsonl, open, passages, reading, texts};
 
@@ -20,7 +21,7 @@ pub fn rows(dir: &Path) -> Vec<Vec<f32>> {
     let folder = Embeddings::open(dir).unwrap();
     let mut all = Vec::new();
     folder
-        .each_block(|first, block| {
+        .each_block(|first, block: &Embedded| {
             assert_eq!(first as usize, all.len());
             all.extend(block.dense.chunks(folder.meta().spec.dim).map(<[f32]>::to_vec));
             Ok(())

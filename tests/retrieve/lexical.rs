@@ -31,7 +31,7 @@ fn rows(dir: &Path) -> Embedded {
     let spec = &folder.meta().spec;
     let (mut all, widths) = (Embedded::default(), (spec.dim, spec.lexical_top_k));
     folder
-        .each_block(|first, block| {
+        .each_block(|first, block: &Embedded| {
             assert_eq!(first as usize, all.len(widths));
             all.append(block, 0..block.len(widths), widths);
             Ok(())
@@ -384,7 +384,7 @@ fn the_commands_take_representations() {
         "-q",
     ];
     let error = fails(2, &[&search[..], &["--device", "emulator"]].concat());
-    assert_eq!(error, "--device emulator: both embeddings are searched on the CPU; use --device cpu, or leave it out");
+    assert_eq!(error, "both embeddings on a GPU: lexical ones are searched on the CPU; use --device cpu");
     ok(&search);
     ok(&["evaluate", "--run", &at("run"), "--qrels", &at("set/qrels/test.tsv"), "--json", &at("e.json")]);
     let beir =

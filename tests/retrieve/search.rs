@@ -64,8 +64,8 @@ fn the_emulated_gpu_finds_the_same_lists() {
     let dir = Dir::new();
     let (queries, corpus, ..) = folders(&dir);
     let (gpu, _) = Device::open("emulator").unwrap();
-    // Small integers are exact in bf16 too.
-    for storage in [DType::F32, DType::BF16] {
+    // Small integers are exact in f16 too.
+    for storage in [DType::F32, DType::F16] {
         let lists = |target| {
             let mut all = Vec::new();
             search(target, (&queries, &corpus), 30, &|_| {}, |id, list| {
@@ -77,6 +77,53 @@ fn the_emulated_gpu_finds_the_same_lists() {
         };
         assert!(lists((gpu, storage)) == lists(CPU), "{storage:?}");
     }
+}
+
+/// Folders of f16 are searched as they are, f32 ones rounded, and the lists are those of f64 sums over what f16 leaves of the numbers.
+#[test]
+fn lists_in_f16_are_those_of_a_brute_force_over_f16() {
+    let dir = Dir::new();
+    // 300 to 420 in steps of a tenth: f16 has quarters there, bf16 only even numbers. Sums of 16 products need less than 24 digits.
+    let numbers = |seed, rows: usize| -> Vec<f32> {
+        vectors(seed, rows * WIDTH).iter().map(|x| 360.0 + (x * 150.0).round().clamp(-600.0, 600.0) / 10.0).collect()
+    };
+    let signs = |rows: usize| -> Vec<f32> {
+        vectors(5, rows * WIDTH).iter().map(|x| x.signum() * if x.abs() < 1.0 { 1.0 } else { 0.25 }).collect()
+    };
+    // More queries and rows than a tile has; a row of zeros, a query of zeros, rows twice in one file and across files.
+    let (mut queries, mut rows) = (signs(130), numbers(6, 700));
+    queries[WIDTH..2 * WIDTH].fill(0.0);
+    rows[16 * 3..16 * 4].fill(0.0);
+    rows.copy_within(0..16 * 30, 16 * 250);
+    rows.copy_within(0..16 * 30, 16 * 600);
+    let half: Vec<f32> = rows.iter().map(|&x| half::f16::from_f32(x).to_f32()).collect();
+    assert!(half != rows && half.iter().any(|&x| half::bf16::from_f32(x).to_f32() != x));
+    let (gpu, _) = Device::open("emulator").unwrap();
+    let mut seen = Vec::new();
+    for stored in [Stored::F16, Stored::F32] {
+        let name = |side: &str| format!("{side}-{}", stored.name());
+        folder(&dir.at(&name("q")), &ids("q", 130), WIDTH, &queries, |spec| {
+            (spec.side, spec.dtype) = ("query".into(), stored);
+        });
+        folder(&dir.at(&name("c")), &ids("d", 700), WIDTH, &rows, |spec| spec.dtype = stored);
+        let open = |side: &str| Rows::open(&[dir.at(&name(side))]).unwrap();
+        let (q, c) = (open("q"), open("c"));
+        assert!(q.are_f16() == (stored == Stored::F16) && c.are_f16() == q.are_f16());
+        // Fewer than there are, all, and more.
+        for k in [1, 300, 900] {
+            let mut at = 0;
+            search((gpu, DType::F16), (&q, &c), k, &|_| {}, |_, list| {
+                assert_eq!(list, brute(&queries[at * WIDTH..][..WIDTH], &half, k), "query {at}, the {k} best");
+                at += 1;
+                Ok(())
+            })
+            .unwrap();
+            seen.push(at);
+        }
+    }
+    assert_eq!(seen, [130; 6]);
+    let mixed = Rows::open(&[dir.at("c-f16"), dir.at("c-f32")]).unwrap();
+    assert!(!mixed.are_f16());
 }
 
 #[test]

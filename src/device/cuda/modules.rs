@@ -1,4 +1,5 @@
-//! Kernels on the device: PTX handed to the driver's compiler when a kernel of its file is first launched, and the launch itself.
+//! Kernels on the device: machine code, or PTX for the driver's compiler, loaded when a kernel of its file is first launched, and the
+//! launch itself.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -6,7 +7,7 @@ use std::ffi::{CString, c_int, c_void};
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
-use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute as Attribute, CUjit_option, CUmodule};
+use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute as Attribute, CUjit_option, CUmodule, CUresult};
 
 use super::driver::check;
 use super::queue::{Handle, Queue};
@@ -19,8 +20,7 @@ const UNASKED: u32 = 48 << 10;
 
 /// The kernels loaded so far.
 pub struct Modules {
-    /// Whether the GPU runs Hopper's own instructions.
-    hopper: bool,
+    capability: (u32, u32),
     gpu: String,
     shared_bytes: u32,
     loaded: Mutex<Loaded>,
@@ -57,7 +57,7 @@ impl fmt::Display for Told<'_> {
 impl Modules {
     pub fn new(facts: &Facts) -> Self {
         Modules {
-            hopper: facts.capability == (9, 0),
+            capability: facts.capability,
             gpu: facts.name.clone(),
             shared_bytes: facts.shared_bytes,
             loaded: Mutex::default(),
@@ -113,28 +113,45 @@ impl Modules {
         Ok(function.handle.0)
     }
 
-    /// Compiles and loads a file's PTX. Never unloaded.
+    /// Loads a file's kernels. Never unloaded.
     fn load(&self, module: &Module) -> Result<Handle<CUmodule>> {
-        let ptx = if self.hopper { module.ptx_sm90a } else { module.ptx_sm80 };
-        let ptx = ptx.and_then(|text| CString::new(text).ok()).ok_or_else(super::no_kernels)?;
+        // A driver that is older than the compiler may refuse machine code, and does not have to say why in one way.
+        if let Some(loaded) = module.machine_code(self.capability).and_then(ready) {
+            return Ok(loaded);
+        }
+        let text =
+            module.ptx(self.capability).and_then(|text| CString::new(text).ok()).ok_or_else(super::no_kernels)?;
         let mut log = [0u8; 4096];
-        let mut options = [CUjit_option::CU_JIT_ERROR_LOG_BUFFER, CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
-        // Numbers are handed over as pointers.
-        let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(log.len() - 1)];
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: the text ends with a zero byte, and the compiler writes no more of its log than it was given room for.
-        let code = unsafe {
-            sys::cuModuleLoadDataEx(
-                &raw mut handle,
-                ptx.as_ptr().cast(),
-                options.len() as u32,
-                options.as_mut_ptr(),
-                values.as_mut_ptr(),
-            )
-        };
+        // SAFETY: the text ends with a zero byte.
+        let (code, handle) = unsafe { image(text.as_ptr().cast(), &mut log) };
         let what = format!("loading the kernels of {}.cu{}", module.name, shortened(&log));
-        check(code, &what).map(|()| Handle(handle))
+        check(code, &what).map(|()| handle)
     }
+}
+
+/// Machine code, loaded; nothing if the driver refuses it.
+fn ready(code: &[u8]) -> Option<Handle<CUmodule>> {
+    // The driver reads it as a file that begins at an aligned address.
+    let mut aligned = vec![0u64; code.len().div_ceil(8)];
+    bytemuck::cast_slice_mut::<u64, u8>(&mut aligned)[..code.len()].copy_from_slice(code);
+    // SAFETY: machine code tells its own length.
+    let (status, handle) = unsafe { image(aligned.as_ptr().cast(), &mut [0; 1024]) };
+    (status == CUresult::CUDA_SUCCESS).then_some(handle)
+}
+
+/// Hands machine code or PTX to the driver, whose compiler may write to `log`.
+///
+/// # Safety
+/// `from` points to a whole cubin, or to PTX that ends with a zero byte.
+unsafe fn image(from: *const c_void, log: &mut [u8]) -> (CUresult, Handle<CUmodule>) {
+    let mut options = [CUjit_option::CU_JIT_ERROR_LOG_BUFFER, CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    // Numbers are handed over as pointers.
+    let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(log.len() - 1)];
+    let (count, mut handle) = (options.len() as u32, std::ptr::null_mut());
+    // SAFETY: passed on; the compiler writes no more of its log than it was given room for.
+    let code =
+        unsafe { sys::cuModuleLoadDataEx(&raw mut handle, from, count, options.as_mut_ptr(), values.as_mut_ptr()) };
+    (code, Handle(handle))
 }
 
 /// The beginning of the compiler's log, as ` (...)`.

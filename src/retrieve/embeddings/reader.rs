@@ -11,6 +11,7 @@ use super::columns::decode_ids;
 use super::{Column, IDS, META, Meta, Spec};
 use crate::data::shard::Verified;
 use crate::error::{Error, IoContext, Result};
+use crate::retrieve::npy::{Number, Stored};
 use crate::retrieve::representation::Embedded;
 
 /// An open folder.
@@ -85,10 +86,10 @@ impl Embeddings {
     /// are compared at the end of every file.
     ///
     /// # Errors
-    /// A failed read, a file that does not match its digest, a number that is not finite, or an error of `each`.
-    pub fn each_block(&self, mut each: impl FnMut(u64, &Embedded) -> Result<()>) -> Result<()> {
-        let (to, blocks) = std::sync::mpsc::sync_channel::<Result<(u64, Embedded)>>(1);
-        let (back, used) = std::sync::mpsc::channel::<Embedded>();
+    /// A failed read, a file that does not match its digest, a number that is not finite or too large for the type, or an error of `each`.
+    pub fn each_block<N: Number>(&self, mut each: impl FnMut(u64, &Embedded<N>) -> Result<()>) -> Result<()> {
+        let (to, blocks) = std::sync::mpsc::sync_channel::<Result<(u64, Embedded<N>)>>(1);
+        let (back, used) = std::sync::mpsc::channel::<Embedded<N>>();
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 let mut first = 0;
@@ -117,22 +118,26 @@ impl Embeddings {
 
     /// Reads a part of the rows in blocks, its columns side by side: `each(first row of the part, rows)` gives room for the next block, or
     /// none to stop. Says whether it came to the end.
-    fn read_part(&self, part: usize, mut each: impl FnMut(u64, Embedded) -> Option<Embedded>) -> Result<bool> {
+    fn read_part<N: Number>(
+        &self,
+        part: usize,
+        mut each: impl FnMut(u64, Embedded<N>) -> Option<Embedded<N>>,
+    ) -> Result<bool> {
         let (spec, header) = (&self.meta.spec, self.meta.header());
         let (block, all) = (block_rows(width(spec)) as u64, self.meta.files.parts(spec)[part].rows);
         let (mut buffer, mut digests) = (vec![0; header], Vec::new());
         for (column, files) in &self.files {
-            files[part].read_exact_at(&mut buffer, 0).at(&self.path(*column, part), "cannot read")?;
+            files[part].read_exact_at(&mut buffer, 0).at(self.path(*column, part), "cannot read")?;
             digests.push(crc32c::crc32c(&buffer));
         }
-        let (mut at, mut rows) = (0, Embedded::default());
+        let (mut at, mut rows) = (0, Embedded::<N>::default());
         while at < all {
             let count = block.min(all - at);
             for ((column, files), crc) in self.files.iter().zip(&mut digests) {
                 let row = column.row(spec);
                 buffer.resize(count as usize * row, 0);
                 let from = header as u64 + at * row as u64;
-                files[part].read_exact_at(&mut buffer, from).at(&self.path(*column, part), "cannot read")?;
+                files[part].read_exact_at(&mut buffer, from).at(self.path(*column, part), "cannot read")?;
                 *crc = crc32c::crc32c_append(*crc, &buffer);
                 self.decode((*column, part), at, &buffer, &mut rows)?;
             }
@@ -152,30 +157,43 @@ impl Embeddings {
     }
 
     /// Bytes to numbers, all of which must be finite, and to ids, which must be of the vocabulary.
-    fn decode(&self, (column, part): (Column, usize), first: u64, bytes: &[u8], out: &mut Embedded) -> Result<()> {
+    fn decode<N: Number>(
+        &self,
+        (column, part): (Column, usize),
+        first: u64,
+        bytes: &[u8],
+        out: &mut Embedded<N>,
+    ) -> Result<()> {
         let spec = &self.meta.spec;
         let element = column.element(spec);
         let count = bytes.len() / element;
-        let wrong = if column == Column::Ids {
-            let known = |id: &u32| (*id as usize) < spec.vocab_size;
-            out.ids.resize(count, 0);
-            first_wrong(element, bytes, &mut out.ids, |bytes, out| decode_ids(element, bytes, out), known)
-        } else {
-            let out = if column == Column::Dense { &mut out.dense } else { &mut out.weights };
-            out.resize(count, 0.0);
-            first_wrong(element, bytes, out, |bytes, out| spec.dtype.decode(bytes, out), |x| x.is_finite())
+        let wrong = match column {
+            Column::Dense => first_wrong(spec.dtype, bytes, count, &mut out.dense),
+            Column::Weights => first_wrong(spec.dtype, bytes, count, &mut out.weights),
+            Column::Ids => {
+                out.ids.resize(count, 0);
+                decode_ids(element, bytes, &mut out.ids);
+                out.ids.iter().position(|&id| id as usize >= spec.vocab_size)
+            }
         };
         let Some(at) = wrong else { return Ok(()) };
         let row = first + (at / column.width(spec)) as u64;
         let before: u64 = self.meta.files.parts(spec)[..part].iter().map(|part| part.rows).sum();
         let id = self.id(before + row);
-        let what = match column {
-            Column::Ids => format!("token {} of a vocabulary of {}", out.ids[at], spec.vocab_size),
-            _ => "a number that is not finite".into(),
+        let mut number = [f32::NAN];
+        if column != Column::Ids {
+            spec.dtype.decode(&bytes[at * element..(at + 1) * element], &mut number);
+        }
+        let (what, remedy) = match column {
+            Column::Ids => (format!("token {} of a vocabulary of {}", out.ids[at], spec.vocab_size), AGAIN),
+            _ if number[0].is_finite() => {
+                (format!("{}, too large for f16, which ends at {}", number[0], half::f16::MAX), "use --precision fp32")
+            }
+            _ => ("a number that is not finite".into(), AGAIN),
         };
         Err(Error::refused(format!("the embedding of {id} (row {row}) holds {what}"))
             .path(self.path(column, part))
-            .remedy(AGAIN))
+            .remedy(remedy))
     }
 
     /// Checks every digest and every number.
@@ -183,7 +201,7 @@ impl Embeddings {
     /// # Errors
     /// What is damaged first.
     pub fn verify(&self) -> Result<Verified> {
-        self.each_block(|_, _| Ok(()))?;
+        self.each_block::<f32>(|_, _| Ok(()))?;
         let (mut files, mut bytes) = (2, self.ids.text.len() as u64);
         for (column, of) in &self.files {
             files += of.len();
@@ -201,21 +219,14 @@ impl Embeddings {
     }
 }
 
-/// Decodes in parallel; the place of the first element that is not `right`.
-fn first_wrong<T: Send + Sync>(
-    element: usize,
-    bytes: &[u8],
-    out: &mut [T],
-    decode: impl Fn(&[u8], &mut [T]) + Sync,
-    right: impl Fn(&T) -> bool + Sync,
-) -> Option<usize> {
+/// Decodes `count` numbers in parallel; the place of the first that is not finite.
+fn first_wrong<N: Number>(stored: Stored, bytes: &[u8], count: usize, out: &mut Vec<N>) -> Option<usize> {
     const PIECE: usize = 1 << 14;
-    let pieces = out.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE * element)).enumerate();
-    let wrong = pieces.filter_map(|(i, (out, bytes))| {
-        decode(bytes, out);
-        // Without branches: all are looked at.
-        let all = out.iter().fold(true, |all, x| all & right(x));
-        if all { None } else { out.iter().position(|x| !right(x)).map(|at| i * PIECE + at) }
+    out.resize(count, N::default());
+    let pieces = out.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE * stored.size())).enumerate();
+    let wrong = pieces.filter_map(|(i, (out, bytes))| match N::decode(stored, bytes, out) {
+        true => None,
+        false => out.iter().position(|x| !x.is_finite()).map(|at| i * PIECE + at),
     });
     wrong.min()
 }

@@ -2,8 +2,8 @@
 //! `{"id": …, "contents": "", "vector": {token: impact}}`.
 //!
 //! Impacts are integers of at least 1 there. As is usual with learned sparse vectors they are weights times 100, rounded; a token whose
-//! impact would be below 1 is left out, since such an index has no place for it. `contents` is empty: texts are not kept. Tokens are spelled
-//! as in the vocabulary and come in its order of weights, so that the same embeddings give the same bytes.
+//! impact would be below 1 is left out, since such an index has no place for it. `contents` is empty: texts are not kept. Tokens are
+//! spelled as in the vocabulary, the largest weight first, so that the same embeddings give the same bytes.
 
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};

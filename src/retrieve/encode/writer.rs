@@ -41,6 +41,9 @@ struct State {
     ids_crc: u32,
 }
 
+/// The file of a column that is being filled, and the digest of what was written to it.
+type Open = (Column, File, u32);
+
 /// Writes the folder.
 pub(super) struct Writer<'j> {
     disk: Disk,
@@ -48,8 +51,8 @@ pub(super) struct Writer<'j> {
     job: &'j Job,
     state: State,
     ids: File,
-    /// The part that is being filled: its rows, and of every column the file and the digest of what was written to it.
-    open: Option<(u64, Vec<(Column, File, u32)>)>,
+    /// The part that is being filled: its rows, and the files of its columns.
+    open: Option<(u64, Vec<Open>)>,
     bytes: Vec<u8>,
     _lock: Lock,
 }

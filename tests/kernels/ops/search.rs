@@ -9,7 +9,7 @@ struct Case {
     rows: usize,
     width: usize,
     k: usize,
-    /// Integers: products are exact and many scores equal.
+    /// Integers, rows twice, some of zeros: products are exact and many scores equal.
     coarse: bool,
 }
 
@@ -25,12 +25,31 @@ impl Case {
         if self.coarse { values.iter().map(|x| x.round()).collect() } else { values }
     }
 
+    /// Scores and rows of the best by a sort of f64 sums over what f16 leaves of the values.
+    fn sorted(&self) -> (Vec<f32>, Vec<u32>) {
+        let (q, x, mut best) = (rounded::<f16>(&self.q()), rounded::<f16>(&self.x()), Vec::new());
+        for q in q.chunks(self.width) {
+            let score = |x: &[f32]| q.iter().zip(x).map(|(&q, &x)| f64::from(q) * f64::from(x)).sum::<f64>() + 0.0;
+            let mut all: Vec<(f64, u32)> = x.chunks(self.width).map(score).zip(0..).collect();
+            all.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            all.resize(all.len().max(self.k), (f64::NEG_INFINITY, u32::MAX));
+            best.extend(all[..self.k].iter().map(|&(score, row)| (score as f32, row)));
+        }
+        best.into_iter().unzip()
+    }
+
     fn q(&self) -> Vec<f32> {
         self.values(self.queries, 1)
     }
 
     fn x(&self) -> Vec<f32> {
-        self.values(self.rows, 2)
+        let mut x = self.values(self.rows, 2);
+        if self.coarse {
+            let half = self.rows / 2 * self.width;
+            x[..self.width].fill(0.0);
+            x.copy_within(..half, half);
+        }
+        x
     }
 
     /// The results after these blocks of rows, in the order given.
@@ -39,7 +58,7 @@ impl Case {
         let matrix = |x: &[f32]| match place.gpu {
             Some(_) => place.matrix(x, SPARE * width),
             None => Tensor::from_slice(&match place.storage {
-                DType::BF16 => rounded::<bf16>(x),
+                DType::F16 => rounded::<f16>(x),
                 _ => x.to_vec(),
             }),
         };
@@ -56,7 +75,7 @@ impl Case {
 
     /// Scores agree with the CPU's, place by place; rows are in order, distinct, and score what is said of them.
     fn check(&self) {
-        for storage in [DType::F32, DType::BF16] {
+        for storage in [DType::F32, DType::F16] {
             let (cpu, here) = (Place { gpu: None, storage }, Place { gpu: Some(fresh()), storage });
             let all = 0..self.rows;
             let all = std::slice::from_ref(&all);
@@ -68,7 +87,7 @@ impl Case {
             let allowed = 1e-6 * self.width as f32;
             assert!(scores.iter().zip(&exact).all(|(a, b)| a == b || (a - b).abs() <= allowed));
             let (q, x) = match storage {
-                DType::BF16 => (rounded::<bf16>(&self.q()), rounded::<bf16>(&self.x())),
+                DType::F16 => (rounded::<f16>(&self.q()), rounded::<f16>(&self.x())),
                 _ => (self.q(), self.x()),
             };
             for ((scores, rows), q) in scores.chunks(self.k).zip(rows.chunks(self.k)).zip(q.chunks(self.width)) {
@@ -98,7 +117,7 @@ fn searches_agree() {
 #[test]
 fn results_do_not_depend_on_blocks() {
     let coarse = Case { width: 8, coarse: true, ..PLAIN };
-    for (case, storage) in [(PLAIN, DType::F32), (PLAIN, DType::BF16), (coarse, DType::F32), (coarse, DType::BF16)] {
+    for (case, storage) in [(PLAIN, DType::F32), (PLAIN, DType::F16), (coarse, DType::F32), (coarse, DType::F16)] {
         let place = Place { gpu: Some(fresh()), storage };
         let mut search = TopK::new(place.device(), case.shape()).unwrap();
         let all = 0..case.rows;
@@ -122,6 +141,64 @@ fn results_do_not_depend_on_blocks() {
     }
 }
 
+/// Where f32 holds every sum, the order is that of f64, ties included: rows and queries at the borders of tiles, fewer rows than k, a
+/// query of zeros, and values with more digits than f16 has.
+#[test]
+fn searches_in_f16_are_exact() {
+    let case = |queries, rows, k| Case { queries, rows, width: 16, k, coarse: true };
+    for case in [case(128, 256, 20), case(129, 257, 300), case(3, 511, 511), case(2, 5, 40)] {
+        for shared_bytes in [227 << 10, 99 << 10] {
+            if real().is_some() && shared_bytes != 227 << 10 {
+                continue;
+            }
+            let gpu = match real() {
+                Some(_) => gpu(),
+                None => opened(Device::emulator(Options { shared_bytes, ..Options::default() })),
+            };
+            let place = Place { gpu: Some(gpu), storage: DType::F16 };
+            let mut search = TopK::new(place.device(), case.shape()).unwrap();
+            let all = 0..case.rows;
+            let (scores, rows) = case.run(place, &mut search, std::slice::from_ref(&all));
+            let (exact, order) = case.sorted();
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(&scores) == bits(&exact) && rows == order, "{} rows, {shared_bytes} bytes", case.rows);
+        }
+    }
+}
+
+/// A GPU of 99 KB a block holds two chunks of a scan where others hold three; no result changes.
+#[test]
+fn searches_fit_less_shared_memory() {
+    if !emulated("less shared memory") {
+        return;
+    }
+    for storage in [DType::F32, DType::F16] {
+        let run = |shared_bytes| {
+            let gpu = opened(Device::emulator(Options { shared_bytes, ..Options::default() }));
+            let place = Place { gpu: Some(gpu), storage };
+            let mut search = TopK::new(place.device(), PLAIN.shape()).unwrap();
+            PLAIN.run(place, &mut search, &[0..700, 700..1500])
+        };
+        assert!(run(99 << 10) == run(227 << 10), "{storage:?}");
+    }
+    // The largest k, too: what it sorts in shared memory.
+    let gpu = opened(Device::emulator(Options { shared_bytes: 99 << 10, ..Options::default() }));
+    let case = Case { queries: 1, rows: 5000, width: 8, k: MAX_K, coarse: true };
+    let place = Place { gpu: Some(gpu), storage: DType::F16 };
+    let all = 0..case.rows;
+    let found = case.run(place, &mut TopK::new(place.device(), case.shape()).unwrap(), std::slice::from_ref(&all));
+    assert!(found == case.sorted());
+    // The limit is one.
+    let gpu = opened(Device::emulator(Options { shared_bytes: 95 << 10, ..Options::default() }));
+    let place = Place { gpu: Some(gpu), storage: DType::F16 };
+    let mut search = TopK::new(place.device(), PLAIN.shape()).unwrap();
+    let q = place.matrix(&PLAIN.q(), SPARE * PLAIN.width);
+    search.start(&q, PLAIN.queries);
+    search.add(&place.matrix(&PLAIN.x(), 0), PLAIN.rows, 0);
+    let refused = place.device().check().unwrap_err().to_string();
+    assert!(refused.contains("topk_scan_f16: 98304 bytes of dynamic shared memory"), "{refused}");
+}
+
 /// 6 MiB of memory, where the scores alone would be 16 MiB and the search has 4.
 #[test]
 fn memory_is_bounded() {
@@ -133,7 +210,7 @@ fn memory_is_bounded() {
     let (gpu, plain) = (limited(), fresh());
     let blocks: Vec<_> = (0..case.rows).step_by(4096).map(|first| first..first + 4096).collect();
     let search = |gpu: &'static Gpu| {
-        let place = Place { gpu: Some(gpu), storage: DType::BF16 };
+        let place = Place { gpu: Some(gpu), storage: DType::F16 };
         let mut search = TopK::with_window(place.device(), case.shape(), 1280).unwrap();
         assert!(search.bytes() < 4 << 20 && search.bytes() > 3 << 20, "{}", search.bytes());
         case.run(place, &mut search, &blocks)
