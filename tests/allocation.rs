@@ -98,7 +98,12 @@ fn texts(tokens: usize) -> PretrainBatch {
 #[test]
 fn the_bag_of_words_loss_holds_the_logits_of_a_chunk() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/head32/dupmae/model");
-    let config = BertConfig { vocab_size: 30_522, num_hidden_layers: 1, ..BertConfig::read(model).unwrap() };
+    let config = BertConfig {
+        vocab_size: 30_522,
+        num_hidden_layers: 1,
+        max_position_embeddings: 64,
+        ..BertConfig::read(model).unwrap()
+    };
     let bytes = |objective, tokens: usize| {
         let (device, _) = Device::open("emulator").unwrap();
         let Device::Gpu(gpu) = device else { panic!("the emulator is a GPU") };

@@ -17,6 +17,14 @@ pub enum Pretraining {
 }
 
 impl Pretraining {
+    /// What a command line says of it: nothing of what stands without it.
+    fn words(self) -> &'static str {
+        match self {
+            Pretraining::Retromae => "",
+            Pretraining::Dupmae => "--objective dupmae ",
+        }
+    }
+
     /// As on the command line.
     pub fn name(self) -> &'static str {
         match self {
@@ -109,9 +117,9 @@ impl Commands<'_> {
                     Pretraining::Dupmae => "Pre-training from random weights, with DupMAE's objective",
                 },
                 &format!(
-                    "train --objective {} --config-file @config.json --data @shards --output @run --steps {} --batch-size 8 \
+                    "train {}--config-file @config.json --data @shards --output @run --steps {} --batch-size 8 \
                      --learning-rate 1.5e-3 --eval-size {} --eval-every {every} --save-every {every} --log-every 50",
-                    self.objective.name(),
+                    self.objective.words(),
                     size.steps,
                     size.held_out
                 ),
@@ -142,9 +150,9 @@ impl Commands<'_> {
             self.line(
                 "To compare with: the random weights that pre-training began with, by one step too small to change them",
                 &format!(
-                    "train --objective {} --config-file @config.json --data @shards --output @untrained --steps 1 \
+                    "train {}--config-file @config.json --data @shards --output @untrained --steps 1 \
                      --batch-size 1 --learning-rate 1e-30 --eval-size 0",
-                    self.objective.name()
+                    self.objective.words()
                 ),
                 true,
             ),
