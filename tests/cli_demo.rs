@@ -37,6 +37,23 @@ fn demo(folder: &Path, steps: &str, json: &Path) -> Command {
     command
 }
 
+/// The other objective: its third loss is in the table and in the figures, and its folder is not that of the first.
+#[test]
+fn the_demo_pre_trains_with_dupmae() {
+    let world = tempfile::tempdir().unwrap();
+    let (folder, json) = (world.path().join("demo"), world.path().join("demo.json"));
+    let done = demo(&folder, "20", &json).args(["--objective", "dupmae"]).output().unwrap();
+    let shown = text(&done.stdout);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert!(shown.contains("train --objective dupmae") && shown.contains("bag-of-words loss"), "{shown}");
+    let figures: Value = serde_json::from_str(&std::fs::read_to_string(&json).unwrap()).unwrap();
+    let bow = |i: usize| figures["held_out"][i]["bow_loss"].as_f64().unwrap();
+    assert!(bow(1) < bow(0), "{figures}");
+    let other = demo(&folder, "20", &json).output().unwrap();
+    assert_eq!(other.status.code(), Some(1));
+    assert!(text(&other.stderr).contains("with other options"), "{}", text(&other.stderr));
+}
+
 #[test]
 fn the_demo_trains_goes_on_and_leaves_other_folders_alone() {
     let world = tempfile::tempdir().unwrap();

@@ -92,6 +92,82 @@ fn golden_retromae_head64() {
 }
 
 #[test]
+fn golden_dupmae_head32() {
+    check("head32/dupmae", "dupmae", &[]);
+}
+
+/// The weight changes the sum, not the parts.
+#[test]
+fn another_weight_of_the_bag_of_words_loss() {
+    let (case, dir) = (golden("head32/dupmae"), tempfile::tempdir().unwrap());
+    let out = dir.path().join("out.safetensors");
+    let mut command = command_on("cpu", "dupmae", &case.join("model"), &case.join("batch.safetensors"), &out);
+    let ran = command.args(["--bow-loss-weight", "2.5"]).output().unwrap();
+    assert!(ran.status.success(), "{}", stderr(&ran));
+    let (found, expected) = (floats(&out), floats(&case.join("expected.safetensors")));
+    let of = |all: &BTreeMap<String, (Vec<usize>, Vec<f64>)>, name: &str| all[name].1[0];
+    let sum = of(&expected, "loss.encoder") + of(&expected, "loss.decoder") + 2.5 * of(&expected, "loss.bow");
+    assert!((of(&found, "loss") / sum - 1.0).abs() < 1e-5);
+    assert!((of(&found, "loss.bow") / of(&expected, "loss.bow") - 1.0).abs() < 1e-5);
+    assert!(String::from_utf8_lossy(&ran.stdout).lines().any(|line| line.starts_with("loss.bow ")));
+    let mut command = command_on("cpu", "dupmae", &case.join("model"), &case.join("batch.safetensors"), &out);
+    std::fs::remove_file(&out).unwrap();
+    let ran = command.arg("--bow-loss-weight=-1").output().unwrap();
+    assert_eq!(stderr(&ran), "error: --bow-loss-weight -1: no weight of a loss; choose a number that is at least 0\n");
+}
+
+/// The golden batch of DupMAE with other bags: words and weight of text 0, and the shape.
+#[track_caller]
+fn dupmae_with(bags: impl Fn(&mut Vec<usize>, &mut Vec<f32>)) -> (Output, Option<f64>) {
+    let (case, dir) = (golden("head32/dupmae"), tempfile::tempdir().unwrap());
+    let bytes = std::fs::read(case.join("batch.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let view = file.tensor("bag_word_weight").unwrap();
+    let mut shape = view.shape().to_vec();
+    let mut weights =
+        view.data().chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect::<Vec<_>>();
+    bags(&mut shape, &mut weights);
+    let changed: Vec<u8> = weights.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let others = file.tensors().into_iter().filter(|(name, _)| name != "bag_word_weight");
+    let changed = (!shape.is_empty()).then(|| TensorView::new(Dtype::F32, shape, &changed).unwrap());
+    let all = others.chain(changed.map(|view| ("bag_word_weight".to_string(), view)));
+    let (path, out) = (dir.path().join("batch.safetensors"), dir.path().join("out.safetensors"));
+    safetensors::serialize_to_file(all, None, &path).unwrap();
+    let ran = step("dupmae", &case.join("model"), &path, &out);
+    let loss = ran.status.success().then(|| {
+        let all = floats(&out);
+        assert!(all.values().flat_map(|(_, x)| x).all(|x| x.is_finite()), "every loss and gradient is finite");
+        all["loss.bow"].1[0]
+    });
+    (ran, loss)
+}
+
+#[test]
+fn bags_that_are_none_or_odd() {
+    let refused = |bags: &dyn Fn(&mut Vec<usize>, &mut Vec<f32>), expected: &str| {
+        let (ran, _) = dupmae_with(bags);
+        let line = stderr(&ran);
+        assert_eq!(ran.status.code(), Some(1), "{line}");
+        assert!(line.starts_with("error: ") && line.lines().count() == 1 && line.contains("; "), "{line}");
+        assert!(line.contains(&format!("batch.safetensors#bag_word_weight: {expected}")), "{line}");
+    };
+    refused(&|shape, _| shape.clear(), "the input is missing");
+    refused(&|shape, _| shape.rotate_left(1), "has shape [1003, 5], not [5, 1003]");
+    refused(&|_, weights| weights[700] = 0.5, "row 0 weighs its words differently: ");
+    refused(&|_, weights| weights.fill(f32::NAN), "value NaN at element 0 is not finite");
+    refused(&|_, weights| weights.iter_mut().for_each(|x| *x = -*x), "row 0 holds -0.0217391");
+    refused(&|_, weights| weights.fill(0.1), "row 0 weighs 1003 words, but its text has 48 tokens");
+    // A text of special tokens only has no words, a text of one token one; the last word of the vocabulary is in no text.
+    let (_, none) = dupmae_with(|_, weights| weights.fill(0.0));
+    assert_eq!(none, Some(0.0));
+    let (_, one) = dupmae_with(|_, weights| {
+        weights.fill(0.0);
+        weights[1002] = 1.0;
+    });
+    assert!(one.is_some_and(|loss| loss > 0.0));
+}
+
+#[test]
 fn golden_fine_tuning() {
     let group = ["--group-size", "4"];
     check("head32/contrastive", "contrastive", &group);

@@ -45,13 +45,15 @@ def pytorch_bf16(case, objective, losses):
     lm = BertForMaskedLM.from_pretrained(case / "model", attn_implementation="eager").float().eval().to(device)
     batch = {k: v.to(device) for k, v in load_file(case / "batch.safetensors").items()}
     decoder = None
-    if objective == "retromae":
+    if objective in ("retromae", "dupmae"):
         decoder = losses.EnhancedDecoder(lm.config).eval().to(device)
         weights = load_file(case / "model" / "enhanced_decoder.safetensors")
         decoder.load_state_dict({k.removeprefix("c_head."): v for k, v in weights.items()})
     with torch.autocast(device, torch.bfloat16):
         if objective == "retromae":
             out = losses.retromae(lm, decoder, batch)
+        elif objective == "dupmae":
+            out = losses.dupmae(lm, decoder, batch)
         else:
             hidden = lm.bert(batch["encoder_input_ids"], attention_mask=batch["encoder_attention_mask"]).last_hidden_state
             loss = losses.token_loss(lm, hidden, batch["encoder_labels"])
@@ -106,7 +108,7 @@ def main():
     args = ap.parse_args()
     sys.path.insert(0, str(args.reference))
     import losses
-    rows = [row for case in ("head32/mlm", "head32/retromae", "head64/retromae") for row in judge(args.cases / case, args.made, losses)]
+    rows = [row for case in ("head32/mlm", "head32/retromae", "head64/retromae", "head32/dupmae") for row in judge(args.cases / case, args.made, losses)]
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     print("| golden case | loss error | allowed | gradient error | allowed | worst gradient | verdict |")

@@ -23,7 +23,7 @@ use crate::files::{OutputDir, write_synced};
 use crate::train::settings::{Precision, Settings};
 use crate::train::signals::{self, Stop};
 use crate::train::workspace::MODEL;
-use commands::{Commands, Size, Step};
+use commands::{Commands, Pretraining, Size, Step};
 use figures::Figures;
 use ranking::Ranking;
 
@@ -51,6 +51,9 @@ pub struct Arguments {
     /// Folder to make
     #[arg(long, value_name = "DIR", default_value = "retromae-demo")]
     output: PathBuf,
+    /// What pre-training minimises
+    #[arg(long, value_enum, default_value = "retromae")]
+    objective: Pretraining,
     /// Training steps, for tests of the demo itself
     #[arg(long, value_name = "N", hide = true, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     steps: Option<u64>,
@@ -96,6 +99,7 @@ struct Demo {
     dir: PathBuf,
     size: Size,
     seed: u64,
+    objective: Pretraining,
     /// Options of the demo that its commands get, too, and those that commands get which compute.
     passed_on: Vec<OsString>,
     hardware: Vec<OsString>,
@@ -126,6 +130,7 @@ impl Demo {
             dir: args.output,
             size: Size::new(args.steps),
             seed: global.seed.unwrap_or(Settings::default().seed),
+            objective: args.objective,
             passed_on,
             hardware,
             program: std::env::args_os().next().unwrap_or_else(|| "retromae-engine".into()),
@@ -134,7 +139,9 @@ impl Demo {
 
     /// Makes the folder, or finds that of an earlier, equal demo.
     fn unpack(&self, global: &Global) -> Result<()> {
-        let asked = json!({ "engine": env!("CARGO_PKG_VERSION"), "steps": self.size.steps, "seed": self.seed });
+        let asked = json!({
+            "engine": env!("CARGO_PKG_VERSION"), "steps": self.size.steps, "seed": self.seed, "objective": self.objective.name(),
+        });
         let marker = self.dir.join(MARKER);
         if marker.is_file() {
             let text = std::fs::read_to_string(&marker).at(&marker, "cannot read")?;
@@ -170,7 +177,13 @@ impl Demo {
     }
 
     fn commands(&self) -> Commands<'_> {
-        Commands { dir: &self.dir, size: self.size, passed_on: &self.passed_on, hardware: &self.hardware }
+        Commands {
+            dir: &self.dir,
+            objective: self.objective,
+            size: self.size,
+            passed_on: &self.passed_on,
+            hardware: &self.hardware,
+        }
     }
 
     /// Does a step; gives the command line, where it is one.

@@ -107,13 +107,13 @@ impl BatchFile {
     /// The batch of DupMAE: the same with a decoder, and bags of words.
     pub fn dupmae(&self, vocabulary: usize, positions: usize) -> Result<PretrainBatch> {
         let batch = self.pretrain(true, vocabulary, positions)?;
-        let bags = self.bags(batch.sequences(), vocabulary)?;
+        let bags = self.bags(&batch.cu_seqlens, vocabulary)?;
         Ok(PretrainBatch { bags: Some(bags), ..batch })
     }
 
     /// `bag_word_weight` `[B, V]`: equal weights of the words of a text, 0 elsewhere.
-    fn bags(&self, texts: usize, vocabulary: usize) -> Result<Bags> {
-        let name = "bag_word_weight";
+    fn bags(&self, cu_seqlens: &[u32], vocabulary: usize) -> Result<Bags> {
+        let (name, texts) = ("bag_word_weight", cu_seqlens.len() - 1);
         let full = format!("{}{name}", self.prefix);
         let info = self.file.info(&full).ok_or_else(|| self.refuse(name, "the input is missing".into()))?;
         if info.shape != [texts, vocabulary] {
@@ -125,7 +125,7 @@ impl BatchFile {
         for (row, weights) in weights.chunks_exact(vocabulary).enumerate() {
             let words: Vec<u32> = (0..vocabulary as u32).filter(|&id| weights[id as usize] != 0.0).collect();
             let weight = words.first().map_or(0.0, |&id| weights[id as usize]);
-            if let Some(&id) = words.iter().find(|&&id| !(weights[id as usize] == weight && weight.is_finite())) {
+            if let Some(&id) = words.iter().find(|&&id| weights[id as usize] != weight) {
                 let cause = format!(
                     "row {row} weighs its words differently: {weight} and, id {id}, {}; all words of a text weigh 1/n",
                     weights[id as usize]
@@ -134,6 +134,11 @@ impl BatchFile {
             }
             if weight < 0.0 {
                 return Err(self.refuse(name, format!("row {row} holds {weight}, below 0")));
+            }
+            let tokens = (cu_seqlens[row + 1] - cu_seqlens[row]) as usize;
+            if words.len() > tokens {
+                let cause = format!("row {row} weighs {} words, but its text has {tokens} tokens", words.len());
+                return Err(self.refuse(name, cause));
             }
             bags.push(&words, weight);
         }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use retromae_engine::data::batch::Builder;
+use retromae_engine::data::batch::{Bags, Builder, PretrainBatch};
 use retromae_engine::data::corpus::{Corpus, MemoryCorpus, Tokens};
 use retromae_engine::data::masking::{MaskRules, Masker};
 use retromae_engine::data::order::{Order, Part};
@@ -41,6 +41,33 @@ fn a_batch_packs_what_the_masker_gives_for_each_text() {
             }
         }
     }
+}
+
+/// Every distinct token of a text but [CLS] and [SEP], weighted with 1 / n of all n of them; texts of special tokens only and of one
+/// token, and a text that is cut.
+#[test]
+fn bags_hold_the_distinct_words_of_the_unmasked_text() {
+    let mut corpus = MemoryCorpus::default();
+    let texts: [&[u32]; 4] = [&[900, 7, 7, 900, 4999, UNK, 3], &[], &[CLS, SEP], &[42]];
+    for words in texts {
+        let ids = [&[CLS], words, &[SEP]].concat();
+        corpus.push(Tokens { ids: &ids, word_start: &vec![true; ids.len()] });
+    }
+    let order = Order::new(3, 4, 0).unwrap();
+    let build = |rules, length| Builder::new(rules, order.clone(), Part::Train, length).build(&corpus, 0..4).unwrap();
+    let batch = build(rules(3).with_bags(), 512);
+    let bags = batch.bags.as_ref().unwrap();
+    let of = |bags: &Bags, text: u64| {
+        let s = (0..4).find(|&s| order.text(Part::Train, s) == text).unwrap() as usize;
+        (bags.ids[bags.offsets[s] as usize..bags.offsets[s + 1] as usize].to_vec(), bags.weights[s])
+    };
+    assert_eq!(of(bags, 0), (vec![3, 7, UNK, 900, 4999], 1.0 / 7.0));
+    assert_eq!(of(bags, 1), (vec![], 0.0));
+    assert_eq!(of(bags, 2), (vec![], 0.0));
+    assert_eq!(of(bags, 3), (vec![42], 1.0));
+    assert_eq!(of(build(rules(3).with_bags(), 4).bags.as_ref().unwrap(), 0), (vec![7, 900], 0.5));
+    // Nothing else of the batch changes.
+    assert_eq!(PretrainBatch { bags: None, ..batch }, build(rules(3), 512));
 }
 
 #[test]

@@ -75,6 +75,50 @@ fn text_becomes_a_model_and_kills_change_no_bit() {
     assert!(stderr(&verified).contains("moment2.safetensors: its digest does not hold"), "{}", stderr(&verified));
 }
 
+/// On the CPU and on a GPU: three losses a line, and a killed run ends with the bits of a whole one.
+#[test]
+fn dupmae_logs_its_losses_and_kills_change_no_bit() {
+    let world = World::new();
+    let gpu = std::env::var("RETROMAE_DEVICE").unwrap_or_else(|_| "emulator".into());
+    let mut ends = Vec::new();
+    for device in ["cpu", &gpu] {
+        let run = |out: &str| world.train(out, &["--device", device, "--objective", "dupmae"]);
+        let (whole, killed) = (format!("whole-{device}"), format!("killed-{device}"));
+        let done = run(&whole).output().unwrap();
+        assert!(done.status.success(), "{}", stderr(&done));
+        let plan = "objective  DupMAE, encoder mask 30 %, decoder mask 50 %, 0.1 × bag of words";
+        assert!(stderr(&done).contains(plan), "{}", stderr(&done));
+        let text = std::fs::read_to_string(world.path(&whole).join("metrics.jsonl")).unwrap();
+        let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let number = |line: &serde_json::Value, key: &str| line[key].as_f64().unwrap_or(f64::NAN);
+        for line in &lines {
+            let parts = ["loss_enc", "loss_dec", "loss_bow"].map(|key| number(line, key));
+            let sum = parts[0] + parts[1] + 0.1 * parts[2];
+            assert!((number(line, "loss") - sum).abs() < 1e-9, "{line}");
+        }
+        let held_out: Vec<f64> =
+            lines.iter().filter(|l| l["split"] == "eval").map(|line| number(line, "loss_bow")).collect();
+        assert!(held_out[2] < held_out[0] - 0.1, "{held_out:?}");
+        ends.push(held_out[2]);
+
+        let mut child = run(&killed).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        while !world.path(&killed).join("checkpoints/step-00000004").exists() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let done = run(&killed).output().unwrap();
+        assert!(done.status.success(), "{}", stderr(&done));
+        assert_eq!(bits(&world.path(&killed)), bits(&world.path(&whole)), "{device}");
+        let model = |out: &str| std::fs::read(world.path(out).join("model/model.safetensors")).unwrap();
+        assert!(model(&killed) == model(&whole), "{device}");
+        // Another weight is another run.
+        let other = run(&whole).args(["--bow-loss-weight", "0.2"]).output().unwrap();
+        assert!(stderr(&other).contains("bow-loss-weight was 0.1 and is now 0.2"), "{}", stderr(&other));
+    }
+    assert!((ends[0] - ends[1]).abs() < 0.05, "bf16 follows the CPU: {ends:?}");
+}
+
 #[test]
 fn pre_training_goes_on_from_an_export() {
     let world = World::new();

@@ -19,8 +19,11 @@ families() {
     try "kernels against the CPU's ops: $what" 240 "${libraries[@]}" "$pack/tests/kernels" --test-threads=1 "$@" || true
 }
 flash() { families "attention" attention:: enhanced_decoding::; }
-losses() { families "losses and top-k" cross_entropy:: contrastive:: topk::; }
-rows() { families "the rest" --skip attention:: --skip enhanced_decoding:: --skip cross_entropy:: --skip contrastive:: --skip topk::; }
+losses() { families "losses and top-k" cross_entropy:: bag_of_words:: contrastive:: topk::; }
+rows() {
+    families "the rest" --skip attention:: --skip enhanced_decoding:: --skip cross_entropy:: --skip bag_of_words:: --skip contrastive:: \
+        --skip topk::
+}
 
 # Primitives and graph against the CPU; what the primitives gave is kept for tests/golden/conformance.
 graph() {
@@ -49,7 +52,7 @@ tuning() {
 golden() {
     local case precision objective made=$work/golden
     mkdir -p "$made"
-    for case in head32/mlm head32/retromae head64/retromae; do
+    for case in head32/mlm head32/retromae head64/retromae head32/dupmae; do
         objective=${case#*/}
         for precision in fp32 bf16; do
             try "step $case $precision" 30 "${libraries[@]}" "$engine" step --objective "$objective" --model "tests/golden/$case/model" \

@@ -3,7 +3,36 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
+
 use crate::data::shard::ShardSet;
+
+/// What the demo's pre-training minimises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Pretraining {
+    /// RetroMAE's losses
+    Retromae,
+    /// Those of DupMAE, a bag of words beside them
+    Dupmae,
+}
+
+impl Pretraining {
+    /// What a command line says of it: nothing of what stands without it.
+    fn words(self) -> &'static str {
+        match self {
+            Pretraining::Retromae => "",
+            Pretraining::Dupmae => "--objective dupmae ",
+        }
+    }
+
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pretraining::Retromae => "retromae",
+            Pretraining::Dupmae => "dupmae",
+        }
+    }
+}
 
 /// What a demo runs: all of it, or a short form for tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +79,7 @@ pub enum Step {
 pub struct Commands<'a> {
     pub dir: &'a Path,
     pub size: Size,
+    pub objective: Pretraining,
     /// Options of every command.
     pub passed_on: &'a [OsString],
     /// Options of commands that compute.
@@ -82,11 +112,16 @@ impl Commands<'_> {
         vec![
             self.tokenize("Text to token shards", "corpus.jsonl", "shards", 64, false),
             self.line(
-                "Pre-training from random weights, with RetroMAE's objective",
+                match self.objective {
+                    Pretraining::Retromae => "Pre-training from random weights, with RetroMAE's objective",
+                    Pretraining::Dupmae => "Pre-training from random weights, with DupMAE's objective",
+                },
                 &format!(
-                    "train --config-file @config.json --data @shards --output @run --steps {} --batch-size 8 \
+                    "train {}--config-file @config.json --data @shards --output @run --steps {} --batch-size 8 \
                      --learning-rate 1.5e-3 --eval-size {} --eval-every {every} --save-every {every} --log-every 50",
-                    size.steps, size.held_out
+                    self.objective.words(),
+                    size.steps,
+                    size.held_out
                 ),
                 true,
             ),
@@ -114,8 +149,11 @@ impl Commands<'_> {
             ),
             self.line(
                 "To compare with: the random weights that pre-training began with, by one step too small to change them",
-                "train --config-file @config.json --data @shards --output @untrained --steps 1 --batch-size 1 \
-                 --learning-rate 1e-30 --eval-size 0",
+                &format!(
+                    "train {}--config-file @config.json --data @shards --output @untrained --steps 1 \
+                     --batch-size 1 --learning-rate 1e-30 --eval-size 0",
+                    self.objective.words()
+                ),
                 true,
             ),
         ]

@@ -22,6 +22,8 @@ struct Evaluation {
     step: u64,
     encoder: Score,
     decoder: Score,
+    /// Loss of the bags of words, where there is one.
+    bow: Option<f64>,
 }
 
 /// The figures of a finished run.
@@ -69,6 +71,7 @@ impl Figures {
                 step: line["step"].as_u64()?,
                 encoder: Score { loss: number("loss_enc")?, accuracy: number("acc_enc")? },
                 decoder: Score { loss: number("loss_dec")?, accuracy: number("acc_dec")? },
+                bow: number("loss_bow"),
             }),
             _ => {
                 // Rates are those since the line before, so the mean is right for a run that was stopped in between, too.
@@ -110,23 +113,30 @@ impl Figures {
 
     /// As a table, for people; the whole demo took `seconds`.
     pub fn to_text(&self, seconds: f64) -> String {
+        let bags = self.evaluations.iter().any(|e| e.bow.is_some());
         let head = format!(
-            "{:<18} {:>12} {:>9} {:>14} {:>9}",
-            "held-out texts", "encoder loss", "right", "decoder loss", "right"
+            "{:<18} {:>12} {:>9} {:>14} {:>9}{}",
+            "held-out texts",
+            "encoder loss",
+            "right",
+            "decoder loss",
+            "right",
+            if bags { "  bag-of-words loss" } else { "" }
         );
-        let row = |name: &str, encoder: Score, decoder: Score| {
+        let row = |name: &str, encoder: Score, decoder: Score, bow: Option<f64>| {
             let right = |score: Score| format!("{:.1} %", 100.0 * score.accuracy);
             format!(
-                "{name:<18} {:>12.4} {:>9} {:>14.4} {:>9}",
+                "{name:<18} {:>12.4} {:>9} {:>14.4} {:>9}{}",
                 encoder.loss,
                 right(encoder),
                 decoder.loss,
-                right(decoder)
+                right(decoder),
+                bow.map_or_else(String::new, |loss| format!(" {loss:>18.4}"))
             )
         };
-        let rows = self.evaluations.iter().map(|e| row(&format!("step {}", e.step), e.encoder, e.decoder));
+        let rows = self.evaluations.iter().map(|e| row(&format!("step {}", e.step), e.encoder, e.decoder, e.bow));
         let mut lines: Vec<String> = std::iter::once(head).chain(rows).collect();
-        lines.push(row("frequencies alone", self.unigram, self.unigram));
+        lines.push(row("frequencies alone", self.unigram, self.unigram, None));
         lines.push(format!(
             "\n{} in all; trained on {} tokens, {} tokens/s",
             human(std::time::Duration::from_secs_f64(seconds)),
@@ -142,11 +152,15 @@ impl Figures {
             .evaluations
             .iter()
             .map(|e| {
-                json!({
+                let mut value = json!({
                     "step": e.step,
                     "encoder_loss": e.encoder.loss, "encoder_accuracy": e.encoder.accuracy,
                     "decoder_loss": e.decoder.loss, "decoder_accuracy": e.decoder.accuracy,
-                })
+                });
+                if let Some(loss) = e.bow {
+                    value["bow_loss"] = json!(loss);
+                }
+                value
             })
             .collect();
         json!({
