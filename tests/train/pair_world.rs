@@ -110,6 +110,20 @@ impl PairWorld {
         command
     }
 
+    /// Another command of the engine, whose words that begin with `@` name files of this world.
+    #[track_caller]
+    pub fn command(&self, words: &[&str]) {
+        let mut command = Command::new(BINARY);
+        for word in words {
+            match word.strip_prefix('@') {
+                Some(name) => command.arg(self.path(name)),
+                None => command.arg(word),
+            };
+        }
+        let done = command.output().unwrap();
+        assert!(done.status.success(), "{}", stderr(&done));
+    }
+
     /// A finished run.
     #[track_caller]
     pub fn trained(&self, objective: &str, out: &str, more: &[&str]) -> Output {

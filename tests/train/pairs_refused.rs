@@ -80,6 +80,23 @@ fn groups_that_cannot_be_are_refused() {
 }
 
 #[test]
+fn lexical_representations_that_cannot_be_are_refused() {
+    let world = PairWorld::new();
+    let line = refused(&world, "contrastive", &["--representation", "lexical"]);
+    assert!(line.contains("lexical is not trained alone: choose cls or both"), "{line}");
+    let line = refused(&world, "contrastive", &["--lexical-top-k", "9"]);
+    assert!(line.contains("lexical-top-k") && line.contains("belongs to --representation both"), "{line}");
+    let line = refused(&world, "contrastive", &["--representation", "both", "--lexical-top-k", "5000"]);
+    assert!(line.contains("must be between 1 and 4096"), "{line}");
+    let line = refused(&world, "cross-encoder", &["--representation", "both"]);
+    assert!(line.contains("representation"), "{line}");
+    // A bi-encoder's model has no head any more.
+    world.trained("contrastive", "bare", &["--steps", "1"]);
+    let line = refused(&world, "contrastive", &["--representation", "both", "--model", "@bare/model"]);
+    assert!(line.contains("bare/model/model.safetensors: holds no MLM head"), "{line}");
+}
+
+#[test]
 fn texts_of_another_tokenizer_are_refused_whoever_has_it() {
     let world = PairWorld::new();
     std::fs::create_dir(world.path("other")).unwrap();

@@ -64,13 +64,42 @@ fn a_bi_encoder_learns_to_find_its_passages() {
     assert_eq!(judged(&world.path("on"), "mrr@10")[0].1, found[3].1);
 }
 
+/// What the dev set was judged by is what encode, search and evaluate find with the exported model.
+#[test]
+fn a_bi_encoder_learns_the_joined_score() {
+    let world = PairWorld::new();
+    let settings = ["--representation", "both", "--lexical-top-k", "9", "--temperature", "4", "--steps", "60"];
+    let done = world.trained("contrastive", "run", &[&settings[..], &["--eval-every", "20"], &DEV].concat());
+    let told = "bi-encoder, [CLS] pooling, and the 9 largest words of a text, temperature 4";
+    assert!(stderr(&done).contains(told), "{}", stderr(&done));
+    let found = judged(&world.path("run"), "mrr@10");
+    assert!(found[0].1 < 0.5 && found[3].1 > 0.8, "{found:?}");
+    let model = world.path("run/model");
+    verify_export(&model).unwrap();
+    let config: Value = serde_json::from_slice(&std::fs::read(model.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["architectures"], serde_json::json!(["BertForMaskedLM"]));
+    for (kind, input) in [("query", "queries"), ("passage", "passages")] {
+        let (input, output) = (format!("@{input}"), format!("@{kind}.emb"));
+        let words = ["encode", "--representation", "both", "--lexical-top-k", "9", "--kind", kind, "--device", "cpu"];
+        world.command(&[&words[..], &["--model", "@run/model", "--input", &input, "--output", &output]].concat());
+    }
+    let folders = ["search", "--queries", "@query.emb", "--corpus", "@passage.emb", "--device", "cpu"];
+    world.command(&[&folders[..], &["--top-k", "40", "--output", "@run.found"]].concat());
+    let run = ["evaluate", "--run", "@run.found", "--qrels", "@qrels.tsv", "--metrics", "mrr@10"];
+    world.command(&[&run[..], &["--rules", "msmarco", "--json", "@figures.json"]].concat());
+    let figures: Value = serde_json::from_slice(&std::fs::read(world.path("figures.json")).unwrap()).unwrap();
+    let text = figures.to_string();
+    assert!(text.contains(&format!("{}", found[3].1)), "{found:?} is not among {text}");
+}
+
 #[test]
 fn kills_change_no_bit_of_any_objective() {
     let world = PairWorld::new();
     let hard = ["--negatives", "@negatives.tsv", "--group-size", "3"];
-    let kinds: [(&str, &str, Vec<&str>); 3] = [
+    let kinds: [(&str, &str, Vec<&str>); 4] = [
         ("contrastive", "distilled", [&hard[..], &["--teacher-scores", "@scores.tsv", "--chunk", "5"], &DEV].concat()),
         ("contrastive", "untied", [&hard[..], &["--untied", "--projection", "16", "--eval-size", "4"]].concat()),
+        ("contrastive", "joined", [&["--representation", "both", "--lexical-top-k", "9"][..], &DEV].concat()),
         ("cross-encoder", "cross", [&hard[..], &DEV, &["--dev-run", "@run.trec", "--max-length", "40"]].concat()),
     ];
     let mut random = Stream::new(31, 0, Site::Init, 0);
