@@ -25,7 +25,8 @@
 //! | 4 | [`eval`]: metrics of ranked lists |
 //! | 5 | [`retrieve`]: encode, search, mine, rerank |
 //! | 6 | [`train`]: the step, and the run around it, which judges a dev set by what lies below |
-//! | 7 | [`cli`]: one file for each subcommand |
+//! | 7 | [`bench`]: measurements of all of it |
+//! | 8 | [`cli`]: one file for each subcommand |
 //!
 //! # Invariants
 //!
@@ -50,6 +51,7 @@
 // Tokens are spelled as everywhere in the field, [CLS] and [MASK], and shapes in brackets, [T]; rustdoc takes these for links.
 #![allow(rustdoc::broken_intra_doc_links)]
 
+pub mod bench;
 pub mod cli;
 pub mod data;
 pub mod device;

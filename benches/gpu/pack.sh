@@ -7,7 +7,6 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 tests=(kernels emulator graph graph_invariants step finetune rerank train)
-benches=(step kernels)
 limit_mib=60
 shared=${SHARED:-$(git rev-parse --path-format=absolute --git-common-dir)/../../shared}
 [ -d "$shared/peers" ] || { echo "error: $shared: no shared folder with peers, reference and data; set SHARED" >&2; exit 1; }
@@ -17,7 +16,6 @@ trap 'rm -rf "$work"' EXIT
 
 wanted=()
 for name in "${tests[@]}"; do wanted+=(--test "$name"); done
-for name in "${benches[@]}"; do wanted+=(--bench "$name"); done
 cargo build --release --bin retromae-engine
 cargo test --release --no-run "${wanted[@]}" --message-format=json-render-diagnostics >"$work/messages"
 
@@ -40,7 +38,6 @@ pack=$work/pack
 mkdir -p "$pack"/{bin,tests,peers,reference,data}
 install_stripped() { install -m 755 "$1" "$2" && strip "$2"; }
 install_stripped target/release/retromae-engine "$pack/bin/retromae-engine"
-for name in "${benches[@]}"; do install_stripped "$(made bench "$name")" "$pack/bin/bench-$name"; done
 for name in "${tests[@]}"; do install_stripped "$(made test "$name")" "$pack/tests/$name"; done
 cp "$report" "$pack/kernels-report.txt"
 cp "$shared"/peers/* "$pack/peers/"

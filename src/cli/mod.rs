@@ -4,6 +4,7 @@
 //! `Command` and [`run`]. Results go to standard output through [`say`], progress and warnings to standard error.
 
 mod beir;
+mod bench;
 mod demo;
 mod doctor;
 mod encode;
@@ -97,6 +98,8 @@ enum Command {
     Beir(Box<beir::Arguments>),
     /// Put the passages on a run's lists in the order of a cross-encoder's scores
     Rerank(rerank::Arguments),
+    /// Measure this machine: steps, kernels, data, encoding, search; compare two measurements
+    Bench(Box<bench::Arguments>),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
 }
@@ -119,6 +122,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Beir(args) => beir::run(*args, global),
         Command::Mine(args) => mine::run(args, global),
         Command::Rerank(args) => rerank::run(args, global),
+        Command::Bench(args) => bench::run(*args, global),
         Command::Verify(args) => verify::run(args, global),
     }
 }

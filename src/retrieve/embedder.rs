@@ -59,7 +59,7 @@ pub struct Embedder {
 }
 
 impl Embedder {
-    /// The tower of `kind` in `towers`, for batches up to `capacity`; of a lexical representation the `k` largest tokens are kept.
+    /// The tower of `kind` in `towers`, for batches up to `capacity`; `kept`: of a lexical representation that many of the largest tokens.
     ///
     /// # Errors
     /// Weights that cannot be read, not enough memory, or a model whose sizes the kernels do not have.
@@ -69,9 +69,35 @@ impl Embedder {
         shape: Shape,
         kind: Kind,
         capacity: Capacity,
-        (representation, k): (Representation, usize),
+        kept: (Representation, usize),
     ) -> Result<Embedder> {
-        let config = &towers.config;
+        let names = match towers.untied() {
+            true => (format!("{}.", SIDES[kind.side()]), PROJECTIONS[kind.side()]),
+            false => (String::new(), PROJECTION),
+        };
+        let load = |params: &Params| params.load(0, 0.0, |name, shape, out| towers.read(name, shape, out));
+        Self::build((device, storage), (&towers.config, shape), (&names.0, names.1), capacity, kept, load)
+    }
+
+    /// An encoder with random weights, for measurements.
+    ///
+    /// # Errors
+    /// Not enough memory, or a model whose sizes the kernels do not have.
+    pub fn random(target: (Device, DType), config: &BertConfig, shape: Shape, capacity: Capacity) -> Result<Embedder> {
+        let load = |params: &Params| params.load(1, config.initializer_range, |_, _, _| Ok(false)).map(|_| Vec::new());
+        Self::build(target, (config, shape), ("", PROJECTION), capacity, (Representation::Cls, 0), load)
+    }
+
+    /// The graph of a tower whose parameters and projection have these names, with the weights that `load` fills in; it gives the names of
+    /// those that are missing.
+    fn build(
+        (device, storage): (Device, DType),
+        (config, shape): (&BertConfig, Shape),
+        (prefix, projection): (&str, &'static str),
+        capacity: Capacity,
+        (representation, k): (Representation, usize),
+        load: impl FnOnce(&Params) -> Result<Vec<String>>,
+    ) -> Result<Embedder> {
         let width = shape.width(config);
         if device.is_gpu() {
             check_gpu(config)?;
@@ -80,20 +106,15 @@ impl Embedder {
                 return Err(Error::refused(cause).remedy("use --device cpu, or a model of another size"));
             }
         }
-        let (prefix, projection) = match towers.untied() {
-            true => (format!("{}.", SIDES[kind.side()]), PROJECTIONS[kind.side()]),
-            false => (String::new(), PROJECTION),
-        };
         let (mut table, mut plan) = (Table::default(), Plan::forward_only());
         let needed = if representation.lexical() { Needed::All } else { Needed::by(shape.pooling) };
-        let names = (prefix.as_str(), projection);
-        let tower = Tower::with(&mut table, &mut plan, config, capacity, (shape, needed), names);
+        let tower = Tower::with(&mut table, &mut plan, config, capacity, (shape, needed), (prefix, projection));
         let lexical = representation.lexical().then(|| {
             let (word, rows) = (tower.word(), (capacity.tokens, capacity.sequences));
-            table.within(&prefix, |t| LexicalHead::new((device, storage), (t, &mut plan), config, word, rows, k))
+            table.within(prefix, |t| LexicalHead::new((device, storage), (t, &mut plan), config, word, rows, k))
         });
         let params = table.allocate_weights(device, storage);
-        let missing = params.load(0, 0.0, |name, shape, out| towers.read(name, shape, out))?;
+        let missing = load(&params)?;
         if let Some(name) = missing.first() {
             return Err(Error::refused("parameter is missing").tensor(name).remedy("give a model that has it"));
         }

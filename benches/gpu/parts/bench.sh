@@ -12,7 +12,7 @@ bench() {
         peer=(--device cpu --no-compile)
     fi
     ours() {
-        try "engine $workload $1" 60 "${libraries[@]}" "$pack/bin/bench-step" --device "$device" --precision bf16 "${size[@]}" --workload "$workload" \
+        try "engine $workload $1" 60 "${libraries[@]}" "$engine" bench step --device "$device" --precision bf16 "${size[@]}" --workload "$workload" \
             --steps "$steps" --json "$json" || true
     }
     theirs() {

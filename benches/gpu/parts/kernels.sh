@@ -9,7 +9,7 @@ kernels() {
         size=mini
         peer=(--device cpu --only "device copy")
     fi
-    try "kernels, bf16" 180 "${libraries[@]}" "$pack/bin/bench-kernels" --device "$device" --precision bf16 --model "$size" --json "$json" || true
+    try "kernels, bf16" 180 "${libraries[@]}" "$engine" bench kernels --device "$device" --precision bf16 --model "$size" --json "$json" || true
     grep -aE '^(\||product)' "$said" >"$work/kernels" || true
     if has_torch; then
         try "PyTorch's kernels" 270 "$python" "$pack/peers/torch_peer.py" --micro --json "$json" "${peer[@]}" || true

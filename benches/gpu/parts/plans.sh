@@ -23,7 +23,7 @@ plans() {
         try "counters" 20 "$python" "$here/counters.py" "$raw/plans-ncu.csv" || true
         cat "$said" >>"$work/tables"
     fi
-    try "LM head by its chunks" 90 "${libraries[@]}" "$pack/bin/bench-kernels" --device cuda --precision bf16 --model base --only "LM head" \
+    try "LM head by its chunks" 90 "${libraries[@]}" "$engine" bench kernels --device cuda --precision bf16 --model base --only "LM head" \
         --logits-mib 32,48,64,96,128,192,256,512 --json "$raw/head.jsonl" || true
     grep -aE '^\|' "$said" >>"$work/tables" || true
 }

@@ -9,7 +9,7 @@ profile() {
     facts
     if [ "$device" != cuda ]; then
         left_out "ncu" "it needs a GPU"
-        try "the program that it would watch" 120 "${libraries[@]}" "$pack/bin/bench-kernels" --device emulator --repeats 1 --only layernorm || true
+        try "the program that it would watch" 120 "${libraries[@]}" "$engine" bench kernels --device emulator --repeats 1 --only layernorm || true
         return
     fi
     if ! command -v ncu >/dev/null; then
@@ -20,7 +20,7 @@ profile() {
     local family
     for family in attention "enhanced decoding" layernorm gelu "LM head" embed AdamW; do
         try "ncu: $family" 75 "${libraries[@]}" ncu --clock-control none --csv --metrics "$counters" --launch-count 60 \
-            --kernel-name "regex:$(kernels_of "$family")" "$pack/bin/bench-kernels" --device cuda --repeats 1 --copies 1 --only "$family" || true
+            --kernel-name "regex:$(kernels_of "$family")" "$engine" bench kernels --device cuda --repeats 1 --copies 1 --only "$family" || true
         grep -a '^"' "$said" >>"$raw/ncu.csv" || true
     done
     try "counters" 20 "$python" "$here/counters.py" "$raw/ncu.csv" || true

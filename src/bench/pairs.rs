@@ -2,18 +2,22 @@
 
 use std::sync::Arc;
 
-use retromae_engine::Result;
-use retromae_engine::data::pairs::batch::{ContrastiveBatch, member_name};
-use retromae_engine::data::pairs::texts::{TextBatch, TextRules, Texts};
-use retromae_engine::rng::{Permutation, Site};
-use retromae_engine::train::biencoder::Room;
+use crate::data::pairs::batch::{ContrastiveBatch, member_name};
+use crate::data::pairs::texts::{TextBatch, TextRules, Texts};
+use crate::error::Result;
+use crate::rng::{Permutation, Site};
+use crate::train::biencoder::Room;
 
 use super::workload::{Model, Workload, texts};
 
 /// `count` batches, and the room that holds each of them.
-pub fn batches(model: Model, count: u64) -> Result<(Vec<ContrastiveBatch>, Room)> {
+///
+/// # Errors
+/// Never, unless the list of lengths is broken.
+pub fn batches(model: &Model, count: u64) -> Result<(Vec<ContrastiveBatch>, Room)> {
     let [queries, passages] = Workload::Finetune.lengths(model)?;
     let longest = [&queries, &passages].map(|lengths| lengths.iter().copied().max().unwrap_or(0));
+    let words = model.config().vocab_size;
     let group = passages.len() / queries.len();
     let members = 0..passages.len() as u32;
     let batch = |batch: u64| {
@@ -21,8 +25,8 @@ pub fn batches(model: Model, count: u64) -> Result<(Vec<ContrastiveBatch>, Room)
         let sample = |query: usize| batch * queries.len() as u64 + query as u64;
         let passage = |i: usize| member_name(sample(i / group), 1 + i % group);
         Ok(ContrastiveBatch {
-            queries: side(model, (1, batch), &queries, |i| member_name(sample(i), 0))?,
-            passages: side(model, (2, batch), &passages, passage)?,
+            queries: side(words, (1, batch), &queries, |i| member_name(sample(i), 0))?,
+            passages: side(words, (2, batch), &passages, passage)?,
             group,
             targets: members.clone().step_by(group).collect(),
             hidden: None,
@@ -36,10 +40,10 @@ pub fn batches(model: Model, count: u64) -> Result<(Vec<ContrastiveBatch>, Room)
 }
 
 /// Random texts of these lengths in random order under their names.
-fn side(model: Model, (seed, batch): (u64, u64), lengths: &[usize], name: impl Fn(usize) -> u64) -> Result<TextBatch> {
+fn side(words: usize, (seed, batch): (u64, u64), lengths: &[usize], name: impl Fn(usize) -> u64) -> Result<TextBatch> {
     let order = Permutation::new(seed, batch, Site::Order, lengths.len() as u64);
     let longest = lengths.iter().copied().max().unwrap_or(0);
-    let texts = Texts::new(Arc::new(texts(model, seed, batch, lengths)?), TextRules::new(longest))?;
+    let texts = Texts::new(Arc::new(texts(words, seed, batch, lengths)), TextRules::new(longest))?;
     let chosen: Vec<(u64, u32)> = (0..lengths.len()).map(|i| (name(i), order.at(i as u64) as u32)).collect();
     texts.pack(&chosen)
 }

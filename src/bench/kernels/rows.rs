@@ -1,13 +1,14 @@
 //! Kernels that go over the rows of hidden states once: bytes are all they cost.
 
 use super::{Bench, Work};
-use retromae_engine::Result;
-use retromae_engine::device::Tensor;
-use retromae_engine::ops::activation::{self, Function};
-use retromae_engine::ops::pool::{self, Pooling};
-use retromae_engine::ops::{embed, gather, layernorm};
+use crate::device::Tensor;
+use crate::error::Result;
+use crate::ops::activation::{self, Function};
+use crate::ops::pool::{self, Pooling};
+use crate::ops::{embed, gather, layernorm};
 
-pub fn cases(bench: &Bench<'_>) -> Result<()> {
+/// Times all of them.
+pub(super) fn cases(bench: &Bench<'_>) -> Result<()> {
     norm(bench)?;
     gelu(bench)?;
     embedding(bench)?;

@@ -1,13 +1,14 @@
 //! Attention of the encoder and of the enhanced decoder. FLOP are 4 C Σ L² forward and 2.5 times that backward, hidden pairs included.
 
 use super::{Batch, Bench, Setup, Work};
-use retromae_engine::Result;
-use retromae_engine::device::{Matrix, Tensor};
-use retromae_engine::graph::inputs::DecoderInputs;
-use retromae_engine::ops::attention::{self, Gradient, Shape};
-use retromae_engine::ops::enhanced_decoding::{self, Queries, Visible};
+use crate::device::{Matrix, Tensor};
+use crate::error::Result;
+use crate::graph::inputs::DecoderInputs;
+use crate::ops::attention::{self, Gradient, Shape};
+use crate::ops::enhanced_decoding::{self, Queries, Visible};
 
-pub fn cases(bench: &Bench<'_>) -> Result<()> {
+/// Times all of them.
+pub(super) fn cases(bench: &Bench<'_>) -> Result<()> {
     for batch in [bench.full, bench.ragged] {
         encoder(bench, batch)?;
         if let Some(inputs) = &batch.inputs.decoder {

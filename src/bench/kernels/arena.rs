@@ -1,11 +1,12 @@
 //! What works on the flat arena of all parameters: the gradient's norm, AdamW.
 
 use super::{Bench, Work};
-use retromae_engine::Result;
-use retromae_engine::device::DType;
-use retromae_engine::ops::optimizer::{self, AdamW, Update};
+use crate::device::DType;
+use crate::error::Result;
+use crate::ops::optimizer::{self, AdamW, Update};
 
-pub fn cases(bench: &Bench<'_>) -> Result<()> {
+/// Times all of them.
+pub(super) fn cases(bench: &Bench<'_>) -> Result<()> {
     let setup = bench.setup;
     // As many as BERT-base and the enhanced decoder have.
     let n = if bench.tiny() { 10_000 } else { 116_600_000 };

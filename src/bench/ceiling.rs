@@ -2,12 +2,13 @@
 
 use std::cell::Cell;
 
+use super::Times;
+use crate::device::gpu::Gpu;
+use crate::device::{DType, Device, Element, Matmul, Matrix, Output, Product, Tensor};
+use crate::error::Result;
+use crate::ops::{Count, gather};
+use crate::rng::{Site, Stream};
 use half::{bf16, f16};
-use retromae_engine::Result;
-use retromae_engine::device::gpu::Gpu;
-use retromae_engine::device::{DType, Device, Element, Matmul, Matrix, Output, Product, Tensor};
-use retromae_engine::ops::{Count, gather};
-use retromae_engine::rng::{Site, Stream};
 
 /// Number of normal values that all random data is cut from.
 const VALUES: usize = 1 << 22;
@@ -21,7 +22,14 @@ pub struct Random {
     start: Cell<usize>,
 }
 
+impl Default for Random {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Random {
+    /// Draws them.
     pub fn new() -> Self {
         let mut stream = Stream::new(3, 0, Site::Init, 0);
         let f32s: Vec<f32> = (0..VALUES).map(|_| stream.normal()).collect();
@@ -52,14 +60,11 @@ fn fill<T: Element>(tensor: &Tensor, values: &[T], start: usize, f: impl Fn(T) -
     }
 }
 
-/// Median of times.
-pub fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
 /// Milliseconds of recorded work: the median of `repeats`, between events on the GPU's queue. `work` must have nothing to wait for and
 /// nothing to allocate after its first run.
+///
+/// # Errors
+/// A failure of the GPU.
 pub fn milliseconds(gpu: &'static Gpu, repeats: usize, work: impl Fn()) -> Result<f64> {
     work();
     let record = gpu.capture(work);
@@ -74,8 +79,8 @@ pub fn milliseconds(gpu: &'static Gpu, repeats: usize, work: impl Fn()) -> Resul
         events.push(gpu.event()?);
     }
     gpu.synchronize()?;
-    let mut times = events.windows(2).map(|pair| pair[1].since(&*pair[0])).collect::<Result<Vec<_>>>()?;
-    Ok(median(&mut times))
+    let times = events.windows(2).map(|pair| pair[1].since(&*pair[0])).collect::<Result<Vec<_>>>()?;
+    Ok(Times::new(times).median())
 }
 
 /// The measured ceilings of a device.
@@ -89,6 +94,9 @@ pub struct Ceiling {
 
 impl Ceiling {
     /// Measures them: a product of `n × n` matrices (8,192 fill a large GPU) and a copy of 16 times as many bytes as such a matrix has.
+    ///
+    /// # Errors
+    /// A failure of the GPU.
     pub fn measure(gpu: &'static Gpu, random: &Random, n: usize) -> Result<Ceiling> {
         let device = Device::Gpu(gpu);
         let matrix = || random.tensor(device, DType::BF16, n * n, 1.0);

@@ -3,13 +3,14 @@
 use std::cell::RefCell;
 
 use super::{Bench, Work};
-use retromae_engine::Result;
-use retromae_engine::device::{DType, Matrix, Output, Tensor};
-use retromae_engine::ops::cross_entropy::{self, CrossEntropy, Gradients, Scale};
-use retromae_engine::ops::topk::{self, TopK};
-use retromae_engine::ops::{Count, contrastive, linear};
+use crate::device::{DType, Matrix, Output, Tensor};
+use crate::error::Result;
+use crate::ops::cross_entropy::{self, CrossEntropy, Gradients, Scale};
+use crate::ops::topk::{self, TopK};
+use crate::ops::{Count, contrastive, linear};
 
-pub fn cases(bench: &Bench<'_>) -> Result<()> {
+/// Times all of them.
+pub(super) fn cases(bench: &Bench<'_>) -> Result<()> {
     let (c, i) = (bench.setup.dims.hidden, bench.setup.dims.intermediate);
     for (name, inputs, outputs) in [("qkv", c, 3 * c), ("out", c, c), ("up", c, i), ("down", i, c)] {
         layer(bench, name, inputs, outputs)?;

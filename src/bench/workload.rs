@@ -6,15 +6,17 @@
 //! Every batch holds the same multiset of lengths in a new order with new tokens.
 
 use clap::ValueEnum;
-use retromae_engine::data::batch::{Builder, PretrainBatch};
-use retromae_engine::data::corpus::{Corpus, MemoryCorpus, Tokens};
-use retromae_engine::data::masking::{MaskRules, Vocabulary};
-use retromae_engine::data::order::{Order, Part};
-use retromae_engine::graph::Capacity;
-use retromae_engine::model::config::BertConfig;
-use retromae_engine::model::presets::preset;
-use retromae_engine::rng::{Site, Stream};
-use retromae_engine::{Error, Result};
+
+use crate::data::batch::{Builder, PretrainBatch};
+use crate::data::corpus::{Corpus, MemoryCorpus, Tokens};
+use crate::data::masking::{MaskRules, Vocabulary};
+use crate::data::order::{Order, Part};
+use crate::error::{Error, Result};
+use crate::graph::Capacity;
+use crate::model::config::BertConfig;
+use crate::model::presets::preset;
+use crate::rng::{Site, Stream};
+use crate::train::step::Objective;
 
 /// Files of lengths, under their names.
 const PASSAGES: (&str, &str) = ("passages.txt", include_str!("passages.txt"));
@@ -22,46 +24,62 @@ const FINETUNE: (&str, &str) = ("finetune.txt", include_str!("finetune.txt"));
 /// Ids below this one are special.
 const FIRST_WORD: u32 = 5;
 
-/// Size of a model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Model {
-    /// BERT-base.
-    Base,
-    /// BERT-small, on the batches of `base`.
-    Small,
-    /// MiniLM: 6 layers, 384 wide, vocabulary 30,522.
-    Minilm,
-    /// 2 layers, 128 wide, vocabulary 1,000.
-    Mini,
+/// A model by the name that measurements give it, and its configuration, dropout 0.1.
+#[derive(Clone, Debug)]
+pub struct Model {
+    name: String,
+    config: BertConfig,
 }
 
 impl Model {
-    /// Its name in results.
-    pub fn name(self) -> &'static str {
-        match self {
-            Model::Base => "base",
-            Model::Small => "small",
-            Model::Minilm => "minilm",
-            Model::Mini => "mini",
-        }
-    }
-
-    /// Its configuration, dropout 0.1.
-    pub fn config(self) -> Result<BertConfig> {
-        match self {
-            Model::Base => preset("bert-base"),
-            Model::Small => preset("bert-small"),
-            Model::Minilm => preset("minilm-l6"),
-            Model::Mini => Ok(BertConfig {
+    /// `base`, `small`, `minilm`, `mini` (2 layers, 128 wide, vocabulary 1,000) or the name of a preset.
+    ///
+    /// # Errors
+    /// An unknown name, with the known ones.
+    pub fn named(name: &str) -> Result<Model> {
+        let (name, known) = match name {
+            "base" | "bert-base" | "bert-base-uncased" => ("base", "bert-base"),
+            "small" | "bert-small" => ("small", "bert-small"),
+            "minilm" | "minilm-l6" => ("minilm", "minilm-l6"),
+            "mini" => ("mini", "bert-mini"),
+            other => (other, other),
+        };
+        let config = preset(known).map_err(|e| {
+            Error::usage(e.cause().to_string()).remedy(format!("{}, base, small, minilm or mini", e.advice()))
+        })?;
+        let config = match name {
+            "mini" => BertConfig {
                 vocab_size: 1000,
                 num_hidden_layers: 2,
                 hidden_size: 128,
                 num_attention_heads: 2,
                 intermediate_size: 256,
                 max_position_embeddings: 64,
-                ..preset("bert-mini")?
-            }),
-        }
+                ..config
+            },
+            _ => config,
+        };
+        Ok(Model { name: name.to_string(), config })
+    }
+
+    /// Its name in results.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &BertConfig {
+        &self.config
+    }
+
+    /// Whether its sizes are for trying the code only.
+    pub fn tiny(&self) -> bool {
+        self.name == "mini"
+    }
+
+    /// The name of its batches: all but the two smallest have those of `base`.
+    fn batches(&self) -> &str {
+        if matches!(self.name(), "minilm" | "mini") { self.name() } else { "base" }
     }
 }
 
@@ -87,16 +105,18 @@ impl Workload {
     }
 
     /// Lengths of the queries of a batch, none in pre-training, and of its texts.
-    pub fn lengths(self, model: Model) -> Result<[Vec<usize>; 2]> {
-        // `small` has the batches of `base`.
-        let size = if model == Model::Small { Model::Base } else { model };
+    ///
+    /// # Errors
+    /// Never, unless the list of lengths is broken.
+    pub fn lengths(self, model: &Model) -> Result<[Vec<usize>; 2]> {
+        let size = model.batches();
         let texts = match (self, size) {
-            (Workload::Full512, Model::Minilm) => vec![128; 16],
-            (Workload::Full512, Model::Mini) => vec![64; 4],
+            (Workload::Full512, "minilm") => vec![128; 16],
+            (Workload::Full512, "mini") => vec![64; 4],
             (Workload::Full512, _) => vec![512; 64],
-            (Workload::Passages, _) => listed(PASSAGES, size.name())?,
+            (Workload::Passages, _) => listed(PASSAGES, size)?,
             (Workload::Finetune, _) => {
-                let side = |name: &str| listed(FINETUNE, &format!("{} {name}", size.name()));
+                let side = |name: &str| listed(FINETUNE, &format!("{size} {name}"));
                 return Ok([side("queries")?, side("passages")?]);
             }
         };
@@ -119,14 +139,13 @@ fn listed((file, contents): (&str, &str), name: &str) -> Result<Vec<usize>> {
 }
 
 /// The special tokens, and the size of the model's vocabulary.
-fn vocabulary(model: Model) -> Result<Vocabulary> {
-    let size = model.config()?.vocab_size as u32;
-    Ok(Vocabulary { size, cls: 1, sep: 2, pad: 0, mask: 3, unk: Some(4) })
+fn vocabulary(words: usize) -> Vocabulary {
+    Vocabulary { size: words as u32, cls: 1, sep: 2, pad: 0, mask: 3, unk: Some(4) }
 }
 
-/// Texts of these lengths, of random words; others under each `seed` and in each batch.
-pub fn texts(model: Model, seed: u64, batch: u64, lengths: &[usize]) -> Result<MemoryCorpus> {
-    let vocabulary = vocabulary(model)?;
+/// Texts of these lengths, of random ones of so many words; others under each `seed` and in each batch.
+pub fn texts(words: usize, seed: u64, batch: u64, lengths: &[usize]) -> MemoryCorpus {
+    let vocabulary = vocabulary(words);
     let mut corpus = MemoryCorpus::default();
     for (text, &length) in lengths.iter().enumerate() {
         let mut random = Stream::new(seed, batch, Site::Init, text as u64);
@@ -135,17 +154,26 @@ pub fn texts(model: Model, seed: u64, batch: u64, lengths: &[usize]) -> Result<M
         (ids[0], ids[length - 1]) = (vocabulary.cls, vocabulary.sep);
         corpus.push(Tokens { ids: &ids, word_start: &vec![true; length] });
     }
-    Ok(corpus)
+    corpus
 }
 
 /// `count` batches of a workload of pre-training, and the capacity that holds each of them.
-pub fn batches(workload: Workload, model: Model, count: u64) -> Result<(Vec<PretrainBatch>, Capacity)> {
+///
+/// # Errors
+/// A model whose vocabulary has no words.
+pub fn batches(
+    workload: Workload,
+    model: &Model,
+    objective: Objective,
+    count: u64,
+) -> Result<(Vec<PretrainBatch>, Capacity)> {
     let [_, lengths] = workload.lengths(model)?;
-    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let (words, longest) = (model.config().vocab_size, lengths.iter().copied().max().unwrap_or(0));
     let batches = (0..count)
         .map(|batch| {
-            let corpus = texts(model, 1, batch, &lengths)?;
-            let rules = MaskRules::new(batch, vocabulary(model)?, 0.3, Some(0.5))?;
+            let corpus = texts(words, 1, batch, &lengths);
+            let rules = MaskRules::new(batch, vocabulary(words), 0.3, objective.has_decoder().then_some(0.5))?;
+            let rules = if objective == Objective::DupMae { rules.with_bags() } else { rules };
             let order = Order::new(batch, corpus.texts(), 0)?;
             Builder::new(rules, order, Part::Train, longest).build(&corpus, 0..corpus.texts())
         })
