@@ -234,4 +234,5 @@ fn wrong_input_is_one_line() {
     refused(&["data", "--objective", "contrastive"], 2, "no masks");
     refused(&["encode", "--device", "cpu", "--model", "./nowhere"], 1, "nowhere");
     refused(&["search", "--device", "cpu", "--rows", "0"], 2, "--rows");
+    refused(&["encode", "--device", "cpu", "--model", "mini", "--json", "nowhere/out"], 1, "nowhere/out: cannot open");
 }

@@ -13,6 +13,7 @@ pub mod search;
 pub mod step;
 pub mod workload;
 
+use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -25,15 +26,22 @@ use crate::train::target::Target;
 /// Where the results of a command go: rows of a table to the user, objects to a file of JSON lines.
 pub struct Report<'a> {
     say: &'a (dyn Fn(&str) -> Result<()> + Sync),
-    json: Option<PathBuf>,
+    json: Option<(PathBuf, File)>,
     facts: Map<String, Value>,
 }
 
 impl<'a> Report<'a> {
     /// A report to `say`, and to the end of the file `json`, where one is named. `facts` are part of every object.
-    pub fn new(say: &'a (dyn Fn(&str) -> Result<()> + Sync), json: Option<PathBuf>, facts: Value) -> Self {
+    ///
+    /// # Errors
+    /// A file that cannot be opened: better known before an hour of measuring than after it.
+    pub fn new(say: &'a (dyn Fn(&str) -> Result<()> + Sync), json: Option<PathBuf>, facts: Value) -> Result<Self> {
         let facts = facts.as_object().cloned().unwrap_or_default();
-        Report { say, json, facts }
+        let open = |path: PathBuf| {
+            let file = File::options().create(true).append(true).open(&path).at(&path, "cannot open")?;
+            Ok((path, file))
+        };
+        Ok(Report { say, json: json.map(open).transpose()?, facts })
     }
 
     /// Tells a line.
@@ -58,13 +66,12 @@ impl<'a> Report<'a> {
     /// A failed write.
     pub fn case(&self, cells: &[String], line: Value) -> Result<()> {
         self.say(&format!("| {} |", cells.join(" | ")))?;
-        let Some(path) = &self.json else { return Ok(()) };
+        let Some((path, mut file)) = self.json.as_ref().map(|(path, file)| (path, file)) else { return Ok(()) };
         let mut line = line.as_object().cloned().unwrap_or_default();
         for (name, fact) in &self.facts {
             line.entry(name.clone()).or_insert_with(|| fact.clone());
         }
-        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).at(path, "cannot open")?;
-        writeln!(file, "{}", Value::Object(line)).at(path, "cannot write")
+        file.write_all(format!("{}\n", Value::Object(line)).as_bytes()).at(path, "cannot write")
     }
 }
 

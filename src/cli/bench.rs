@@ -17,9 +17,9 @@ use crate::train::target::Target;
 
 /// Measure steps, kernels, data, encoding and search, and compare two measurements
 ///
-/// A table on standard output. --json FILE appends a JSON object for every case, with the command, the commit (RETROMAE_COMMIT), the device, its
-/// driver and cuBLASLt: what it takes to repeat it. Models: base, small, minilm and mini (next to nothing, to try the command), or a
-/// preset as in train --config-name.
+/// A table on standard output. --json FILE appends a JSON object for every case, with the command, the commit (RETROMAE_COMMIT), the
+/// device, its driver and cuBLASLt: what it takes to repeat it. Models: base, small, minilm and mini
+/// (next to nothing, to try the command), or a preset as in train --config-name.
 #[derive(Debug, Args)]
 #[command(arg_required_else_help = true)]
 pub struct Arguments {
@@ -46,6 +46,11 @@ enum What {
 /// A number that is at least 1.
 fn count() -> clap::builder::RangedU64ValueParser {
     clap::value_parser!(u64).range(1..=1_000_000_000)
+}
+
+/// A number of texts in a set.
+fn texts() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=100_000_000)
 }
 
 #[derive(Debug, Args)]
@@ -111,13 +116,13 @@ struct DataArguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(3..=65_535))]
     max_length: Option<u32>,
     /// Time the data of fine-tuning: ids, judgements and negatives, batches, in a set of so many texts
-    #[arg(long, value_name = "TEXTS", num_args = 0..=1, default_missing_value = "2000000", value_parser = clap::value_parser!(u32).range(1..=100_000_000))]
+    #[arg(long, value_name = "TEXTS", num_args = 0..=1, default_missing_value = "2000000", value_parser = texts())]
     pairs: Option<u32>,
 }
 
 #[derive(Debug, Args)]
 struct EncodeArguments {
-    /// A model's folder or hub name, or a size, which then has random weights [default: base on a GPU, minilm on the CPU, mini in the emulator]
+    /// A model's folder or hub name, or a size, which has random weights [default: base on a GPU, minilm on the CPU, mini in the emulator]
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// Texts [default: as many as the workload passages of the model's size has]
@@ -204,7 +209,7 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
                 batches: args.batches,
                 max_length: args.max_length.map(|n| n as usize),
             };
-            data::run(&settings, &Report::new(&say, global.json.clone(), bench::machine("data")))
+            data::run(&settings, &Report::new(&say, global.json.clone(), bench::machine("data"))?)
         }
         What::Encode(args) => on(global, "encode", &args.hardware, |target, report| {
             let source = source(args.model.as_deref(), &args.hardware, target)?;
@@ -229,7 +234,7 @@ fn on(
 ) -> Result<()> {
     let target = Target::open(&hardware.device, hardware.precision)?;
     target.note.iter().for_each(|note| global.note(note));
-    measure(&target, &Report::new(&say, global.json.clone(), bench::facts(name, &target)))
+    measure(&target, &Report::new(&say, global.json.clone(), bench::facts(name, &target))?)
 }
 
 /// The model of this name, or the one that suits the device.
