@@ -114,7 +114,7 @@ impl<'a> Decoder<'a> {
                 cu_seqlens: &inputs.tokens.cu_seqlens,
                 work: inputs.rows.work(),
             },
-            queries: Queries { position: &self.position, sentence: &self.sentence },
+            queries: Queries::Parts { position: &self.position, sentence: &self.sentence },
             k: Matrix::columns(&self.kv, 0, 2 * dims.hidden),
             v: Matrix::columns(&self.kv, dims.hidden, 2 * dims.hidden),
             visible: Visible { offsets: &inputs.offsets, words: &inputs.words, row: &inputs.row },
