@@ -7,8 +7,9 @@
 //
 // The query of a row is q_position[position of the row] + q_sentence[sequence of the row], formed as a tile is loaded and rounded to the
 // storage type; parts [Lmax, C] and [S, C]. Without q_sentence it is a row of q_position [R, C] itself. k, v [T, C] are views with their
-// own strides. Bit rows as in `Visibility` of src/data/batch.rs. A row that sees nothing gives zeros and lse = +inf, and no gradient. The rest (D, precision, alignment, grid, block,
-// shared memory) is as in attention.cu; tiles come from the same loop. Bound by the tensor cores: a mask costs one word a row and 32 keys.
+// own strides. Bit rows as in `Visibility` of src/data/batch.rs. A row that sees nothing gives zeros and lse = +inf, and no gradient. The
+// rest (D, precision, alignment, grid, block, shared memory) is as in attention.cu; tiles come from the same loop. Bound by the tensor
+// cores: a mask costs one word a row and 32 keys.
 #include "flash.cuh"
 
 // ---- parameter structs
