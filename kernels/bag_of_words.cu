@@ -13,15 +13,15 @@
 //                        Grid ceil(most labels / 4), block 512.
 // bag_of_words_slabs     top, place [slabs, V] (=): largest logit of a slab's rows and its slot; a row even where no logit is a number.
 //                        Grid (ceil(V / 1024), most slabs), block 128.
-// bag_of_words_places    place [sequences, V] (=) over the slabs of each sequence, partial [sequences, ceil(V / 1024), 2] (=): max and sum of
-//                        exponentials of u. Grid (ceil(V / 1024), most sequences), block 128.
+// bag_of_words_places    place [sequences, V] (=) over the slabs of each sequence, partial [sequences, ceil(V / 1024), 2] (=): max and
+//                        sum of exponentials of u. Grid (ceil(V / 1024), most sequences), block 128.
 // bag_of_words_loss      bag_loss [all sequences of the batch] (=, the chunk's), bags [sequences, 2] (=: max, bag_scale weight n / sum).
 //                        Grid most sequences, block 128.
 // bag_of_words_gradient  logits [chunk, V] in, gradient out (=); sums [slabs, V] (=): over the rows of each slab. Grid as of slabs.
 // bag_of_words_bias      db_acc [V] (+=): the slabs' sums in ascending order. Grid ceil(V / 256), block 256.
 //
-// Storage of logits and of their maxima f32 or bf16, everything else f32. No dynamic shared memory. Bound by bytes out of L2, where the product left the
-// chunk: every logit is read for the maxima and for the gradient, and again where its row has a label.
+// Storage of logits and of their maxima f32 or bf16, everything else f32. No dynamic shared memory. Bound by bytes out of L2, where the
+// product left the chunk: every logit is read for the maxima and for the gradient, and again where its row has a label.
 #include "cross_entropy.cuh"
 
 // ---- parameter structs
@@ -203,7 +203,8 @@ __device__ __forceinline__ void bag_of_words_gradient(T* logits, float* sums, co
   }
   float b[8];
   load8(b, bias + c);
-  const float top = bags[2 * sequence], factor = bags[2 * sequence + 1], weight = factor == 0.f ? 0.f : *bag_scale * chunk.weights[sequence];
+  const float top = bags[2 * sequence], factor = bags[2 * sequence + 1];
+  const float weight = factor == 0.f ? 0.f : *bag_scale * chunk.weights[sequence];
   const float onehot = label_scale == nullptr ? 0.f : *label_scale;
   const uint32_t words = bow_words_of(chunk, int(sequence), uint32_t(c));
   const Places8 places = *reinterpret_cast<const Places8*>(place + size_t(sequence) * size_t(V) + c);

@@ -1,13 +1,15 @@
-// Attention of the enhanced decoder: queries in two parts or whole, and a visibility mask of bits for every position; no position sees itself.
+// Attention of the enhanced decoder: queries in two parts or whole, and a visibility mask of bits for every position; no position sees
+// itself.
 //
 //   enhanced_decoding_forward_d<D>        writes (=) out [R, C], lse [R, H]
 //   enhanced_decoding_backward_dq_d<D>    writes (=) dq [R, C], delta [R, H]
 //   enhanced_decoding_backward_dkv_d<D>   writes (=) dkv [T, 2 C] (dK, dV side by side); reads delta, so it comes after dq
 //
 // The query of a row is q_position[position of the row] + q_sentence[sequence of the row], formed as a tile is loaded and rounded to the
-// storage type; parts [Lmax, C] and [S, C]. Without q_sentence it is a row of q_position [R, C] itself. k, v [T, C] are views with their own strides. Bit rows as in `Visibility` of
-// src/data/batch.rs. A row that sees nothing gives zeros and lse = +inf, and no gradient. The rest (D, precision, alignment, grid, block,
-// shared memory) is as in attention.cu; tiles come from the same loop. Bound by the tensor cores: a mask costs one word a row and 32 keys.
+// storage type; parts [Lmax, C] and [S, C]. Without q_sentence it is a row of q_position [R, C] itself. k, v [T, C] are views with their
+// own strides. Bit rows as in `Visibility` of src/data/batch.rs. A row that sees nothing gives zeros and lse = +inf, and no gradient. The
+// rest (D, precision, alignment, grid, block, shared memory) is as in attention.cu; tiles come from the same loop. Bound by the tensor
+// cores: a mask costs one word a row and 32 keys.
 #include "flash.cuh"
 
 // ---- parameter structs
@@ -81,7 +83,8 @@ template <class T, int D> struct FormedQueries {
       const int row = i / L::CHUNKS, chunk = i % L::CHUNKS, at = chunk * L::ELEMENTS;
       uint4 query = make_uint4(0, 0, 0, 0);
       if (row < rows) {
-        const T* const from = by_position + size_t(sentence == nullptr ? uint32_t(first + row) : position[first + row]) * size_t(width) + at;
+        const uint32_t of = sentence == nullptr ? uint32_t(first + row) : position[first + row];
+        const T* const from = by_position + size_t(of) * size_t(width) + at;
         query = sentence == nullptr ? *reinterpret_cast<const uint4*>(from) : add_chunks(from, sentence + at);
       }
       *reinterpret_cast<uint4*>(tile + L::at(row, chunk)) = query;

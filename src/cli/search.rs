@@ -90,8 +90,8 @@ fn tag(text: &str) -> std::result::Result<String, String> {
     }
 }
 
-/// Where the `k` best of these embeddings, dense ones of this width, are searched for: on the device, or, where a GPU cannot and was not asked for by name, on
-/// the CPU, which is told.
+/// Where the `k` best of these embeddings, dense ones of this width, are searched for: on the device, or, where a GPU cannot and was not
+/// asked for by name, on the CPU, which is told.
 pub fn searching(
     global: &Global,
     (device, named): (Device, &str),

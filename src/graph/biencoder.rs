@@ -255,7 +255,8 @@ impl Tower {
         joined::put(p.device, shape, p.b(self.embedding), head.words(p), &inputs.places, all);
     }
 
-    /// Adds the gradients of all parameters, from those of the embeddings in `d_all`, as wide as in the forward. The forward of the same texts comes before.
+    /// Adds the gradients of all parameters, from those of the embeddings in `d_all`, as wide as in the forward. The forward of the same
+    /// texts comes before.
     pub fn backward(&self, p: &Pass<'_>, inputs: &TowerInputs, d_all: &Tensor) {
         let (count, c, w) = (inputs.count.get(), self.hidden, self.width());
         let d_embedding = p.b(self.d_embedding);

@@ -1,5 +1,5 @@
-//! BERT's masked-LM head over all rows of a batch, for the lexical representation of its texts: of the logits the largest of every word in a
-//! text, the K largest of these kept ([`crate::ops::lexical`]).
+//! BERT's masked-LM head over all rows of a batch, for the lexical representation of its texts: of the logits the largest of every word in
+//! a text, the K largest of these kept ([`crate::ops::lexical`]).
 //!
 //! In training the gradients of the weights go back through the row in which a word is largest ([`crate::ops::joined`]).
 

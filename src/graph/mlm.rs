@@ -1,6 +1,7 @@
 //! BERT's masked-LM head and its loss: `y = LN(act(h W + b))`, logits over the tied word embeddings, cross entropy.
 //!
-//! Only rows with a label come here, but from [`super::dupmae`]. Loss and backward are one pass: the gradient of `h` is ready when the loss is.
+//! Only rows with a label come here, but from [`super::dupmae`]. Loss and backward are one pass: the gradient of `h` is ready when the loss
+//! is.
 
 use super::activations::{Plan, Slot};
 use super::block::{Linear, Norm};

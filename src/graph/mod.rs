@@ -1,7 +1,7 @@
 //! The transformer graph: explicit forward and backward, no tape.
 //!
-//! Each part (`encoder`, `mlm`, `retromae`, `dupmae`) owns the numbers of its parameters in the [`params::Params`] table and of its buffers in
-//! the activation plan; a forward stands directly above its backward, which is the forward's list reversed.
+//! Each part (`encoder`, `mlm`, `retromae`, `dupmae`) owns the numbers of its parameters in the [`params::Params`] table and of its
+//! buffers in the activation plan; a forward stands directly above its backward, which is the forward's list reversed.
 //!
 //! Glossary: B sequences of a batch (also S), T tokens, R rows needed of the last layer, M labelled rows, C hidden size, H heads,
 //! D head size, I feed-forward width, V vocabulary.

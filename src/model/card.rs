@@ -38,7 +38,10 @@ fn quoted(name: &str) -> String {
 
 fn page(spec: &ExportSpec, name: &str, usage: &str) -> String {
     let (what, task, library, tag) = match spec.kind {
-        ExportKind::MaskedLm => ("RetroMAE pre-trained encoder", "fill-mask", "transformers", "retromae"),
+        ExportKind::MaskedLm => match spec.provenance.get("objective").and_then(|objective| objective.as_str()) {
+            Some("dupmae") => ("DupMAE pre-trained encoder", "fill-mask", "transformers", "dupmae"),
+            _ => ("RetroMAE pre-trained encoder", "fill-mask", "transformers", "retromae"),
+        },
         ExportKind::BiEncoder { .. } => {
             ("Text embedding model", "sentence-similarity", "sentence-transformers", "feature-extraction")
         }

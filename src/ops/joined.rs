@@ -1,10 +1,10 @@
-//! Joined embeddings of a bi-encoder in training: of each text its dense embedding, and behind it a column for every word of the vocabulary,
-//! in which stand the weights of the text's K words ([`super::lexical`]). The inner product of two rows is the joined score, dense and
-//! lexical.
+//! Joined embeddings of a bi-encoder in training: of each text its dense embedding, and behind it a column for every word of the
+//! vocabulary, in which stand the weights of the text's K words ([`super::lexical`]). The inner product of two rows is the joined score,
+//! dense and lexical.
 //!
-//! `all[place_s, 0..W] = dense_s`, `all[place_s, W + id] = weight`, 0 elsewhere. A weight is `h_i · W_id + b_id` for the row i in which that is
-//! largest, so the backward goes through that row alone: `dh_i = Σ d W_id`, `dW_id += Σ d h_i`, `db_id += Σ d`, the sums over the words of
-//! texts whose row i is. Words that a text does not keep have no gradient. Ids of all bits set are no word.
+//! `all[place_s, 0..W] = dense_s`, `all[place_s, W + id] = weight`, 0 elsewhere. A weight is `h_i · W_id + b_id` for the row i in which
+//! that is largest, so the backward goes through that row alone: `dh_i = Σ d W_id`, `dW_id += Σ d h_i`, `db_id += Σ d`, the sums over the
+//! words of texts whose row i is. Words that a text does not keep have no gradient. Ids of all bits set are no word.
 //!
 //! Which row is largest is found again from the sums in f32, once a step, for the words that were kept; of equal ones the first counts.
 

@@ -200,7 +200,8 @@ mod tests {
 
     #[test]
     fn lists_are_those_of_a_brute_force_whatever_ties() {
-        // One query, an odd number; a group of queries and some; with and without dense embeddings, narrow ones too; other numbers of tokens.
+        // One query, an odd number, a group of queries and some; with and without dense embeddings, narrow ones too; other numbers of
+        // tokens.
         for (q, n, dim, tokens, k) in
             [(1, 600, 8, [5, 7], 20), (3, 1500, 0, [9, 4], 1500), (515, 700, 2, [3, 12], 9), (2, 3, 16, [1, 1], 10)]
         {

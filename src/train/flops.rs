@@ -7,8 +7,9 @@ use crate::train::step::Objective;
 ///
 /// Counted are real tokens only: the projections and the feed-forward layer of every layer over all tokens, attention at `4 C L²` a
 /// sequence and layer, the MLM head (transform and tied output) on the `masked` rows (for DupMAE on all) and, with a decoder, one more
-/// layer and the head on the `labelled` rows. Pairs that the decoder's masks hide are counted. Not counted are embeddings, LayerNorm, softmax, dropout and
-/// the optimizer, nor does the count shrink by what the engine saves (the last layer on needed rows, the decoder's queries by parts).
+/// layer and the head on the `labelled` rows. Pairs that the decoder's masks hide are counted. Not counted are embeddings, LayerNorm,
+/// softmax, dropout and the optimizer, nor does the count shrink by what the engine saves (the last layer on needed rows, the decoder's
+/// queries by parts).
 /// So it is the same number for every implementation of the same step.
 pub fn pretraining(
     config: &BertConfig,

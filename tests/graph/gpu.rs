@@ -148,8 +148,14 @@ fn dupmae_over_several_chunks() {
 /// What a broken step leaves in the buffers is multiplied by zero by no later one.
 #[test]
 fn a_broken_step_changes_nothing_and_leaves_nothing() {
-    let device = gpu();
-    let (mut broken, mut fresh) = (small(device, DType::BF16), small(device, DType::BF16));
+    for objective in [Objective::RetroMae, Objective::DupMae] {
+        broken_step(objective);
+    }
+}
+
+fn broken_step(objective: Objective) {
+    let (device, config) = (gpu(), sizes(32, Activation::Gelu));
+    let [mut broken, mut fresh] = [(); 2].map(|()| on(device, &config, objective, DType::BF16));
     let before = bits(&broken);
     let (weights, largest) = (broken.params().weights().to_vec::<f32>(), vec![batch(7, &[40, 40], USUAL)]);
     let mut poisoned = weights.clone();

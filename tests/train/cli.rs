@@ -112,6 +112,8 @@ fn dupmae_logs_its_losses_and_kills_change_no_bit() {
         assert_eq!(bits(&world.path(&killed)), bits(&world.path(&whole)), "{device}");
         let model = |out: &str| std::fs::read(world.path(out).join("model/model.safetensors")).unwrap();
         assert!(model(&killed) == model(&whole), "{device}");
+        let card = std::fs::read_to_string(world.path(&whole).join("model/README.md")).unwrap();
+        assert!(card.contains("DupMAE pre-trained encoder") && card.contains("- dupmae\n"), "{card}");
         // Another weight is another run.
         let other = run(&whole).args(["--bow-loss-weight", "0.2"]).output().unwrap();
         assert!(stderr(&other).contains("bow-loss-weight was 0.1 and is now 0.2"), "{}", stderr(&other));

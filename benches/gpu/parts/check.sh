@@ -40,7 +40,7 @@ graph() {
 # Training over pairs and reranking: golden cases, the CPU's losses, runs that are killed and go on to the same bits. Tests that need
 # no GPU stay at home.
 tuning() {
-    local serial=(--test-threads=1) golden=(golden::bi_encoders_on_a_gpu golden::cross_encoders invariants::)
+    local serial=(--test-threads=1) golden=(golden::bi_encoders_on_a_gpu golden::cross_encoders invariants:: joined::)
     local tuned=(tuned::a_ tuned::kills)
     [ "$device" = cuda ] || golden=(golden::bi_encoders_on_a_gpu_in_bf16) tuned=(tuned::a_bi_encoder)
     try "fine-tuning against golden cases" 60 "${libraries[@]}" "$pack/tests/finetune" "${serial[@]}" "${golden[@]}" || true
