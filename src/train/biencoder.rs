@@ -268,11 +268,6 @@ impl BiEncoder {
         [0, 1].map(|i| to_f32(&self.head.all.tensor(i).slice(0..counts[i])))
     }
 
-    /// Width of the embeddings.
-    pub fn width(&self) -> usize {
-        self.head.width
-    }
-
     /// Most texts and most tokens that [`Self::embed`] takes at once, of queries (0) or passages (1).
     pub fn limits(&self, side: usize) -> (usize, usize) {
         self.limits[if self.options.untied { side } else { 0 }]

@@ -85,7 +85,7 @@ fn dropout() -> StepDropout {
     StepDropout { hidden: Dropout::new(5, 3, 0.1), attention: Dropout::new(5, 3, 0.2) }
 }
 
-pub(super) fn gradients(model: &mut BiEncoder, micro: &[ContrastiveBatch]) -> (f64, Vec<f64>) {
+fn gradients(model: &mut BiEncoder, micro: &[ContrastiveBatch]) -> (f64, Vec<f64>) {
     let loss = model.gradients(micro, dropout()).unwrap().total();
     let all = model.params().parts().iter().flat_map(|part| model.params().get_gradient(part));
     (loss, all.map(f64::from).collect())
@@ -96,39 +96,33 @@ pub(super) fn apart(a: &[f64], b: &[f64]) -> f64 {
     norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied())
 }
 
-/// With dropout, which an embedding anew must draw again.
-#[test]
-fn chunks_change_nothing() {
-    for untied in [false, true] {
-        let (loss, whole) = gradients(&mut model(Device::Cpu, DType::F64, untied, None), &[batch(1)]);
-        for chunk in [1, 4, 9] {
-            let (other, parts) = gradients(&mut model(Device::Cpu, DType::F64, untied, Some(chunk)), &[batch(1)]);
-            assert!((other / loss - 1.0).abs() < 1e-12, "{other} and {loss}");
-            // Gradients are read as f32.
-            assert!(apart(&parts, &whole) < 1e-7, "chunk {chunk}: {}", apart(&parts, &whole));
-        }
+/// Loss and gradients of a model in chunks of these numbers of texts are those of one that is not divided.
+pub(super) fn chunks_agree(model: impl Fn(Option<usize>) -> BiEncoder, chunks: &[usize]) {
+    let (loss, whole) = gradients(&mut model(None), &[batch(1)]);
+    for &chunk in chunks {
+        let (other, parts) = gradients(&mut model(Some(chunk)), &[batch(1)]);
+        assert!((other / loss - 1.0).abs() < 1e-12, "{other} and {loss}");
+        // Gradients are read as f32.
+        assert!(apart(&parts, &whole) < 1e-7, "chunk {chunk}: {}", apart(&parts, &whole));
     }
 }
 
-#[test]
-fn a_gpu_computes_what_the_cpu_does() {
-    for (untied, chunk) in [(false, None), (true, None), (false, Some(4))] {
-        let (loss, exact) = gradients(&mut model(Device::Cpu, DType::F64, untied, None), &[batch(1), batch(9)]);
-        let mut on_gpu = model(gpu(), DType::F32, untied, chunk);
-        // As it comes, recorded, replayed.
-        for _ in 0..3 {
-            let (other, got) = gradients(&mut on_gpu, &[batch(1), batch(9)]);
-            assert!((other / loss - 1.0).abs() < 1e-5, "{other} and {loss}");
-            assert!(apart(&got, &exact) < 1e-4, "{}", apart(&got, &exact));
-        }
+/// Loss and gradients of a model on a GPU, in f32, are those of the same on the CPU, in f64.
+pub(super) fn devices_agree(mut on_cpu: BiEncoder, mut on_gpu: BiEncoder) {
+    let (loss, exact) = gradients(&mut on_cpu, &[batch(1), batch(9)]);
+    // As it comes, recorded, replayed.
+    for _ in 0..3 {
+        let (other, got) = gradients(&mut on_gpu, &[batch(1), batch(9)]);
+        assert!((other / loss - 1.0).abs() < 1e-5, "{other} and {loss}");
+        assert!(apart(&got, &exact) < 1e-4, "{}", apart(&got, &exact));
     }
 }
 
-#[test]
-fn bf16_training_follows_the_cpu() {
+/// Thirty steps at this learning rate, in bf16 on a GPU and on the CPU: the losses fall, and alike.
+pub(super) fn training_agrees(model: impl Fn(Device, DType) -> BiEncoder, rate: f64) {
     let run = |device, storage| -> Vec<f64> {
-        let mut model = model(device, storage, false, None);
-        let step = |t: u64| model.step(&[batch(t % 2)], &AdamW::default(), 1e-3, t, 9).unwrap().losses.total();
+        let mut model = model(device, storage);
+        let step = |t: u64| model.step(&[batch(t % 2)], &AdamW::default(), rate, t, 9).unwrap().losses.total();
         (1..=30).map(step).collect()
     };
     let (cpu, gpu) = (run(Device::Cpu, DType::F32), run(gpu(), DType::BF16));
@@ -137,6 +131,26 @@ fn bf16_training_follows_the_cpu() {
     println!("from {:.4} to {:.4}, bf16 to {:.4}, at most {furthest:.4} apart", cpu[0], cpu[29], gpu[29]);
     assert!(learned > 0.2 * cpu[0], "the CPU's loss fell from {} by {learned} only", cpu[0]);
     assert!(furthest <= 0.05 * learned, "losses are {furthest} apart where {learned} was learned");
+}
+
+/// With dropout, which an embedding anew must draw again.
+#[test]
+fn chunks_change_nothing() {
+    for untied in [false, true] {
+        chunks_agree(|chunk| model(Device::Cpu, DType::F64, untied, chunk), &[1, 4, 9]);
+    }
+}
+
+#[test]
+fn a_gpu_computes_what_the_cpu_does() {
+    for (untied, chunk) in [(false, None), (true, None), (false, Some(4))] {
+        devices_agree(model(Device::Cpu, DType::F64, untied, None), model(gpu(), DType::F32, untied, chunk));
+    }
+}
+
+#[test]
+fn bf16_training_follows_the_cpu() {
+    training_agrees(|device, storage| model(device, storage, false, None), 1e-3);
 }
 
 /// Devices that have some of the queries each and the passages of all: their losses and gradients add up to those of one batch.

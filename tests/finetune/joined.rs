@@ -4,14 +4,13 @@ use retromae_engine::data::pairs::batch::ContrastiveBatch;
 use retromae_engine::device::{DType, Device};
 use retromae_engine::graph::biencoder::Shape;
 use retromae_engine::graph::{Dims, StepDropout};
-use retromae_engine::ops::optimizer::AdamW;
 use retromae_engine::ops::pool::Pooling;
 use retromae_engine::rng::{Site, Stream};
 use retromae_engine::train::biencoder::{BiEncoder, DistillLoss, Distillation, Options, Room};
 use retromae_engine::train::updates::Trainable;
 
 use super::golden::gpu;
-use super::invariants::{apart, batch, config, gradients};
+use super::invariants::{apart, batch, chunks_agree, config, devices_agree, training_agrees};
 
 /// Words of a text.
 const K: usize = 7;
@@ -121,13 +120,7 @@ fn the_score_is_that_of_both() {
 #[test]
 fn chunks_change_nothing() {
     for untied in [false, true] {
-        let on = |chunk| model(Device::Cpu, DType::F64, options(untied, true), chunk);
-        let (loss, whole) = gradients(&mut on(None), &[batch(1)]);
-        for chunk in [1, 4] {
-            let (other, parts) = gradients(&mut on(Some(chunk)), &[batch(1)]);
-            assert!((other / loss - 1.0).abs() < 1e-12, "{other} and {loss}");
-            assert!(apart(&parts, &whole) < 1e-7, "chunk {chunk}: {}", apart(&parts, &whole));
-        }
+        chunks_agree(|chunk| model(Device::Cpu, DType::F64, options(untied, true), chunk), &[1, 4]);
     }
 }
 
@@ -135,30 +128,13 @@ fn chunks_change_nothing() {
 fn a_gpu_computes_what_the_cpu_does() {
     for (untied, chunk) in [(false, None), (true, None), (false, Some(4))] {
         let options = options(untied, !untied);
-        let (loss, exact) = gradients(&mut model(Device::Cpu, DType::F64, options, None), &[batch(1), batch(9)]);
-        let mut on_gpu = model(gpu(), DType::F32, options, chunk);
-        // As it comes, recorded, replayed.
-        for _ in 0..3 {
-            let (other, got) = gradients(&mut on_gpu, &[batch(1), batch(9)]);
-            assert!((other / loss - 1.0).abs() < 1e-5, "{other} and {loss}");
-            assert!(apart(&got, &exact) < 1e-4, "{}", apart(&got, &exact));
-        }
+        devices_agree(model(Device::Cpu, DType::F64, options, None), model(gpu(), DType::F32, options, chunk));
     }
 }
 
 /// With all words: which are the largest K is a choice that rounding may change, and small models learn other things then.
 #[test]
 fn bf16_training_follows_the_cpu() {
-    let run = |device, storage| -> Vec<f64> {
-        let options = Options { temperature: 20.0, lexical: Some(config().vocab_size), ..options(false, false) };
-        let mut model = model(device, storage, options, None);
-        let step = |t: u64| model.step(&[batch(t % 2)], &AdamW::default(), 3e-4, t, 9).unwrap().losses.total();
-        (1..=30).map(step).collect()
-    };
-    let (cpu, gpu) = (run(Device::Cpu, DType::F32), run(gpu(), DType::BF16));
-    let learned = cpu[0] - cpu[29];
-    let furthest = cpu.iter().zip(&gpu).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-    println!("from {:.4} to {:.4}, bf16 to {:.4}, at most {furthest:.4} apart", cpu[0], cpu[29], gpu[29]);
-    assert!(learned > 0.2 * cpu[0], "the CPU's loss fell from {} by {learned} only", cpu[0]);
-    assert!(furthest <= 0.05 * learned, "losses are {furthest} apart where {learned} was learned");
+    let options = Options { temperature: 20.0, lexical: Some(config().vocab_size), ..options(false, false) };
+    training_agrees(|device, storage| model(device, storage, options, None), 3e-4);
 }
