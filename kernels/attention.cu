@@ -14,7 +14,16 @@
 //   tiles of 64 D elements: 5 (forward), 6 (dq, dkv) in bf16; 3, 4, 4 in f32; and 2048 bytes; f32: 9216 more; dkv: 1280 n more,
 //   n = 2 stages in bf16 and 1 in f32.
 // Bound by the tensor cores from about 256 tokens on, by bytes below.
-#include "flash.cuh"
+//
+// On sm_90, for bf16 and heads of 64, by warpgroups (flash_hopper.cuh):
+//
+//   attention_forward_hopper_d64_bf16          as above; 33 KB + 18 KB of shared memory: 6 tiles and 4096 bytes
+//   attention_backward_{long,short}_d64_bf16   write (=) dq, dk and dv in one pass over a head of a sequence
+//
+// The backward's grid is (capacity for sequences, H), batch.tiles lists each sequence once with tile 0, and no sequence has more than
+// 64 `tiles` keys; shared memory as in BackwardLayout, with a dQ of `tiles` tiles where sequences may have more than 128 keys (long) or
+// 64 (short).
+#include "flash_hopper.cuh"
 
 #if !defined(RM_SIGNATURES)
 
@@ -104,3 +113,36 @@ ATTENTION_BACKWARD_DKV(bf16, bf16, 128, 128, 1, 4, 1, false, 32, 32)
 ATTENTION_BACKWARD_DKV(float, f32, 32, 128, 1, 4, 1, false, 32, 32)
 ATTENTION_BACKWARD_DKV(float, f32, 64, 128, 1, 4, 1, false, 32, 32)
 ATTENTION_BACKWARD_DKV(float, f32, 128, 128, 1, 4, 1, false, 32, 32)
+
+#define ATTENTION_FORWARD_HOPPER(threads, blocks, GROUPS)                                                                       \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) attention_forward_hopper_d64_bf16(                              \
+      bf16* out, float* lse, const bf16* q, int q_stride, const bf16* k, int k_stride, const bf16* v, int v_stride,             \
+      AttentionBatch batch, Dropout dropout, unsigned site, int heads) {                                                        \
+    RM_DYN_SMEM(smem);                                                                                                          \
+    flash::Item item;                                                                                                           \
+    if (!flash::find<flash::hopper::ForwardPlan<GROUPS>>(item, batch)) return;                                                  \
+    const flash::Tensors<bf16, 64> x(q, q_stride, k, k_stride, v, v_stride, item);                                              \
+    const flash::Drop drop(dropout, site, batch, item);                                                                         \
+    flash::hopper::forward<GROUPS>(out, lse, x.queries, x.k, x.v, x.mask, item, batch, drop, heads, smem);                      \
+  }                                                                                                                             \
+  RM_EXPORT_HOT(attention_forward_hopper_d64_bf16)
+
+#define ATTENTION_BACKWARD_HOPPER(kind, threads, blocks, GROUPS)                                                                \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) attention_backward_##kind##_d64_bf16(                           \
+      bf16* dq, int dq_stride, bf16* dk, bf16* dv, int dkv_stride, const bf16* q, int q_stride, const bf16* k, int k_stride,    \
+      const bf16* v, int v_stride, const bf16* out, const float* lse, const bf16* dout, AttentionBatch batch, Dropout dropout,  \
+      unsigned site, int heads, int tiles) {                                                                                    \
+    RM_DYN_SMEM(smem);                                                                                                          \
+    flash::Item item;                                                                                                           \
+    if (!flash::find<flash::hopper::ForwardPlan<1>>(item, batch)) return;                                                       \
+    const flash::Tensors<bf16, 64> x(q, q_stride, k, k_stride, v, v_stride, item);                                              \
+    const flash::Drop drop(dropout, site, batch, item);                                                                         \
+    const size_t corner = x.column(item, dkv_stride), row = size_t(item.first_row) * size_t(dq_stride) + size_t(item.head) * 64; \
+    flash::hopper::backward<GROUPS>(dq + row, dq_stride, dk + corner, dv + corner, dkv_stride, out, {dout, lse}, x.queries,     \
+                                    x.k, x.v, x.mask, item, batch, drop, heads, smem, tiles);                                   \
+  }                                                                                                                             \
+  RM_EXPORT_HOT(attention_backward_##kind##_d64_bf16)
+
+ATTENTION_FORWARD_HOPPER(256, 2, 2)
+ATTENTION_BACKWARD_HOPPER(long, 256, 1, 2)
+ATTENTION_BACKWARD_HOPPER(short, 128, 2, 1)

@@ -17,15 +17,19 @@ template <int N_TILE> struct Ring {
   __device__ uint32_t empty(int stage) const { return full(stage) + STAGES * 8; }
 };
 
-// B is [N, K] (B_TRANS 0) or [K, N] (B_TRANS 1). A box is 64 columns wide: the 128-byte swizzle's limit.
-template <int N_TILE, int B_TRANS>
+// A is [M, K] (A_TRANS 0) or [K, M], B is [N, K] (B_TRANS 0) or [K, N]. A box is 64 columns wide: the 128-byte swizzle's limit.
+template <int N_TILE, int A_TRANS, int B_TRANS>
 __device__ __forceinline__ void produce(const Ring<N_TILE>& ring, const CUtensorMap* a, const CUtensorMap* b, int steps) {
   const int m0 = int(blockIdx.y) * 64, n0 = int(blockIdx.x) * N_TILE;
   for (int i = 0; i < steps; i++) {
     const int stage = i % STAGES;
     mbarrier_wait(ring.empty(stage), uint32_t(i / STAGES & 1) ^ 1);
     mbarrier_expect_tx(ring.full(stage), Ring<N_TILE>::STAGE);
-    tma_load_2d(ring.a(stage), a, i * 64, m0, ring.full(stage));
+    if (A_TRANS) {
+      tma_load_2d(ring.a(stage), a, m0, i * 64, ring.full(stage));
+    } else {
+      tma_load_2d(ring.a(stage), a, i * 64, m0, ring.full(stage));
+    }
     for (int part = 0; part < N_TILE / 64; part++) {
       const uint32_t dst = ring.b(stage) + uint32_t(part) * 8192;
       if (B_TRANS) {
@@ -48,8 +52,8 @@ __device__ __forceinline__ void load_a(uint32_t (&fragment)[4], uint32_t tile, i
   ldmatrix_x4(fragment, tile + uint32_t(row) * 128 + (uint32_t(chunk ^ (row & 7)) << 4));
 }
 
-template <int N_TILE> __device__ __forceinline__ void write_tile(float* c, const float (&d)[N_TILE / 2], int N) {
-  const int row = int(blockIdx.y) * 64 + warp_id() * 16 + lane_id() / 4, column = int(blockIdx.x) * N_TILE + lane_id() % 4 * 2;
+template <int N_TILE> __device__ __forceinline__ void write_tile(float* c, const float (&d)[N_TILE / 2], int N, int first) {
+  const int row = int(blockIdx.y) * 64 + warp_id() * 16 + lane_id() / 4, column = first + lane_id() % 4 * 2;
 #pragma unroll
   for (int j = 0; j < N_TILE / 8; j++) {
 #pragma unroll
@@ -60,12 +64,8 @@ template <int N_TILE> __device__ __forceinline__ void write_tile(float* c, const
   }
 }
 
-template <int N_TILE, int B_TRANS, bool A_IN_REGISTERS>
-__device__ __forceinline__ void product(float* c, const CUtensorMap* a, const CUtensorMap* b, int N, int K) {
-  RM_DYN_SMEM(smem);
-  const Ring<N_TILE> ring{smem_u32(smem)};
-  const int t = int(threadIdx.x), steps = K / 64;
-  if (t == 0) {
+template <int N_TILE> __device__ __forceinline__ void begin(const Ring<N_TILE>& ring) {
+  if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       mbarrier_init(ring.full(i), 1);
       mbarrier_init(ring.empty(i), CONSUMERS / WARP);
@@ -73,8 +73,16 @@ __device__ __forceinline__ void product(float* c, const CUtensorMap* a, const CU
     mbarrier_fence_init();
   }
   __syncthreads();
+}
+
+template <int N_TILE, int B_TRANS, bool A_IN_REGISTERS>
+__device__ __forceinline__ void product(float* c, const CUtensorMap* a, const CUtensorMap* b, int N, int K) {
+  RM_DYN_SMEM(smem);
+  const Ring<N_TILE> ring{smem_u32(smem)};
+  const int t = int(threadIdx.x), steps = K / 64;
+  begin(ring);
   if (t >= CONSUMERS) {
-    if (t == CONSUMERS) produce<N_TILE, B_TRANS>(ring, a, b, steps);
+    if (t == CONSUMERS) produce<N_TILE, 0, B_TRANS>(ring, a, b, steps);
     return;
   }
   float d[N_TILE / 2];
@@ -107,7 +115,38 @@ __device__ __forceinline__ void product(float* c, const CUtensorMap* a, const CU
     wgmma_wait<0>();
     if (lane_id() == 0) mbarrier_arrive(ring.empty(stage));
   }
-  write_tile<N_TILE>(c, d, N);
+  write_tile<N_TILE>(c, d, N, int(blockIdx.x) * N_TILE);
+}
+
+// Both operands by columns, A [K, M] and B [K, N], and 32 columns of B at a time: the second half begins inside a swizzle atom.
+__device__ __forceinline__ void product_of_halves(float* c, const CUtensorMap* a, const CUtensorMap* b, int N, int K) {
+  RM_DYN_SMEM(smem);
+  const Ring<64> ring{smem_u32(smem)};
+  const int t = int(threadIdx.x), steps = K / 64;
+  begin(ring);
+  if (t >= CONSUMERS) {
+    if (t == CONSUMERS) produce<64, 1, 1>(ring, a, b, steps);
+    return;
+  }
+  float left[16], right[16];
+#pragma unroll
+  for (int i = 0; i < 16; i++) left[i] = right[i] = 0.f;
+  for (int i = 0; i < steps; i++) {
+    const int stage = i % STAGES;
+    mbarrier_wait(ring.full(stage), uint32_t(i / STAGES & 1));
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const uint64_t ad = wgmma_descriptor_128b(ring.a(stage) + uint32_t(k) * 2048, 8192, 1024);
+      wgmma_m64n32k16<1, 1>(left, ad, b_descriptor<64, 1>(ring.b(stage), k), i > 0 || k > 0);
+      wgmma_m64n32k16<1, 1>(right, ad, b_descriptor<64, 1>(ring.b(stage) + 64, k), i > 0 || k > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (lane_id() == 0) mbarrier_arrive(ring.empty(stage));
+  }
+  write_tile<32>(c, left, N, int(blockIdx.x) * 64);
+  write_tile<32>(c, right, N, int(blockIdx.x) * 64 + 32);
 }
 
 #define PRODUCT(name, N_TILE, B_TRANS, A_IN_REGISTERS)                                                                         \
@@ -123,3 +162,9 @@ PRODUCT(wgmma_128_nk, 128, 0, false)
 PRODUCT(wgmma_128_kn, 128, 1, false)
 PRODUCT(wgmma_64_nk_registers, 64, 0, true)
 PRODUCT(wgmma_64_kn_registers, 64, 1, true)
+
+extern "C" __global__ void __launch_bounds__(160)
+    conformance_wgmma_32_km_kn(float* c, const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, int N, int K) {
+  product_of_halves(c, &a, &b, N, K);
+}
+RM_EXPORT(conformance_wgmma_32_km_kn)

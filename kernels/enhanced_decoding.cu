@@ -9,8 +9,11 @@
 // storage type; parts [Lmax, C] and [S, C]. Without q_sentence it is a row of q_position [R, C] itself. k, v [T, C] are views with their
 // own strides. Bit rows as in `Visibility` of src/data/batch.rs. A row that sees nothing gives zeros and lse = +inf, and no gradient. The
 // rest (D, precision, alignment, grid, block, shared memory) is as in attention.cu; tiles come from the same loop. Bound by the tensor
-// cores: a mask costs one word a row and 32 keys.
-#include "flash.cuh"
+// cores: a mask costs one word a row and 32 keys. On sm_90, for bf16 and heads of 64, as there by warpgroups:
+//
+//   enhanced_decoding_forward_hopper_d64_bf16          as above
+//   enhanced_decoding_backward_{long,short}_d64_bf16   write (=) dq [R, C] and dkv [T, 2 C]
+#include "flash_hopper.cuh"
 
 // ---- parameter structs
 
@@ -182,3 +185,38 @@ ENHANCED_DECODING_BACKWARD_DKV(bf16, bf16, 128, 128, 1, 4, 1, false, 32, 32)
 ENHANCED_DECODING_BACKWARD_DKV(float, f32, 32, 128, 1, 4, 1, false, 32, 32)
 ENHANCED_DECODING_BACKWARD_DKV(float, f32, 64, 128, 1, 4, 1, false, 32, 32)
 ENHANCED_DECODING_BACKWARD_DKV(float, f32, 128, 128, 1, 4, 1, false, 16, 16)
+
+#define ENHANCED_DECODING_FORWARD_HOPPER(threads, blocks, GROUPS)                                                              \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) enhanced_decoding_forward_hopper_d64_bf16(                     \
+      bf16* out, float* lse, const bf16* q_position, const bf16* q_sentence, const bf16* k, int k_stride, const bf16* v,       \
+      int v_stride, VisibleKeys visible, AttentionBatch batch, Dropout dropout, unsigned site, int heads) {                    \
+    RM_DYN_SMEM(smem);                                                                                                         \
+    flash::Item item;                                                                                                          \
+    if (!flash::find<flash::hopper::ForwardPlan<GROUPS>>(item, batch)) return;                                                 \
+    const flash::DecoderTensors<bf16, 64> x(q_position, q_sentence, k, k_stride, v, v_stride, visible, batch, heads, item);    \
+    const flash::Drop drop(dropout, site, batch, item);                                                                        \
+    flash::hopper::forward<GROUPS>(out, lse, x.queries, x.k, x.v, x.mask, item, batch, drop, heads, smem);                     \
+  }                                                                                                                            \
+  RM_EXPORT_HOT(enhanced_decoding_forward_hopper_d64_bf16)
+
+#define ENHANCED_DECODING_BACKWARD_HOPPER(kind, threads, blocks, GROUPS)                                                       \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) enhanced_decoding_backward_##kind##_d64_bf16(                  \
+      bf16* dq, bf16* dkv, const bf16* q_position, const bf16* q_sentence, const bf16* k, int k_stride, const bf16* v,         \
+      int v_stride, const bf16* out, const float* lse, const bf16* dout, VisibleKeys visible, AttentionBatch batch,            \
+      Dropout dropout, unsigned site, int heads, int tiles) {                                                                  \
+    RM_DYN_SMEM(smem);                                                                                                         \
+    flash::Item item;                                                                                                          \
+    if (!flash::find<flash::hopper::ForwardPlan<1>>(item, batch)) return;                                                      \
+    const flash::DecoderTensors<bf16, 64> x(q_position, q_sentence, k, k_stride, v, v_stride, visible, batch, heads, item);    \
+    const flash::Drop drop(dropout, site, batch, item);                                                                        \
+    const int width = heads * 64;                                                                                              \
+    bf16* const dk = dkv + x.column(item, 2 * width);                                                                          \
+    flash::hopper::backward<GROUPS>(dq + size_t(item.first_row) * size_t(width) + size_t(item.head) * 64, width, dk, dk + width, \
+                                    2 * width, out, {dout, lse}, x.queries, x.k, x.v, x.mask, item, batch, drop, heads, smem,  \
+                                    tiles);                                                                                    \
+  }                                                                                                                            \
+  RM_EXPORT_HOT(enhanced_decoding_backward_##kind##_d64_bf16)
+
+ENHANCED_DECODING_FORWARD_HOPPER(256, 2, 2)
+ENHANCED_DECODING_BACKWARD_HOPPER(long, 256, 1, 2)
+ENHANCED_DECODING_BACKWARD_HOPPER(short, 128, 2, 1)

@@ -98,6 +98,7 @@ RM_PRIMITIVE uint64_t wgmma_descriptor_128b(uint32_t address, uint32_t lbo, uint
 #define RM_ACC8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define RM_ACC32(i) RM_ACC8(i), RM_ACC8(i + 8), RM_ACC8(i + 16), RM_ACC8(i + 24)
+#define RM_REGS_0_15 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define RM_REGS_0_31 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define RM_REGS_32_63 \
@@ -105,6 +106,16 @@ RM_PRIMITIVE uint64_t wgmma_descriptor_128b(uint32_t address, uint32_t lbo, uint
 #endif
 
 // A and B from shared memory.
+template <int TA, int TB> RM_PRIMITIVE void wgmma_m64n32k16(float (&d)[16], uint64_t a, uint64_t b, int accumulate RM_SITE) {
+#if defined(__CUDACC__)
+  RM_SM90("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" RM_REGS_0_15
+          "}, %16, %17, p, 1, 1, %19, %20;\n}"
+          : RM_ACC8(0), RM_ACC8(8)
+          : "l"(a), "l"(b), "r"(accumulate), "n"(TA), "n"(TB));
+#else
+  emu::wgmma({d, 32, a, b, nullptr, accumulate != 0, TA != 0, TB != 0}, site_);
+#endif
+}
 template <int TA, int TB> RM_PRIMITIVE void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, int accumulate RM_SITE) {
 #if defined(__CUDACC__)
   RM_SM90("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" RM_REGS_0_31

@@ -41,6 +41,7 @@ impl EmulatorBackend {
         let facts = Facts {
             name: "kernel emulator".into(),
             capability: (9, 0),
+            warpgroups: Facts::has_warpgroups((9, 0)),
             // Few, so that small tests give every block more than one share of the work.
             multiprocessors: 2,
             shared_bytes: options.shared_bytes,

@@ -20,6 +20,8 @@ pub struct Facts {
     pub name: String,
     /// Compute capability, as in 9.0.
     pub capability: (u32, u32),
+    /// Whether the kernels of Hopper's warpgroup products run: on compute capability 9.0, unless `RETROMAE_HOPPER` is 0.
+    pub warpgroups: bool,
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
     /// Shared memory that a block may ask for, in bytes.
@@ -28,6 +30,13 @@ pub struct Facts {
     pub memory: u64,
     /// Driver and libraries in words.
     pub software: String,
+}
+
+impl Facts {
+    /// [`Self::warpgroups`] of a capability. The kernels of 8.0, which run on both, are there to compare.
+    pub(super) fn has_warpgroups(capability: (u32, u32)) -> bool {
+        capability == (9, 0) && std::env::var_os("RETROMAE_HOPPER").is_none_or(|v| v != "0")
+    }
 }
 
 /// A matrix in device memory.

@@ -78,9 +78,18 @@ impl TileBuffers {
 
     /// The tiles of the rows between the borders `cu`, laid out for `rows` rows of `sequences`.
     fn set(&mut self, cu: &[u32], others: &[u32], (rows, sequences): (usize, usize)) {
+        self.fill(Self::most(rows, sequences), || attention::tiles(cu, others));
+    }
+
+    /// The sequences between the borders `cu`, laid out for `sequences`.
+    fn set_whole(&mut self, cu: &[u32], sequences: usize) {
+        self.fill(sequences, || attention::whole_sequences(cu));
+    }
+
+    fn fill(&mut self, bound: usize, tiles: impl FnOnce() -> Vec<[u32; 2]>) {
         if let Some(table) = &self.table {
-            let tiles = attention::tiles(cu, others);
-            self.count.set(tiles.len(), Self::most(rows, sequences));
+            let tiles = tiles();
+            self.count.set(tiles.len(), bound);
             table.upload(tiles.as_flattened());
         }
     }
@@ -102,6 +111,8 @@ pub struct Rows {
     position: Tensor,
     query_tiles: TileBuffers,
     key_tiles: TileBuffers,
+    whole: TileBuffers,
+    longest: usize,
 }
 
 impl Rows {
@@ -116,6 +127,8 @@ impl Rows {
             position: u32s(rows),
             query_tiles: TileBuffers::new(device, rows, c.sequences),
             key_tiles: TileBuffers::new(device, c.tokens, c.sequences),
+            whole: TileBuffers::new(device, 0, c.sequences),
+            longest: 0,
         }
     }
 
@@ -142,12 +155,15 @@ impl Rows {
         self.position.upload(&position);
         self.query_tiles.set(&cu, cu_seqlens, (bound, bounds.sequences));
         self.key_tiles.set(cu_seqlens, &cu, (bounds.tokens, bounds.sequences));
+        self.whole.set_whole(cu_seqlens, bounds.sequences);
+        self.longest = bounds.length;
         (sequence, position)
     }
 
     /// The tables of work of an attention whose queries are these rows.
     pub fn work(&self) -> Option<Work<'_>> {
-        Some(Work { queries: self.query_tiles.get()?, keys: self.key_tiles.get()? })
+        let (queries, keys, sequences) = (self.query_tiles.get()?, self.key_tiles.get()?, self.whole.get()?);
+        Some(Work { queries, keys, sequences, longest: self.longest })
     }
 }
 
@@ -175,6 +191,7 @@ pub struct TokenInputs {
     by_position: GroupBuffers,
     by_type: GroupBuffers,
     tiles: TileBuffers,
+    whole: TileBuffers,
 }
 
 impl TokenInputs {
@@ -195,6 +212,7 @@ impl TokenInputs {
             by_position: GroupBuffers::new(device, c.length, c.tokens),
             by_type: GroupBuffers::new(device, types, c.tokens),
             tiles: TileBuffers::new(device, c.tokens, c.sequences),
+            whole: TileBuffers::new(device, 0, c.sequences),
         }
     }
 
@@ -209,6 +227,7 @@ impl TokenInputs {
         self.count.set(ids.len(), bounds.tokens);
         self.sequences.set(samples.len(), bounds.sequences);
         self.tiles.set(cu_seqlens, cu_seqlens, (bounds.tokens, bounds.sequences));
+        self.whole.set_whole(cu_seqlens, bounds.sequences);
         self.ids.upload(ids);
         self.types.upload(types);
         self.cu_seqlens.upload(cu_seqlens);
@@ -227,7 +246,8 @@ impl TokenInputs {
 
     /// The tables of work of an attention of all tokens.
     pub fn work(&self) -> Option<Work<'_>> {
-        self.tiles.get().map(|tiles| Work { queries: tiles, keys: tiles })
+        let (tiles, sequences) = (self.tiles.get()?, self.whole.get()?);
+        Some(Work { queries: tiles, keys: tiles, sequences, longest: self.longest })
     }
 
     /// [`Self::longest`], for an op.

@@ -6,6 +6,7 @@
 
 pub(super) mod cpu;
 pub(super) mod gpu;
+pub mod hopper;
 
 use super::{Count, RowNames, SiteDropout};
 use crate::device::{Device, Matrix, Tensor};
@@ -26,6 +27,10 @@ pub struct Work<'a> {
     pub queries: Tiles<'a>,
     /// Tiles of keys.
     pub keys: Tiles<'a>,
+    /// Sequences with keys, whole ones, as one tile each.
+    pub sequences: Tiles<'a>,
+    /// Keys of the longest sequence that work is laid out for.
+    pub longest: usize,
 }
 
 /// Sizes and sequence borders.
@@ -114,6 +119,11 @@ pub fn tiles(cu: &[u32], others: &[u32]) -> Vec<[u32; 2]> {
     order.into_iter().flat_map(of).collect()
 }
 
+/// The table of the sequences with keys, those with most of them first.
+pub fn whole_sequences(cu_seqlens: &[u32]) -> Vec<[u32; 2]> {
+    tiles(cu_seqlens, cu_seqlens).into_iter().filter(|[_, tile]| *tile == 0).collect()
+}
+
 /// The kernels of one attention, in the order in which they run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
@@ -123,10 +133,12 @@ pub enum Pass {
     Queries,
     /// dK and dV; its tiles are of keys.
     Keys,
+    /// dQ, dK and dV at once, in the place of the two; a block takes a whole sequence.
+    Whole,
 }
 
 impl Pass {
-    /// Dynamic shared memory of its kernel for elements of `element` bytes: 2 (two stages of streamed tiles) or 4 (one).
+    /// Dynamic shared memory of its kernel ([`Pass::Whole`] has [`hopper::Whole`]) for elements of `element` bytes: 2 (two stages of streamed tiles) or 4 (one).
     pub fn shared_bytes(self, head_size: usize, element: usize) -> u32 {
         let stages = if element == 2 { 2 } else { 1 };
         let own = if self == Pass::Forward { 1 } else { 2 };

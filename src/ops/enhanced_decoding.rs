@@ -203,6 +203,8 @@ mod cpu {
 mod gpu {
     use super::super::attention::Pass;
     use super::super::attention::gpu::{batch, by_head, elements};
+    use super::super::attention::hopper::{self, Whole};
+    use super::super::gpu::launch;
     use super::{Backward, Forward, Queries, Visible};
     use crate::device::Element;
     use crate::device::gpu::Gpu;
@@ -222,6 +224,9 @@ mod gpu {
     }
 
     pub fn forward(gpu: &Gpu, a: &Forward<'_>) {
+        if hopper::runs(gpu, a.out, &a.shape) {
+            return hopper_forward(gpu, a);
+        }
         let (heads, site, visible) = (a.shape.heads as i32, a.dropout.site, visible(&a.visible));
         let (dropout, batch) = (gpu.dropout(&a.dropout.mask), batch(&a.shape, &a.names, Pass::Forward));
         by_head!(gpu, a.out, a.shape, Pass::Forward, [
@@ -244,8 +249,70 @@ mod gpu {
         });
     }
 
+    fn hopper_forward(gpu: &Gpu, a: &Forward<'_>) {
+        let (heads, site, visible) = (a.shape.heads as i32, a.dropout.site, visible(&a.visible));
+        let (dropout, batch) = (gpu.dropout(&a.dropout.mask), batch(&a.shape, &a.names, Pass::Forward));
+        let [q_position, q_sentence] = queries(a.queries);
+        launch!(
+            gpu,
+            hopper::forward_grid(&a.shape),
+            EnhancedDecodingForwardHopperD64Bf16 {
+                out: a.out.get_mut(),
+                lse: a.lse.get_mut(),
+                q_position,
+                q_sentence,
+                k: elements(&a.k),
+                k_stride: a.k.stride as i32,
+                v: elements(&a.v),
+                v_stride: a.v.stride as i32,
+                visible,
+                batch,
+                dropout,
+                site,
+                heads,
+            }
+        );
+    }
+
+    fn hopper_backward(gpu: &Gpu, a: &Backward<'_>, whole: Whole) {
+        let f = &a.forward;
+        let (heads, site, visible) = (f.shape.heads as i32, f.dropout.site, visible(&f.visible));
+        let (dropout, batch) = (gpu.dropout(&f.dropout.mask), batch(&f.shape, &f.names, Pass::Whole));
+        let [q_position, q_sentence] = queries(f.queries);
+        let (grid, tiles) = whole.grid(&f.shape);
+        macro_rules! launch_kind {
+            ($($kind:pat => $kernel:ident),*) => {
+                match whole {
+                    $($kind => launch!(gpu, grid, $kernel {
+                        dq: a.dq.get_mut(),
+                        dkv: a.dkv.get_mut(),
+                        q_position,
+                        q_sentence,
+                        k: elements(&f.k),
+                        k_stride: f.k.stride as i32,
+                        v: elements(&f.v),
+                        v_stride: f.v.stride as i32,
+                        out: f.out.get(),
+                        lse: f.lse.get(),
+                        dout: a.dout.get(),
+                        visible,
+                        batch,
+                        dropout,
+                        site,
+                        heads,
+                        tiles,
+                    }),)*
+                }
+            };
+        }
+        launch_kind!(Whole::Short => EnhancedDecodingBackwardShortD64Bf16, Whole::Long => EnhancedDecodingBackwardLongD64Bf16);
+    }
+
     pub fn backward(gpu: &Gpu, a: &Backward<'_>) {
         let f = &a.forward;
+        if let Some(whole) = hopper::whole(gpu, a.dq, &f.shape) {
+            return hopper_backward(gpu, a, whole);
+        }
         let (heads, site, visible) = (f.shape.heads as i32, f.dropout.site, visible(&f.visible));
         let dropout = gpu.dropout(&f.dropout.mask);
         let delta: MutPtr<f32> = gpu.scratch(f.lse.len());

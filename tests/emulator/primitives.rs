@@ -295,18 +295,19 @@ fn dropout_draws_the_same_bits_as_the_cpu() {
 /// M, N and K of the products. Three steps of K: the ring of two stages wraps.
 const SIZES: (usize, usize, usize) = (128, 128, 192);
 
-/// c [m, n] = a [m, k] b, by TMA and wgmma: grid for tiles of `tile` columns, and the operands' maps. `transposed`: b is [k, n], else
-/// [n, k].
+/// c [m, n] = a b, by TMA and wgmma: grid for tiles of `tile` columns, and the operands' maps. By columns, a is [k, m] and b [k, n]; else
+/// they are [m, k] and [n, k].
 fn wgmma(
     kernel: &Kernel,
-    (tile, transposed): (usize, bool),
+    (tile, a_by_columns, b_by_columns): (usize, bool, bool),
     launch: impl Fn(&'static Gpu, Shape, &Buffer<f32>, [TensorMap; 2]) -> Result<()>,
 ) {
     let (m, n, k) = SIZES;
     let (a, b) = (to_bf16(&normal(1, m * k)), to_bf16(&normal(2, k * n)));
-    let operand = if transposed { b.clone() } else { (0..n * k).map(|i| b[i % k * n + i / k]).collect() };
+    let left = if a_by_columns { (0..m * k).map(|i| a[i % m * k + i / m]).collect() } else { a.clone() };
+    let right = if b_by_columns { b.clone() } else { (0..n * k).map(|i| b[i % k * n + i / k]).collect() };
     let outputs = everywhere(kernel, |gpu| {
-        let (a, b, c) = (Buffer::of(gpu, &a), Buffer::of(gpu, &operand), Buffer::poisoned(gpu, m * n));
+        let (a, b, c) = (Buffer::of(gpu, &left), Buffer::of(gpu, &right), Buffer::poisoned(gpu, m * n));
         let map = |x: &Buffer<bf16>, width: usize, height: usize| {
             gpu.tensor_map(&TensorLayout {
                 base: x.get().address(),
@@ -316,7 +317,8 @@ fn wgmma(
                 ..LAYOUT
             })
         };
-        let maps = [map(&a, k, m)?, if transposed { map(&b, n, k)? } else { map(&b, k, n)? }];
+        let left = if a_by_columns { map(&a, m, k)? } else { map(&a, k, m)? };
+        let maps = [left, if b_by_columns { map(&b, n, k)? } else { map(&b, k, n)? }];
         let stage = 8192 + 128 * tile as u32;
         let grid = [(n / tile) as u32, (m / 64) as u32, 1];
         launch(gpu, Shape { grid, block: [160, 1, 1], shared_bytes: 2 * stage + 32 }, &c, maps)?;
@@ -335,15 +337,16 @@ fn wgmma_multiplies_what_tma_brings() {
         return;
     }
     macro_rules! each {
-        ($($tile:literal $transposed:literal $kernel:ident)*) => {
-            $(wgmma($kernel::kernel(), ($tile, $transposed), |gpu, shape, c, [a, b]| {
+        ($($tile:literal $a:literal $b:literal $kernel:ident)*) => {
+            $(wgmma($kernel::kernel(), ($tile, $a, $b), |gpu, shape, c, [a, b]| {
                 $kernel { c: c.get_mut(), a, b, N: SIZES.1 as i32, K: SIZES.2 as i32 }.launch(gpu, shape)
             });)*
         };
     }
-    each!(64 false ConformanceWgmma64Nk 64 true ConformanceWgmma64Kn
-        64 false ConformanceWgmma64NkRegisters 64 true ConformanceWgmma64KnRegisters
-        128 false ConformanceWgmma128Nk 128 true ConformanceWgmma128Kn);
+    each!(64 false false ConformanceWgmma64Nk 64 false true ConformanceWgmma64Kn
+        64 false false ConformanceWgmma64NkRegisters 64 false true ConformanceWgmma64KnRegisters
+        128 false false ConformanceWgmma128Nk 128 false true ConformanceWgmma128Kn
+        64 true true ConformanceWgmma32KmKn);
 }
 
 /// Boxes of 64 x 64 bf16.

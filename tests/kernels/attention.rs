@@ -7,6 +7,7 @@ use retromae_engine::device::emulator::{Emulator, Options};
 use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::launch::{ConstPtr, MutPtr};
 use retromae_engine::device::{DType, Device, Matrix, Tensor, kernels};
+use retromae_engine::ops::attention::hopper::Whole;
 use retromae_engine::ops::attention::{self, Backward, Forward, Gradient, Pass};
 
 /// Rows of poison after every packed matrix: no kernel reads or writes past the last sequence.
@@ -22,9 +23,12 @@ struct Case<'a> {
     p: f32,
     /// Size of the queries: scores grow with it.
     size: f32,
+    /// By warpgroups, with this backward.
+    whole: Option<Whole>,
 }
 
-const PLAIN: Case = Case { heads: 2, head_size: 64, lengths: &[1, 2, 33], queries: None, p: 0.0, size: 1.0 };
+const PLAIN: Case =
+    Case { heads: 2, head_size: 64, lengths: &[1, 2, 33], queries: None, p: 0.0, size: 1.0, whole: None };
 
 /// One row, the last, none, and all of a short one.
 const SOME: &[&[u32]] = &[&[0], &[1], &[], &[0, 1, 2]];
@@ -52,11 +56,17 @@ struct Dense<T> {
 
 trait Kernels: Storage {
     fn launch(device: &'static Gpu, batch: &DeviceBatch, case: &Case, x: &Views<Self>, y: &Dense<Self>);
+
+    fn launch_whole(_: &'static Gpu, _: &DeviceBatch, _: &Case, _: &Views<Self>, _: &Dense<Self>, _: Whole) {
+        panic!("warpgroups multiply bf16 only");
+    }
 }
 
 macro_rules! kernels_of {
-    ($t:ty: $($d:literal => $forward:ident $dq:ident $dkv:ident)*) => {
+    ($t:ty: $($d:literal => $forward:ident $dq:ident $dkv:ident)* $(; $more:item)?) => {
         impl Kernels for $t {
+            $($more)?
+
             fn launch(device: &'static Gpu, batch: &DeviceBatch, case: &Case, x: &Views<$t>, y: &Dense<$t>) {
                 let (heads, site, dropout) = (case.heads as i32, batch.site(), batch.dropout());
                 let (q_stride, k_stride, v_stride) = (x.q_stride, x.kv_stride, x.kv_stride);
@@ -108,9 +118,45 @@ kernels_of!(f32:
     64 => AttentionForwardD64F32 AttentionBackwardDqD64F32 AttentionBackwardDkvD64F32
     128 => AttentionForwardD128F32 AttentionBackwardDqD128F32 AttentionBackwardDkvD128F32);
 kernels_of!(bf16:
-    32 => AttentionForwardD32Bf16 AttentionBackwardDqD32Bf16 AttentionBackwardDkvD32Bf16
-    64 => AttentionForwardD64Bf16 AttentionBackwardDqD64Bf16 AttentionBackwardDkvD64Bf16
-    128 => AttentionForwardD128Bf16 AttentionBackwardDqD128Bf16 AttentionBackwardDkvD128Bf16);
+32 => AttentionForwardD32Bf16 AttentionBackwardDqD32Bf16 AttentionBackwardDkvD32Bf16
+64 => AttentionForwardD64Bf16 AttentionBackwardDqD64Bf16 AttentionBackwardDkvD64Bf16
+128 => AttentionForwardD128Bf16 AttentionBackwardDqD128Bf16 AttentionBackwardDkvD128Bf16;
+
+fn launch_whole(
+    device: &'static Gpu,
+    batch: &DeviceBatch,
+    case: &Case,
+    x: &Views<bf16>,
+    y: &Dense<bf16>,
+    whole: Whole,
+) {
+    let (heads, site, dropout) = (case.heads as i32, batch.site(), batch.dropout());
+    let (q_stride, k_stride, v_stride) = (x.q_stride, x.kv_stride, x.kv_stride);
+    let (dq_stride, dkv_stride, q, k, v) = (x.q_stride, x.kv_stride, x.q, x.k, x.v);
+    let (out, lse, forward_batch) = (y.out.get_mut(), y.lse.get_mut(), batch.get(Pass::Forward));
+    let forward = kernels::AttentionForwardHopperD64Bf16 {
+        out, lse, q, q_stride, k, k_stride, v, v_stride, batch: forward_batch, dropout, site, heads,
+    };
+    let shape = batch.launch_warpgroups(kernels::AttentionForwardHopperD64Bf16::kernel());
+    forward.launch(device, shape).expect("a correct kernel raises nothing");
+    let (out, lse, dout, dq, dk, dv) = (y.out.get(), y.lse.get(), y.dout.get(), x.dq, x.dk, x.dv);
+    macro_rules! backward {
+        ($kernel:ident) => {{
+            let (shape, tiles) = batch.launch_whole(kernels::$kernel::kernel(), whole);
+            let batch = batch.get(Pass::Whole);
+            kernels::$kernel {
+                dq, dq_stride, dk, dv, dkv_stride, q, q_stride, k, k_stride, v, v_stride, out, lse, dout, batch, dropout, site,
+                heads, tiles,
+            }
+            .launch(device, shape)
+        }};
+    }
+    let done = match whole {
+        Whole::Short => backward!(AttentionBackwardShortD64Bf16),
+        Whole::Long => backward!(AttentionBackwardLongD64Bf16),
+    };
+    done.expect("a correct kernel raises nothing");
+});
 
 /// Queries, keys, values, gradient of the output.
 type Inputs = [Vec<f32>; 4];
@@ -147,19 +193,17 @@ impl Case<'_> {
             delta: Buffer::poisoned(device, (rows + ROOM) * self.heads),
         };
         let batch = DeviceBatch::new(device, &p);
+        let launch = |x: &Views<T>| match self.whole {
+            Some(whole) => T::launch_whole(device, &batch, self, x, &dense, whole),
+            None => T::launch(device, &batch, self, x, &dense),
+        };
         let (dq, dk, dv) = if self.queries.is_none() {
             let qkv: Buffer<T> = stored(device, &side_by_side(&[q, k, v], c), ROOM * 3 * c);
             let grad = Buffer::<T>::poisoned(device, (tokens + ROOM) * 3 * c);
             let stride = 3 * c as i32;
             let [q, k, v] = [0, c, 2 * c].map(|at| qkv.get().offset(at));
             let [dq, dk, dv] = [0, c, 2 * c].map(|at| grad.get_mut().offset(at));
-            T::launch(
-                device,
-                &batch,
-                self,
-                &Views { q, k, v, dq, dk, dv, q_stride: stride, kv_stride: stride },
-                &dense,
-            );
+            launch(&Views { q, k, v, dq, dk, dv, q_stride: stride, kv_stride: stride });
             let grad = widened(grad.take(tokens * 3 * c));
             (columns(&grad, c, 0, 3), columns(&grad, c, 1, 3), columns(&grad, c, 2, 3))
         } else {
@@ -179,12 +223,13 @@ impl Case<'_> {
                 q_stride: c as i32,
                 kv_stride: 2 * c as i32,
             };
-            T::launch(device, &batch, self, &views, &dense);
+            launch(&views);
             let dkv = widened(dkv.take(tokens * 2 * c));
             (widened(dq.take(rows * c)), columns(&dkv, c, 0, 2), columns(&dkv, c, 1, 2))
         };
         let (out, lse) = (widened(dense.out.take(rows * c)), dense.lse.take(rows * self.heads));
-        Results { out, lse, delta: dense.delta.take(rows * self.heads), dq, dk, dv }
+        let delta = if self.whole.is_none() { dense.delta.take(rows * self.heads) } else { Vec::new() };
+        Results { out, lse, delta, dq, dk, dv }
     }
 
     /// Output, gradients and log-sum-exp of the CPU's op in f64.
@@ -214,10 +259,19 @@ impl Case<'_> {
     }
 }
 
+/// The backwards by warpgroups that a case may take besides.
+fn wholes(case: &Case) -> &'static [Whole] {
+    let fits = case.head_size == 64 && case.lengths.iter().all(|&n| n <= 512) && gpu().facts().warpgroups;
+    if fits { &[Whole::Short, Whole::Long] } else { &[] }
+}
+
 fn check(case: Case) {
     let device = gpu();
     case.judge::<f32>(device);
     case.judge::<bf16>(device);
+    for &whole in wholes(&case) {
+        Case { whole: Some(whole), ..case }.judge::<bf16>(device);
+    }
 }
 
 /// One key: the output is its value, and the gradients of scores are differences of equal numbers, zero but for rounding.
@@ -285,7 +339,12 @@ fn many_queries_with_gaps() {
 fn large_scores_stay_finite() {
     let case = Case { lengths: &[70, 3], size: 500.0, ..PLAIN };
     let device = gpu();
-    for results in [case.run::<f32>(device, &case.inputs::<f32>()), case.run::<bf16>(device, &case.inputs::<bf16>())] {
+    let mut all =
+        vec![case.run::<f32>(device, &case.inputs::<f32>()), case.run::<bf16>(device, &case.inputs::<bf16>())];
+    for &whole in wholes(&case) {
+        all.push(Case { whole: Some(whole), ..case }.run::<bf16>(device, &case.inputs::<bf16>()));
+    }
+    for results in all {
         assert!(results.all().iter().flatten().all(|x| x.is_finite()));
     }
 }
@@ -298,6 +357,10 @@ fn every_order_gives_the_same_bits() {
         in_every_order(|device| case.run::<f32>(device, &case.inputs::<f32>()).all());
         in_every_order(|device| case.run::<bf16>(device, &case.inputs::<bf16>()).all());
     }
+    for &whole in wholes(&case) {
+        let case = Case { whole: Some(whole), lengths: &[140, 3], ..case };
+        in_every_order(|device| case.run::<bf16>(device, &case.inputs::<bf16>()).all());
+    }
 }
 
 /// A sequence's result has the same bits with any neighbours.
@@ -307,9 +370,12 @@ fn neighbours_do_not_matter() {
     let device = gpu();
     let x = among.inputs::<bf16>();
     let own = x.each_ref().map(|x| x[..97 * PLAIN.heads * PLAIN.head_size].to_vec());
-    let (alone, among) = (alone.run::<bf16>(device, &own), among.run::<bf16>(device, &x));
-    for (alone, among) in alone.all().iter().zip(among.all()) {
-        assert!(alone.iter().zip(&among).all(|(a, b)| a.to_bits() == b.to_bits()));
+    for whole in std::iter::once(None).chain(wholes(&among).iter().map(|&whole| Some(whole))) {
+        let (alone, among) = (Case { whole, ..alone }, Case { whole, ..among });
+        let (alone, among) = (alone.run::<bf16>(device, &own), among.run::<bf16>(device, &x));
+        for (alone, among) in alone.all().iter().zip(among.all()) {
+            assert!(alone.iter().zip(&among).all(|(a, b)| a.to_bits() == b.to_bits()));
+        }
     }
 }
 
@@ -335,4 +401,22 @@ fn work_begins_with_the_longest_sequence() {
     let tiles = attention::tiles(&[0, 0, 64, 129], &[0, 5, 15, 45]);
     assert_eq!(tiles, [[2, 0], [2, 1], [1, 0]]);
     assert!(attention::tiles(&[0, 0], &[0, 7]).is_empty());
+}
+
+/// By warpgroups and by tiles, probabilities are rounded at the same places: what differs is the order of sums, an ulp here and there.
+#[test]
+fn warpgroups_agree_with_tiles() {
+    let tiles = Case { lengths: &[150, 64, 7], p: 0.1, ..PLAIN };
+    let device = gpu();
+    let x = tiles.inputs::<bf16>();
+    for &whole in wholes(&tiles) {
+        let (expected, got) =
+            (tiles.run::<bf16>(device, &x), Case { whole: Some(whole), ..tiles }.run::<bf16>(device, &x));
+        let pairs =
+            [(&expected.out, &got.out), (&expected.dq, &got.dq), (&expected.dk, &got.dk), (&expected.dv, &got.dv)];
+        for (i, (expected, got)) in pairs.into_iter().enumerate() {
+            let error = relative(got, &f64s(expected));
+            assert!(error < 1e-3, "matrix {i} of {whole:?}: {error:e}");
+        }
+    }
 }

@@ -6,6 +6,7 @@ use half::bf16;
 use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::{DType, Device, Matrix, Tensor, kernels};
 use retromae_engine::ops::attention::Pass;
+use retromae_engine::ops::attention::hopper::Whole;
 use retromae_engine::ops::enhanced_decoding::{self as op, Backward, Forward, Queries, Visible};
 
 /// Rows of poison after every packed matrix.
@@ -23,6 +24,8 @@ struct Case<'a> {
     queries: Queried<'a>,
     mask: fn(usize, usize) -> bool,
     p: f32,
+    /// By warpgroups, with this backward.
+    whole: Option<Whole>,
 }
 
 /// Positions that ask.
@@ -34,7 +37,7 @@ enum Queried<'a> {
 }
 
 const PLAIN: Case =
-    Case { heads: 2, head_size: 64, lengths: &[3, 33, 40], queries: Queried::Words, mask: half, p: 0.0 };
+    Case { heads: 2, head_size: 64, lengths: &[3, 33, 40], queries: Queried::Words, mask: half, p: 0.0, whole: None };
 
 /// Every second key or so.
 fn half(row: usize, key: usize) -> bool {
@@ -67,11 +70,17 @@ struct Buffers<T> {
 
 trait Kernels: Storage {
     fn launch(device: &'static Gpu, batch: &DeviceBatch, case: &Case, x: &Buffers<Self>);
+
+    fn launch_whole(_: &'static Gpu, _: &DeviceBatch, _: &Case, _: &Buffers<Self>, _: Whole) {
+        panic!("warpgroups multiply bf16 only");
+    }
 }
 
 macro_rules! kernels_of {
-    ($t:ty: $($d:literal => $forward:ident $dq:ident $dkv:ident)*) => {
+    ($t:ty: $($d:literal => $forward:ident $dq:ident $dkv:ident)* $(; $more:item)?) => {
         impl Kernels for $t {
+            $($more)?
+
             fn launch(device: &'static Gpu, batch: &DeviceBatch, case: &Case, x: &Buffers<$t>) {
                 let (heads, site, dropout) = (case.heads as i32, batch.site(), batch.dropout());
                 let width = case.heads * case.head_size;
@@ -113,9 +122,39 @@ kernels_of!(f32:
     64 => EnhancedDecodingForwardD64F32 EnhancedDecodingBackwardDqD64F32 EnhancedDecodingBackwardDkvD64F32
     128 => EnhancedDecodingForwardD128F32 EnhancedDecodingBackwardDqD128F32 EnhancedDecodingBackwardDkvD128F32);
 kernels_of!(bf16:
-    32 => EnhancedDecodingForwardD32Bf16 EnhancedDecodingBackwardDqD32Bf16 EnhancedDecodingBackwardDkvD32Bf16
-    64 => EnhancedDecodingForwardD64Bf16 EnhancedDecodingBackwardDqD64Bf16 EnhancedDecodingBackwardDkvD64Bf16
-    128 => EnhancedDecodingForwardD128Bf16 EnhancedDecodingBackwardDqD128Bf16 EnhancedDecodingBackwardDkvD128Bf16);
+32 => EnhancedDecodingForwardD32Bf16 EnhancedDecodingBackwardDqD32Bf16 EnhancedDecodingBackwardDkvD32Bf16
+64 => EnhancedDecodingForwardD64Bf16 EnhancedDecodingBackwardDqD64Bf16 EnhancedDecodingBackwardDkvD64Bf16
+128 => EnhancedDecodingForwardD128Bf16 EnhancedDecodingBackwardDqD128Bf16 EnhancedDecodingBackwardDkvD128Bf16;
+
+fn launch_whole(device: &'static Gpu, batch: &DeviceBatch, case: &Case, x: &Buffers<bf16>, whole: Whole) {
+    let (heads, site, dropout, width) = (case.heads as i32, batch.site(), batch.dropout(), case.heads * case.head_size);
+    let (q_position, q_sentence) = (x.position.get(), x.sentence.get());
+    let (k, v, dout) = (x.kv.get(), x.kv.get().offset(width), x.dout.get());
+    let (k_stride, v_stride) = (2 * width as i32, 2 * width as i32);
+    let (offsets, words, row) = (x.bits.0.get(), x.bits.1.get(), x.bits.2.get());
+    let visible = kernels::VisibleKeys { offsets, words, row };
+    let forward = kernels::EnhancedDecodingForwardHopperD64Bf16 {
+        out: x.out.get_mut(), lse: x.lse.get_mut(), q_position, q_sentence, k, k_stride, v, v_stride, visible,
+        batch: batch.get(Pass::Forward), dropout, site, heads,
+    };
+    let shape = batch.launch_warpgroups(kernels::EnhancedDecodingForwardHopperD64Bf16::kernel());
+    forward.launch(device, shape).expect("a correct kernel raises nothing");
+    macro_rules! backward {
+        ($kernel:ident) => {{
+            let (shape, tiles) = batch.launch_whole(kernels::$kernel::kernel(), whole);
+            kernels::$kernel {
+                dq: x.dq.get_mut(), dkv: x.dkv.get_mut(), q_position, q_sentence, k, k_stride, v, v_stride,
+                out: x.out.get(), lse: x.lse.get(), dout, visible, batch: batch.get(Pass::Whole), dropout, site, heads, tiles,
+            }
+            .launch(device, shape)
+        }};
+    }
+    let done = match whole {
+        Whole::Short => backward!(EnhancedDecodingBackwardShortD64Bf16),
+        Whole::Long => backward!(EnhancedDecodingBackwardLongD64Bf16),
+    };
+    done.expect("a correct kernel raises nothing");
+});
 
 impl Case<'_> {
     fn problem(&self) -> Problem {
@@ -166,12 +205,16 @@ impl Case<'_> {
             delta: Buffer::poisoned(device, (rows + ROOM) * self.heads),
             bits: (Buffer::of(device, &bits.offsets), Buffer::of(device, &bits.words), Buffer::of(device, &bits.row)),
         };
-        T::launch(device, &DeviceBatch::new(device, &p), self, &x);
+        let batch = DeviceBatch::new(device, &p);
+        match self.whole {
+            Some(whole) => T::launch_whole(device, &batch, self, &x, whole),
+            None => T::launch(device, &batch, self, &x),
+        }
         let dkv = widened(x.dkv.take(tokens * 2 * c));
         Results {
             out: widened(x.out.take(rows * c)),
             lse: x.lse.take(rows * self.heads),
-            delta: x.delta.take(rows * self.heads),
+            delta: if self.whole.is_none() { x.delta.take(rows * self.heads) } else { Vec::new() },
             dq: widened(x.dq.take(rows * c)),
             dk: columns(&dkv, c, 0, 2),
             dv: columns(&dkv, c, 1, 2),
@@ -220,10 +263,19 @@ impl Case<'_> {
     }
 }
 
+/// The backwards by warpgroups that a case may take besides.
+fn wholes(case: &Case) -> &'static [Whole] {
+    let fits = case.head_size == 64 && case.lengths.iter().all(|&n| n <= 512) && gpu().facts().warpgroups;
+    if fits { &[Whole::Short, Whole::Long] } else { &[] }
+}
+
 fn check(case: Case) {
     let device = gpu();
     case.judge::<f32>(device);
     case.judge::<bf16>(device);
+    for &whole in wholes(&case) {
+        Case { whole: Some(whole), ..case }.judge::<bf16>(device);
+    }
 }
 
 #[test]
@@ -311,6 +363,11 @@ fn every_order_gives_the_same_bits() {
     for head_size in [32, 64, 128] {
         let case = Case { head_size, lengths: &[70, 3], p: 0.1, heads: 1, ..PLAIN };
         in_every_order(|device| case.run::<f32>(device, &case.inputs::<f32>()).all());
+        in_every_order(|device| case.run::<bf16>(device, &case.inputs::<bf16>()).all());
+    }
+    let case = Case { lengths: &[140, 3], p: 0.1, heads: 1, ..PLAIN };
+    for &whole in wholes(&case) {
+        let case = Case { whole: Some(whole), ..case };
         in_every_order(|device| case.run::<bf16>(device, &case.inputs::<bf16>()).all());
     }
 }

@@ -153,6 +153,7 @@ pub fn gpu(ordinal: usize, version: u32) -> Result<(CUdevice, Facts)> {
     let facts = Facts {
         name,
         capability,
+        warpgroups: Facts::has_warpgroups(capability),
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         memory: memory as u64,

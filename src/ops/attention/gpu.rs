@@ -1,7 +1,7 @@
 //! The launches of `attention.cu`, and what `enhanced_decoding.cu` shares with them.
 
 use super::super::RowNames;
-use super::{Backward, Forward, Gradient, Pass, Shape, Tiles};
+use super::{Backward, Forward, Gradient, Pass, Shape, Tiles, Work, hopper};
 use crate::device::gpu::Gpu;
 use crate::device::kernels::AttentionBatch;
 use crate::device::launch::{ConstPtr, Kernel, MutPtr, Shape as Launch};
@@ -29,10 +29,19 @@ macro_rules! by_head {
 }
 pub(in crate::ops) use by_head;
 
-/// The table of work of a pass.
-fn tiles<'a>(shape: &Shape<'a>, pass: Pass) -> Tiles<'a> {
+/// The tables of work.
+pub(in crate::ops) fn work<'a>(shape: &Shape<'a>) -> Work<'a> {
     let Some(work) = shape.work else { panic!("attention on the GPU needs its tables of work") };
-    if pass == Pass::Keys { work.keys } else { work.queries }
+    work
+}
+
+/// The table of work of a pass.
+pub(in crate::ops) fn tiles<'a>(shape: &Shape<'a>, pass: Pass) -> Tiles<'a> {
+    match pass {
+        Pass::Forward | Pass::Queries => work(shape).queries,
+        Pass::Keys => work(shape).keys,
+        Pass::Whole => work(shape).sequences,
+    }
 }
 
 /// Grid, block and shared memory of a pass.
@@ -63,6 +72,9 @@ pub(in crate::ops) fn elements<T: Element>(m: &Matrix<'_>) -> ConstPtr<T> {
 }
 
 pub fn forward(gpu: &Gpu, a: &Forward<'_>) {
+    if hopper::runs(gpu, a.out, &a.shape) {
+        return hopper::forward(gpu, a);
+    }
     let (heads, site) = (a.shape.heads as i32, a.dropout.site);
     let (dropout, batch) = (gpu.dropout(&a.dropout.mask), batch(&a.shape, &a.names, Pass::Forward));
     by_head!(gpu, a.out, a.shape, Pass::Forward, [
@@ -86,6 +98,9 @@ pub fn forward(gpu: &Gpu, a: &Forward<'_>) {
 
 pub fn backward(gpu: &Gpu, a: &Backward<'_>) {
     let f = &a.forward;
+    if let Some(whole) = hopper::whole(gpu, a.dout, &f.shape) {
+        return hopper::backward(gpu, a, whole);
+    }
     let (heads, site, c) = (f.shape.heads as i32, f.dropout.site, f.shape.heads * f.shape.head_size);
     let dropout = gpu.dropout(&f.dropout.mask);
     // Where dQ, dK and dV begin, and how far apart their rows are.

@@ -9,6 +9,9 @@ use retromae_engine::ops::enhanced_decoding as decoding;
 /// More than a tile of 64, one row, and half of a tile.
 const LENGTHS: &[usize] = &[70, 1, 33];
 
+/// For which the backward is in one pass by one warpgroup, by two, in two passes: where the GPU and the storage have warpgroups.
+const LONGEST: [usize; 3] = [70, 512, 600];
+
 fn problem(heads: usize, head_size: usize, positions: impl Fn(usize) -> Vec<u32>) -> Problem {
     let positions = LENGTHS.iter().map(|&n| positions(n)).collect();
     Problem { heads, head_size, lengths: LENGTHS.to_vec(), positions, dropout: dropout(0.1, 6) }
@@ -17,30 +20,34 @@ fn problem(heads: usize, head_size: usize, positions: impl Fn(usize) -> Vec<u32>
 /// Borders of sequences and tables of work, with room for more tiles.
 struct Tables {
     borders: [Tensor; 2],
-    tables: [(Tensor, Tensor, usize); 2],
+    tables: [(Tensor, Tensor, usize); 3],
+    longest: usize,
 }
 
 impl Tables {
-    fn new(place: Place, p: &Problem) -> Self {
+    fn new(place: Place, p: &Problem, longest: usize) -> Self {
         let (cu_rows, cu_seqlens) = (p.cu_rows(), p.cu_seqlens());
         let table =
             |tiles: Vec<[u32; 2]>| (place.tensor(&tiles.concat(), 2 * SPARE), place.number(tiles.len()), tiles.len());
-        let tables = [attention::tiles(&cu_rows, &cu_seqlens), attention::tiles(&cu_seqlens, &cu_rows)].map(table);
-        Tables { borders: [cu_rows, cu_seqlens].map(|cu| place.tensor(&cu, 0)), tables }
+        let whole = attention::whole_sequences(&cu_seqlens);
+        let tables =
+            [attention::tiles(&cu_rows, &cu_seqlens), attention::tiles(&cu_seqlens, &cu_rows), whole].map(table);
+        Tables { borders: [cu_rows, cu_seqlens].map(|cu| place.tensor(&cu, 0)), tables, longest }
     }
 
     fn shape(&self, place: Place, p: &Problem) -> Shape<'_> {
-        let [queries, keys] =
+        let [queries, keys, sequences] =
             self.tables.each_ref().map(|(table, number, n)| Tiles { table, count: place.count(*n, number) });
-        let ([cu_rows, cu_seqlens], work) = (&self.borders, Some(Work { queries, keys }));
+        let ([cu_rows, cu_seqlens], work) =
+            (&self.borders, Some(Work { queries, keys, sequences, longest: self.longest }));
         Shape { sequences: LENGTHS.len(), heads: p.heads, head_size: p.head_size, cu_rows, cu_seqlens, work }
     }
 }
 
 /// Queries, keys and values in one matrix, or queries apart from keys and values.
-fn attention_of(place: Place, p: &Problem, fused: bool) -> Results {
+fn attention_of(place: Place, p: &Problem, fused: bool, longest: usize) -> Results {
     let (c, rows, tokens) = (p.width(), p.rows(), p.tokens());
-    let (tables, names) = (Tables::new(place, p), place.names(&row_names(&p.names())));
+    let (tables, names) = (Tables::new(place, p, longest), place.names(&row_names(&p.names())));
     let [q, k, v] = [(rows, 1), (tokens, 2), (tokens, 3)].map(|(rows, name)| normal(rows * c, name));
     let parts: &[&[&[f32]]] = if fused { &[&[&q, &k, &v]] } else { &[&[&q], &[&k, &v]] };
     let parts: Vec<_> = parts.iter().map(|part| (side_by_side(part, c), part.len() * c)).collect();
@@ -73,18 +80,21 @@ fn attention_of(place: Place, p: &Problem, fused: bool) -> Results {
 fn attention_agrees() {
     for (heads, head_size) in [(3, 32), (2, 64), (1, 128)] {
         let all = problem(heads, head_size, |n| (0..n as u32).collect());
-        check(&format!("fused attention with heads of {head_size}"), |place| attention_of(place, &all, true));
+        for longest in LONGEST {
+            let what = format!("fused attention with heads of {head_size}, laid out for {longest}");
+            check(&what, |place| attention_of(place, &all, true, longest));
+        }
         let some = problem(heads, head_size, |n| (0..n as u32).step_by(3).collect());
-        check(&format!("split attention with heads of {head_size}"), |place| attention_of(place, &some, false));
+        check(&format!("split attention with heads of {head_size}"), |place| attention_of(place, &some, false, 70));
     }
 }
 
 /// Bit rows of a sequence's pool.
 const POOL: usize = 4;
 
-fn decoding_of(place: Place, p: &Problem, whole: bool) -> Results {
+fn decoding_of(place: Place, p: &Problem, whole: bool, longest: usize) -> Results {
     let (c, rows, tokens) = (p.width(), p.rows(), p.tokens());
-    let (tables, names) = (Tables::new(place, p), place.names(&row_names(&p.names())));
+    let (tables, names) = (Tables::new(place, p, longest), place.names(&row_names(&p.names())));
     let (mut offsets, mut words) = (vec![0], Vec::new());
     for &n in LENGTHS {
         words.extend(below(POOL * n.div_ceil(32), u32::MAX, n as u64));
@@ -126,9 +136,9 @@ fn enhanced_decoding_agrees() {
     for (heads, head_size) in [(3, 32), (2, 64), (1, 128)] {
         // The sequence of one position sees nothing, so it does not ask.
         let p = problem(heads, head_size, |n| (1..n as u32).collect());
-        for whole in [false, true] {
+        for (whole, longest) in [false, true, false].into_iter().zip(LONGEST) {
             let what = format!("enhanced decoding with heads of {head_size}, whole queries: {whole}");
-            check(&what, |place| decoding_of(place, &p, whole));
+            check(&what, |place| decoding_of(place, &p, whole, longest));
         }
     }
 }
