@@ -69,7 +69,8 @@ __device__ __forceinline__ uint4 exchange(const uint32_t (&w)[4]) {
 }
 
 // Writes (=) x [16 of a warp, 8 N], rows times their factors, to the first `rows` rows at `to`: 16 bytes a lane.
-template <int N> __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int rows, const float (&x)[1][N][4], const float (&factor)[2]) {
+template <int N>
+__device__ __forceinline__ void store_rows(bf16* to, size_t stride, int rows, const float (&x)[1][N][4], const float (&factor)[2]) {
   const int g = lane_id() >> 2, t = lane_id() & 3;
 #pragma unroll
   for (int r = 0; r < 2; r++)

@@ -4,7 +4,8 @@
 //   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I kernels benches/gpu/plans.cu -o plans && ./plans
 //
 // A line a plan: workload, kernel, blocks a multiprocessor that are asked for, warps, blocks of 16 rows of each, left operands kept,
-// streamed rows at once; median and least milliseconds; how far the result is from the first plan's, which is the engine's own.
+// streamed rows at once; median and least milliseconds; how far the result is from the first plan's, the engine's own on sm_80. Plans by
+// warpgroups (flash_hopper.cuh) are named by how many a block has; `whole` is the backward in one pass, to be held against dq and dkv.
 // With an argument every plan runs once, for a profiler.
 #include "attention.cu"
 
@@ -13,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <string>
 #include <vector>
 
 using namespace flash;
@@ -36,10 +38,11 @@ struct Problem {
   const char* name;
   AttentionBatch batch;
   Dropout dropout;
-  int tiles;
+  AttentionBatch whole;    // each sequence once
+  int tiles, sequences, longest;
   size_t tokens;
   std::vector<Operands> sets;
-  std::vector<float> expected[3];
+  std::vector<float> expected[2];   // out; gradient
 };
 
 template <class P, int BLOCKS>
@@ -70,20 +73,31 @@ __global__ void __launch_bounds__(P::WARPS * 32, BLOCKS) dkv_plan(Operands x, At
                   Drop(dropout, 1, batch, item), HEADS, memory);
 }
 
+template <int GROUPS, int BLOCKS>
+__global__ void __launch_bounds__(GROUPS * 128, BLOCKS) forward_groups(Operands x, AttentionBatch batch, Dropout dropout, int) {
+  RM_DYN_SMEM(memory);
+  Item item;
+  if (!find<hopper::ForwardPlan<GROUPS>>(item, batch)) return;
+  const Tensors<bf16, D> t(x.qkv, 3 * C, x.qkv + C, 3 * C, x.qkv + 2 * C, 3 * C, item);
+  hopper::forward<GROUPS>(x.out, x.lse, t.queries, t.k, t.v, t.mask, item, batch, Drop(dropout, 1, batch, item), HEADS, memory);
+}
+template <int GROUPS, int BLOCKS>
+__global__ void __launch_bounds__(GROUPS * 128, BLOCKS) whole_groups(Operands x, AttentionBatch batch, Dropout dropout, int tiles) {
+  RM_DYN_SMEM(memory);
+  Item item;
+  if (!find<hopper::ForwardPlan<1>>(item, batch)) return;
+  const Tensors<bf16, D> t(x.qkv, 3 * C, x.qkv + C, 3 * C, x.qkv + 2 * C, 3 * C, item);
+  bf16* const corner = x.gradient + t.column(item, 3 * C);
+  hopper::backward<GROUPS>(corner, 3 * C, corner + C, corner + 2 * C, 3 * C, x.out, {x.dout, x.lse}, t.queries, t.k, t.v, t.mask, item,
+                           batch, Drop(dropout, 1, batch, item), HEADS, memory, tiles);
+}
+
 bool once = false;
 
-// pass: 0 forward, 1 dq, 2 dkv. The first plan of each leaves what the next pass reads.
-template <int PASS, int BLOCKS, int WARPS, int M, bool KEPT, int STEP, int REST> void plan(Problem& problem) {
-  using P = Plan<bf16, D, WARPS, M, KEPT, STEP, REST>;
-  constexpr int SHARED = Layout<P, PASS == 0 ? 1 : 2>::COLUMNS + (PASS == 2 ? P::STAGES * int(sizeof(Columns<P::OWN>)) : 0);
-  const auto kernel = PASS == 0 ? forward_plan<P, BLOCKS> : PASS == 1 ? dq_plan<P, BLOCKS> : dkv_plan<P, BLOCKS>;
-  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-  const auto launch = [&](const Operands& x) {
-    kernel<<<dim3(problem.tiles, HEADS), WARPS * 32, SHARED>>>(x, problem.batch, problem.dropout);
-    CHECK(cudaGetLastError());
-  };
-  const bf16* const result = PASS == 0 ? problem.sets[0].out : problem.sets[0].gradient;
-  const size_t count = problem.tokens * (PASS == 0 ? C : 3 * C);
+// Times a plan and holds what it leaves against the first one's. pass: 0 forward, 1 dq, 2 dkv, 3 both.
+template <class Launch> void time_plan(Problem& problem, int pass, const char* name, Launch launch) {
+  const bf16* const result = pass == 0 ? problem.sets[0].out : problem.sets[0].gradient;
+  const size_t count = problem.tokens * (pass == 0 ? C : 3 * C);
   if (once) {
     launch(problem.sets[0]);
     CHECK(cudaDeviceSynchronize());
@@ -106,23 +120,63 @@ template <int PASS, int BLOCKS, int WARPS, int M, bool KEPT, int STEP, int REST>
   std::sort(times.begin(), times.end());
   std::vector<bf16> stored(count);
   CHECK(cudaMemcpy(stored.data(), result, count * 2, cudaMemcpyDeviceToHost));
-  // What the other pass of the backward writes is all ones here: left out on both sides.
-  std::vector<float> got;
-  for (size_t i = 0; i < count; i++) {
-    const size_t column = i % (3 * C);
-    if (PASS == 0 || (PASS == 1 ? column < C : column >= C)) got.push_back(__bfloat162float(stored[i]));
-  }
-  std::vector<float>& expected = problem.expected[PASS];
-  if (expected.empty()) expected = got;
+  std::vector<float>& expected = problem.expected[pass > 0];
+  if (expected.empty()) expected.resize(count, NAN);
   double error = 0, size = 0;
-  for (size_t i = 0; i < got.size(); i++) {
-    const double off = double(got[i]) - expected[i];
+  for (size_t i = 0; i < count; i++) {
+    // What the other pass of the backward writes is left out.
+    const size_t column = i % (3 * C);
+    if (pass == 1 ? column >= C : pass == 2 ? column < C : false) continue;
+    const double value = __bfloat162float(stored[i]);
+    if (std::isnan(expected[i])) expected[i] = float(value);
+    const double off = value - expected[i];
     error += off * off, size += double(expected[i]) * expected[i];
   }
-  printf("%-9s %-7s b%d w%d m%d %s s%d  %.4f ms  (%.4f)  off %.1e\n", problem.name,
-         PASS == 0 ? "forward" : PASS == 1 ? "dq" : "dkv", BLOCKS, WARPS, M, KEPT ? "kept" : "read", STEP,
-         times[times.size() / 2], times[0], std::sqrt(error / size));
+  const char* const passes[] = {"forward", "dq", "dkv", "whole"};
+  printf("%-9s %-7s %-22s  %.4f ms  (%.4f)  off %.1e\n", problem.name, passes[pass], name, times[times.size() / 2], times[0],
+         std::sqrt(error / size));
   fflush(stdout);
+}
+
+template <int GROUPS, int BLOCKS> void forward_by_groups(Problem& problem) {
+  using P = hopper::ForwardPlan<GROUPS>;
+  constexpr int SHARED = Layout<P, 1>::COLUMNS;
+  const auto kernel = forward_groups<GROUPS, BLOCKS>;
+  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
+  const std::string name = "b" + std::to_string(BLOCKS) + " groups " + std::to_string(GROUPS);
+  time_plan(problem, 0, name.c_str(), [&](const Operands& x) {
+    kernel<<<dim3(problem.tiles, HEADS), GROUPS * 128, SHARED>>>(x, problem.batch, problem.dropout, 0);
+    CHECK(cudaGetLastError());
+  });
+}
+template <int GROUPS, int BLOCKS> void whole_by_groups(Problem& problem) {
+  using Shared = hopper::BackwardLayout<GROUPS>;
+  const int tiles = (problem.longest + TILE - 1) / TILE;
+  const int shared = Shared::QUERIES + Shared::QUERY * TILE * tiles + (problem.longest > Shared::KEYS ? tiles * TILE * D * 4 : 0);
+  const auto kernel = whole_groups<GROUPS, BLOCKS>;
+  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  int resident = 0;
+  CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, GROUPS * 128, size_t(shared)));
+  const std::string name = "b" + std::to_string(BLOCKS) + " groups " + std::to_string(GROUPS) + " (" + std::to_string(resident) + " fit)";
+  time_plan(problem, 3, name.c_str(), [&](const Operands& x) {
+    kernel<<<dim3(problem.sequences, HEADS), GROUPS * 128, shared>>>(x, problem.whole, problem.dropout, tiles);
+    CHECK(cudaGetLastError());
+  });
+}
+
+// pass: 0 forward, 1 dq, 2 dkv. The first plan of each leaves what the next pass reads.
+template <int PASS, int BLOCKS, int WARPS, int M, bool KEPT, int STEP, int REST> void plan(Problem& problem) {
+  using P = Plan<bf16, D, WARPS, M, KEPT, STEP, REST>;
+  constexpr int SHARED = Layout<P, PASS == 0 ? 1 : 2>::COLUMNS + (PASS == 2 ? P::STAGES * int(sizeof(Columns<P::OWN>)) : 0);
+  const auto kernel = PASS == 0 ? forward_plan<P, BLOCKS> : PASS == 1 ? dq_plan<P, BLOCKS> : dkv_plan<P, BLOCKS>;
+  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
+  const auto launch = [&](const Operands& x) {
+    kernel<<<dim3(problem.tiles, HEADS), WARPS * 32, SHARED>>>(x, problem.batch, problem.dropout);
+    CHECK(cudaGetLastError());
+  };
+  const std::string name = "b" + std::to_string(BLOCKS) + " w" + std::to_string(WARPS) + " m" + std::to_string(M) +
+                           (KEPT ? " kept" : " read") + " s" + std::to_string(STEP);
+  time_plan(problem, PASS, name.c_str(), launch);
 }
 
 template <class T> T* on_device(const std::vector<T>& values) {
@@ -150,7 +204,13 @@ Problem make(const char* name, const std::vector<int>& lengths, bool dropout) {
   const AttentionBatch batch{on_device(borders), on_device(borders), on_device(positions),
                              on_device(samples), on_device(table), on_device(std::vector<int>{tiles})};
   const Dropout drop{on_device(std::vector<uint32_t>{123, 456}), dropout ? 6554u : 0u, dropout ? 1.f / 0.9f : 1.f};
-  Problem problem{name, batch, drop, tiles, tokens, {}, {}};
+  std::vector<uint32_t> sequences;
+  for (int s : order) sequences.push_back(uint32_t(s)), sequences.push_back(0);
+  AttentionBatch whole = batch;
+  whole.tiles = on_device(sequences);
+  whole.tile_count = on_device(std::vector<int>{int(lengths.size())});
+  const int longest = *std::max_element(lengths.begin(), lengths.end());
+  Problem problem{name, batch, drop, whole, tiles, int(lengths.size()), longest, tokens, {}, {}};
   std::mt19937 generator(1);
   std::normal_distribution<float> normal;
   std::vector<bf16> values(tokens * 4 * C);
@@ -172,6 +232,10 @@ void plans(Problem problem) {
   plan<0, 2, 8, 1, true, 64, 32>(problem);
   plan<0, 2, 4, 2, true, 32, 32>(problem);
   plan<0, 2, 4, 2, true, 64, 32>(problem);
+  forward_by_groups<1, 4>(problem);
+  forward_by_groups<1, 3>(problem);
+  forward_by_groups<2, 2>(problem);
+  forward_by_groups<4, 1>(problem);
   plan<0, 1, 2, 2, true, 64, 32>(problem);
   plan<1, 1, 2, 2, true, 32, 32>(problem);
   plan<1, 4, 4, 1, true, 32, 32>(problem);
@@ -192,6 +256,10 @@ void plans(Problem problem) {
   plan<2, 1, 8, 1, true, 32, 32>(problem);
   plan<2, 2, 4, 2, false, 16, 16>(problem);
   plan<2, 1, 2, 2, false, 16, 16>(problem);
+  whole_by_groups<1, 1>(problem);
+  whole_by_groups<1, 2>(problem);
+  whole_by_groups<1, 3>(problem);
+  whole_by_groups<2, 1>(problem);
 }
 
 int main(int argc, char**) {

@@ -13,7 +13,7 @@ plans() {
     for kind in long_scoreboard short_scoreboard wait math_pipe_throttle barrier mio_throttle not_selected; do
         waits+=,smsp__average_warps_issue_stalled_${kind}_per_issue_active.ratio
     done
-    try "compile" 120 nvcc -O3 -std=c++17 -arch=native -I kernels benches/gpu/plans.cu -o "$work/plans" || return 0
+    try "compile" 180 nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I kernels benches/gpu/plans.cu -o "$work/plans" || return 0
     try "plans" 120 "$work/plans" || true
     grep -aE ' ms ' "$said" >"$raw/plans.txt" || true
     cat "$raw/plans.txt" >>"$work/tables"
