@@ -1,6 +1,9 @@
 //! The CPU: matrix products (crate `gemm`), vectorised loops, per-thread scratch.
 
+pub mod bf16;
+
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{DType, Element, Matmul, Output, Product};
 
@@ -274,24 +277,49 @@ pub fn gemm<F: Real>(
     }
 }
 
+/// Whether f32 products round their operands to bf16: one choice for the process, as `--precision` is.
+static BF16_PRODUCTS: AtomicBool = AtomicBool::new(false);
+
+/// Rounds the operands of all further products of f32 tensors on the CPU to bf16, or not ([`bf16`]).
+pub fn use_bf16_products(on: bool) {
+    BF16_PRODUCTS.store(on, Ordering::Relaxed);
+}
+
+/// Whether they do.
+pub fn bf16_products() -> bool {
+    BF16_PRODUCTS.load(Ordering::Relaxed)
+}
+
 /// [`super::Device::matmul`] on the host.
 pub(super) fn matmul(p: &Matmul<'_>) {
     match p.c.tensor.dtype() {
+        DType::F32 if bf16_products() => bf16_matmul(p),
         DType::F32 => matmul_as::<f32>(p),
         DType::F64 => matmul_as::<f64>(p),
         other => panic!("matrix product of {other:?} on the CPU"),
     }
 }
 
-fn matmul_as<F: Real>(p: &Matmul<'_>) {
-    let (a, b, mut c) = (p.a.tensor.read::<F>(), p.b.tensor.read::<F>(), p.c.tensor.write::<F>());
+/// The operands as they are multiplied.
+fn operands<'a, F: Real>(p: &Matmul<'_>, a: &'a [F], b: &'a [F]) -> (View<'a, F>, View<'a, F>) {
     let a = View::rows(&a[p.a.offset..], p.a.stride);
     let b = View::rows(&b[p.b.offset..], p.b.stride);
-    let (a, b) = match p.product {
+    match p.product {
         Product::NT => (a, b.t()),
         Product::NN => (a, b),
         Product::TN => (a.t(), b),
-    };
+    }
+}
+
+fn bf16_matmul(p: &Matmul<'_>) {
+    let (a, b, mut c) = (p.a.tensor.read::<f32>(), p.b.tensor.read::<f32>(), p.c.tensor.write::<f32>());
+    let (a, b) = operands(p, &a, &b);
+    bf16::product((p.m, p.n, p.k), a, b, &mut c[p.c.offset..], p.c.stride, p.output);
+}
+
+fn matmul_as<F: Real>(p: &Matmul<'_>) {
+    let (a, b, mut c) = (p.a.tensor.read::<F>(), p.b.tensor.read::<F>(), p.c.tensor.write::<F>());
+    let (a, b) = operands(p, &a, &b);
     let c = &mut c[p.c.offset..];
     if p.product == Product::NT && (1..general_rows(p.n, p.k)).contains(&p.m) {
         return few_rows(p, a, b, c);

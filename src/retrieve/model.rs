@@ -16,7 +16,7 @@ use crate::data::shard::{ShardSet, TitleSep};
 use crate::data::source::{Format, Input};
 use crate::data::tokenize::stream::{StreamOptions, TextStream};
 use crate::data::tokenizer::Tokenizer;
-use crate::device::{DType, Device};
+use crate::device::{DType, Device, cpu};
 use crate::error::{Error, Result};
 use crate::files::hex;
 use crate::graph::biencoder::Shape;
@@ -198,7 +198,7 @@ impl Model {
                 format!("{max_len} tokens leave no room beside [CLS], [SEP] and {} of the prefix", tokens.len());
             return Err(Error::usage(cause).remedy(format!("choose a length of {} or more", tokens.len() + 3)));
         }
-        let arithmetic = if storage == DType::BF16 { "bf16" } else { "fp32" };
+        let arithmetic = if storage == DType::BF16 || cpu::bf16_products() { "bf16" } else { "fp32" };
         let spec = Spec {
             representation,
             lexical_top_k: if representation.lexical() { k } else { 0 },

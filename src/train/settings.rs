@@ -70,7 +70,7 @@ pub enum Precision {
     Auto,
     /// fp32 throughout.
     Fp32,
-    /// bf16 storage and products, fp32 sums and master weights.
+    /// bf16 products, fp32 sums and master weights; on a GPU bf16 storage too.
     Bf16,
 }
 

@@ -75,6 +75,23 @@ fn text_becomes_a_model_and_kills_change_no_bit() {
     assert!(stderr(&verified).contains("moment2.safetensors: its digest does not hold"), "{}", stderr(&verified));
 }
 
+/// bf16 on the CPU: the same bits again, and losses beside those of fp32.
+#[test]
+fn bf16_on_the_cpu_repeats_and_stays_near_fp32() {
+    let world = World::new();
+    let losses = |out: &str, precision: &str| {
+        let done = world.train(out, &["--device", "cpu", "--precision", precision]).output().unwrap();
+        assert!(done.status.success(), "{}", stderr(&done));
+        let text = std::fs::read_to_string(world.path(out).join("metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+        lines.map(|l| l["loss"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    let (fp32, bf16) = (losses("fp32", "fp32"), losses("bf16", "bf16"));
+    losses("again", "bf16");
+    assert_eq!(bits(&world.path("bf16")), bits(&world.path("again")));
+    assert!(fp32 != bf16 && fp32.iter().zip(&bf16).all(|(a, b)| (a / b - 1.0).abs() < 1e-2), "{fp32:?} {bf16:?}");
+}
+
 /// On the CPU and on a GPU: three losses a line, and a killed run ends with the bits of a whole one.
 #[test]
 fn dupmae_logs_its_losses_and_kills_change_no_bit() {
@@ -196,7 +213,7 @@ fn wrong_use_is_one_line_with_the_contracted_exit_code() {
         ("out", &["--steps", "3"], 1, "steps was 2 and is now 3"),
         ("out", &["--steps", "2", "--resume", "never"], 1, "holds a run that was saved at step 2"),
         ("new", &["--epochs", "2", "--steps", "3"], 2, "cannot be used with"),
-        ("new", &["--precision", "bf16"], 2, "the CPU computes in fp32"),
+        ("out", &["--steps", "2", "--precision", "bf16"], 1, "precision was fp32 and is now bf16"),
         ("new", &["--config", &bad], 1, "bad.toml:2: unknown field `batchsize`"),
         ("new", &["--eval-size", "40"], 2, "the argument '--eval-size <N>' cannot be used multiple times"),
     ];
