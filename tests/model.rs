@@ -6,6 +6,9 @@ mod config;
 mod export;
 #[path = "model/hub.rs"]
 mod hub;
+#[path = "model/hub_server.rs"]
+#[cfg(feature = "hub")]
+mod hub_server;
 #[path = "model/names.rs"]
 mod names;
 #[path = "model/python.rs"]

@@ -12,6 +12,7 @@ use crate::data::tokenize::{self, Event, Options};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::files::OutputDir;
+use crate::model::hub;
 
 use super::progress::Progress;
 use super::{Global, grouped, say};
@@ -26,7 +27,7 @@ pub struct Arguments {
     /// Files, folders, globs, or - for standard input
     #[arg(long, required = true, num_args = 1.., value_name = "PATH")]
     input: Vec<String>,
-    /// Folder of a model with tokenizer.json or vocab.txt, or one of these files
+    /// Folder or hub name of a model with tokenizer.json or vocab.txt, or one of these files
     #[arg(long, value_name = "PATH")]
     tokenizer: PathBuf,
     /// Folder to make
@@ -123,7 +124,7 @@ impl Arguments {
 /// Runs the subcommand.
 pub fn run(args: Arguments, global: &Global) -> Result<()> {
     let inputs = source::expand(&args.input)?;
-    let tokenizer = Tokenizer::load(&args.tokenizer)?;
+    let tokenizer = Tokenizer::load(&hub::resolve(&args.tokenizer.to_string_lossy())?)?;
     let output = OutputDir::create(&args.output, args.overwrite, META)?;
     let total = inputs.iter().map(|i| i.bytes).sum::<Option<u64>>();
     let progress = Progress::start(total, global.quiet);

@@ -1,16 +1,35 @@
-//! Where a model is: a folder, a file, or a name of the Hugging Face hub that is already in the local cache. Nothing is downloaded.
+//! Where a model is: a folder, a file, or a name of the Hugging Face hub, in the local cache or fetched into it.
+
+#[cfg(feature = "hub")]
+pub mod download;
 
 use super::small_file;
 use crate::error::{Error, Result};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-/// Finds the folder or file that `--model` means. A hub name may end in `@revision`; the default is `main`.
+/// Finds the folder or file that `--model` means. A hub name may end in `@revision`; the default is `main`. What is in the cache is taken
+/// as it is; what is not is fetched, unless `HF_HUB_OFFLINE` is set.
 ///
 /// # Errors
-/// It is neither a path nor in the cache; the line says where was looked.
+/// It is neither a path nor in the cache, and cannot be fetched; the line says where was looked.
 pub fn resolve(model: &str) -> Result<PathBuf> {
-    resolve_in(model, &cache_folder(|key| std::env::var_os(key)))
+    let cache = cache_folder(|key| std::env::var_os(key));
+    let found = resolve_in(model, &cache);
+    #[cfg(feature = "hub")]
+    if found.is_err() && !Path::new(model).exists() {
+        let (name, revision) = model.split_once('@').unwrap_or((model, "main"));
+        if is_hub_name(name) && is_revision(revision) {
+            return match download::forbidden() {
+                None => download::fetch(name, revision, &cache),
+                Some(variable) => found.map_err(|e| {
+                    let advice = format!("{}, or unset {variable} to fetch it now", e.advice());
+                    e.remedy(advice)
+                }),
+            };
+        }
+    }
+    found
 }
 
 /// [`resolve`] with the cache folder given.
@@ -35,7 +54,8 @@ pub fn resolve_in(model: &str, cache: &Path) -> Result<PathBuf> {
     let reference = folder.join("refs").join(revision);
     let commit = if reference.is_file() { read_commit(&reference)? } else { revision.to_string() };
     let snapshot = folder.join("snapshots").join(&commit);
-    if !snapshot.join("config.json").is_file() {
+    let has = |name: &&str| snapshot.join(name).is_file();
+    if !has(&"config.json") || !super::weights::WEIGHT_FILES.iter().any(|name| has(name)) {
         let cause = format!("{name} is in the local cache without a complete revision {revision}");
         let remedy = format!("fetch it again: hf download {name} --revision {revision}");
         return Err(Error::refused(cause).path(snapshot).remedy(remedy));

@@ -18,7 +18,7 @@ use std::path::{Component, Path, PathBuf};
 /// File of the enhanced decoder, beside the model.
 pub const ENHANCED_DECODER: &str = "enhanced_decoder.safetensors";
 /// What a model folder's weights may be called, in the order in which they are looked for.
-const WEIGHT_FILES: [&str; 4] =
+pub const WEIGHT_FILES: [&str; 4] =
     ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
 /// Largest index of shards that is read.
 const MAX_INDEX: u64 = 16 << 20;

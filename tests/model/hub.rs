@@ -15,6 +15,8 @@ fn a_path_wins_and_a_cached_name_is_found() {
     std::fs::write(model.join("refs/main"), "0123abc\n").unwrap();
     assert!(line(resolve_in("Shitao/RetroMAE", cache.path())).contains("without a complete revision main"));
     std::fs::write(snapshot.join("config.json"), "{}").unwrap();
+    assert!(line(resolve_in("Shitao/RetroMAE", cache.path())).contains("without a complete revision main"));
+    std::fs::write(snapshot.join("pytorch_model.bin"), "").unwrap();
     assert_eq!(resolve_in("Shitao/RetroMAE", cache.path()).unwrap(), snapshot);
     assert_eq!(resolve_in("Shitao/RetroMAE@0123abc", cache.path()).unwrap(), snapshot);
     std::fs::write(model.join("refs/main"), "../../etc").unwrap();
