@@ -1,7 +1,7 @@
 //! `demo`: the whole way from text to a retriever that others load and to its figures, offline, with the commands a user would type.
 //!
 //! The text, the vocabulary and the model's configuration are part of the binary. Each step is printed as a command line, parsed by
-//! the same parser and run by the same code as if it had been typed; nothing here knows a shortcut. BM25's lists alone are made here.
+//! the same parser and run by the same code as if it had been typed; nothing here knows a shortcut.
 
 mod commands;
 mod figures;
@@ -69,7 +69,7 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
     demo.unpack(global)?;
     let mut lines = Vec::new();
     for step in demo.commands().steps() {
-        lines.extend(demo.take(step, global)?);
+        lines.push(demo.take(step, global)?);
         // Training stops by itself; the other commands are short, and end first.
         if let Some(signal) = stop.requested() {
             let cause = format!("stopped by {}", signals::name(signal));
@@ -186,27 +186,20 @@ impl Demo {
         }
     }
 
-    /// Does a step; gives the command line, where it is one.
-    fn take(&self, step: Step, global: &Global) -> Result<Option<String>> {
-        let (about, words, done) = match step {
-            Step::Command { about, words, done } => (about, words, done),
-            Step::Bm25 { run } => {
-                say(&format!("\n# BM25 beside them: its lists are written to {}", run.display()))?;
-                let [corpus, queries] = ["corpus.jsonl", "dev-queries.jsonl"].map(|name| self.dir.join(name));
-                return ranking::write_bm25(&corpus, &queries, &run).map(|()| None);
-            }
-        };
+    /// Does a step; gives the command line.
+    fn take(&self, step: Step, global: &Global) -> Result<String> {
+        let Step { about, words, done } = step;
         let all = std::iter::once(&self.program).chain(&words);
         // The command as a shell takes it.
         let line = all.map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ");
         if done {
             global.note(&format!("there already, made by: {line}"));
-            return Ok(Some(line));
+            return Ok(line);
         }
         let about = if about.is_empty() { String::new() } else { format!("\n# {about}") };
         say(&format!("{about}\n$ {line}"))?;
         self.execute(&words)?;
-        Ok(Some(line))
+        Ok(line)
     }
 
     fn execute(&self, words: &[OsString]) -> Result<()> {

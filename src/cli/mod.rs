@@ -5,6 +5,7 @@
 
 mod beir;
 mod bench;
+mod bm25;
 mod demo;
 mod doctor;
 mod encode;
@@ -90,6 +91,8 @@ enum Command {
     Encode(Box<encode::Arguments>),
     /// Find the best passages of every query, exactly
     Search(search::Arguments),
+    /// Find the passages that share words with every query (BM25)
+    Bm25(bm25::Arguments),
     /// Mine hard negatives from a run
     Mine(mine::Arguments),
     /// Judge a run: MRR, recall, NDCG, MAP, precision
@@ -118,6 +121,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Export(args) => export::run(args, global),
         Command::Encode(args) => encode::run(*args, global),
         Command::Search(args) => search::run(args, global),
+        Command::Bm25(args) => bm25::run(args, global),
         Command::Evaluate(args) => evaluate::run(args, global),
         Command::Beir(args) => beir::run(*args, global),
         Command::Mine(args) => mine::run(args, global),

@@ -242,3 +242,35 @@ fn a_real_model_from_text_equals_pytorch() {
     }
     assert_eq!(ours.len(), 96);
 }
+
+#[test]
+fn bm25_ranks_texts_and_refuses_those_without_ids() {
+    let dir = Dir::new();
+    dir.write(
+        "c.jsonl",
+        concat!(
+            "{\"_id\": \"a\", \"title\": \"Green\", \"text\": \"apple tree\"}\n",
+            "{\"_id\": \"b\", \"text\": \"apple apple pie\"}\n",
+            "{\"_id\": \"a\", \"text\": \"again\"}\n",
+        )
+        .to_string(),
+    );
+    dir.write("q.tsv", "q1\tgreen apple\nq2\tpear\nq3\tpie\n".to_string());
+    let [corpus, queries, run] = ["c.jsonl", "q.tsv", "run.txt"].map(|name| dir.arg(name));
+    let bm25 = ["bm25", "--queries", &queries, "--corpus", &corpus, "--output", &run];
+    let out = ok(&[&bm25[..], &["--top-k", "5", "--json", &dir.arg("bm25.json")]].concat());
+    assert!(out.contains("queries") && out.contains("written to "), "{out}");
+    let lists = std::fs::read_to_string(dir.at("run.txt")).unwrap();
+    let order: Vec<Vec<&str>> = lists.lines().map(|l| l.split(' ').collect()).collect();
+    let hits: Vec<[&str; 3]> = order.iter().map(|l| [l[0], l[2], l[3]]).collect();
+    assert_eq!(hits, [["q1", "a", "1"], ["q1", "b", "2"], ["q3", "b", "1"]]);
+    let found = json(&dir.at("bm25.json"));
+    assert_eq!(
+        (found["queries"].as_u64(), found["passages"].as_u64(), found["hits"].as_u64()),
+        (Some(3), Some(2), Some(3))
+    );
+    dir.write("bare.txt", "no id here\n".to_string());
+    let bare = dir.arg("bare.txt");
+    let error = fails(1, &["bm25", "--queries", &queries, "--corpus", &bare, "--output", &run]);
+    assert!(error.contains("bare.txt: text 1 has no id; give texts with ids"), "{error}");
+}

@@ -1,7 +1,7 @@
 //! The steps of the demo as the command lines that a user would type, in their order.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::ValueEnum;
 
@@ -67,12 +67,11 @@ pub const ENCODERS: [&str; 3] = ["untrained", "pre-trained", "fine-tuned"];
 /// The run and figures beside theirs.
 pub const BM25: &str = "bm25";
 
-/// One thing the demo does.
-pub enum Step {
-    /// A command, perhaps with a line before it that says what for.
-    Command { about: &'static str, words: Vec<OsString>, done: bool },
-    /// Writes BM25's lists, for which there is no command.
-    Bm25 { run: PathBuf },
+/// One thing the demo does: a command, perhaps with a line before it that says what for.
+pub struct Step {
+    pub about: &'static str,
+    pub words: Vec<OsString>,
+    pub done: bool,
 }
 
 /// Where the demo is, and the options of its own that its commands get, too.
@@ -100,7 +99,9 @@ impl Commands<'_> {
         for ((name, model), about) in ENCODERS.into_iter().zip(models).zip(about) {
             steps.extend(self.judging(name, model, about));
         }
-        steps.push(Step::Bm25 { run: self.dir.join(format!("{BM25}.trec")) });
+        let line =
+            format!("bm25 --queries @dev-queries.jsonl --corpus @corpus.jsonl --top-k 100 --output @{BM25}.trec");
+        steps.push(self.line("BM25 beside them", &line, false));
         steps.push(self.evaluate(BM25));
         steps.push(self.line("Is everything on the disk as it was written?", "verify @shards @run @retriever", false));
         steps
@@ -192,12 +193,7 @@ impl Commands<'_> {
         if keep {
             line += " --keep-duplicates";
         }
-        match self.line(about, &line, false) {
-            Step::Command { about, words, .. } => {
-                Step::Command { about, words, done: ShardSet::is_set(&self.dir.join(output)) }
-            }
-            other => other,
-        }
+        Step { done: ShardSet::is_set(&self.dir.join(output)), ..self.line(about, &line, false) }
     }
 
     /// A command of words without blanks; one that begins with @ is in the demo's folder.
@@ -208,6 +204,6 @@ impl Commands<'_> {
         };
         let hardware = if computes { self.hardware } else { &[] };
         let words = line.split(' ').map(word).chain(hardware.iter().cloned()).chain(self.passed_on.iter().cloned());
-        Step::Command { about, words: words.collect(), done: false }
+        Step { about, words: words.collect(), done: false }
     }
 }

@@ -1,25 +1,17 @@
-//! How well the demo's encoders rank, beside BM25: its lists, the table at the end, and what it must show.
+//! How well the demo's encoders rank, beside BM25: the table at the end, and what it must show.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use serde_json::{Map, Value};
 
 use super::commands::{BM25, ENCODERS};
 use crate::cli::grouped;
-use crate::data::pairs::runs::{RunFormat, RunWriter};
-use crate::data::source::{self, Document, Input};
 use crate::error::{Error, IoContext, Result};
-use crate::eval::bm25::Bm25;
-use crate::files;
 
 /// The figures, as `evaluate` names them.
 pub const METRICS: [&str; 3] = ["mrr@10", "ndcg@10", "recall@100"];
 /// By how much the fine-tuned encoder's MRR@10 must be above those of the others; it is more than 0.3 in practice.
 const CLEARLY: f64 = 0.2;
-/// Passages on a list.
-const DEPTH: usize = 100;
 
 /// The figures of every system, in the order the demo makes them.
 #[derive(Clone, Debug)]
@@ -73,27 +65,6 @@ impl Ranking {
         };
         self.0.iter().map(|&(name, figures)| (name.to_string(), Value::Object(row(figures)))).collect()
     }
-}
-
-/// Writes BM25's lists for `queries` among the passages of `corpus` as a TREC run.
-pub fn write_bm25(corpus: &Path, queries: &Path, run: &Path) -> Result<()> {
-    let (corpus, queries) = (documents(corpus)?, documents(queries)?);
-    let index = Bm25::new(corpus.iter().map(|passage| passage.text.as_str()));
-    let id = |document: &Document| document.id.clone().unwrap_or_default();
-    let ids: Vec<String> = corpus.iter().map(id).collect();
-    files::write_atomic(run, |out| {
-        let mut writer = RunWriter::new(out, RunFormat::Trec, BM25);
-        for query in &queries {
-            let list = index.search(&query.text, DEPTH);
-            writer.query(&id(query), list.iter().map(|&(number, score)| (ids[number as usize].as_str(), score)))?;
-        }
-        Ok(())
-    })
-}
-
-fn documents(path: &Path) -> Result<Vec<Document>> {
-    let input = Input { path: path.to_path_buf(), bytes: None };
-    source::open(&input, None, false, Arc::new(AtomicU64::new(0)))?.1.collect()
 }
 
 #[cfg(test)]
