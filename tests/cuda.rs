@@ -7,6 +7,8 @@
 mod fakes;
 #[path = "cuda/scenarios.rs"]
 mod scenarios;
+#[path = "cuda/tuning.rs"]
+mod tuning;
 
 use fakes::{Libraries, child, doctor};
 use retromae_engine::device::Device;
@@ -187,7 +189,7 @@ fn the_driver_is_called_in_the_right_order() {
         // A product, whose algorithm is chosen once.
         "cublasLtMatmulDescCreate 68 0",
         "cublasLtMatmulPreferenceCreate",
-        "cublasLtMatmulAlgoGetHeuristic",
+        "cublasLtMatmulAlgoGetHeuristic 8",
         "cublasLtMatmulPreferenceDestroy",
         "cublasLtMatmul 2 x 2 x 2",
         "cublasLtMatmul 2 x 2 x 2",

@@ -93,6 +93,11 @@ pub trait Backend: Send + Sync {
     /// What it is.
     fn facts(&self) -> &Facts;
 
+    /// A line worth telling about it, although it works.
+    fn warning(&self) -> Option<&str> {
+        None
+    }
+
     /// Device memory, aligned to 256 bytes where the device is real, with any content.
     fn alloc(&self, bytes: usize) -> Result<u64>;
 
@@ -198,6 +203,11 @@ impl Gpu {
     /// What it is.
     pub fn facts(&self) -> &Facts {
         self.backend.facts()
+    }
+
+    /// A line worth telling about it, although it works.
+    pub fn warning(&self) -> Option<&str> {
+        self.backend.warning()
     }
 
     /// The first failure of the work queued so far that is known by now.

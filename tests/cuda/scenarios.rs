@@ -16,6 +16,7 @@ pub fn run(name: &str) {
             Some(told) => format!("{device:?}, {told}"),
             None => format!("{device:?}"),
         }),
+        "tuned" => Device::open("cuda").and_then(|(device, told)| tuned(device, told)),
         _ => Device::cuda().and_then(|device| on(name, device)),
     };
     println!("said: {}", said.unwrap_or_else(|e| format!("error: {e}")));
@@ -32,6 +33,18 @@ fn on(name: &str, device: Device) -> Result<String> {
         "sequence" => return sequence(device, gpu),
         "products" => return products(device),
         "uploads" => return uploads(device),
+        "tuned in a capture" => {
+            let case = KINDS[0];
+            let (a, b) = (device.tensor(&numbers(1, case.m * case.k)), device.tensor(&numbers(2, case.n * case.k)));
+            let c = device.zeros(DType::F32, case.m * case.n);
+            let (product, m, n, k) = (case.product, case.m, case.n, case.k);
+            let of = |t, columns| Matrix::new(t, columns);
+            let (a, b, c, output) = (of(&a, k), of(&b, k), of(&c, n), Output::Set);
+            let captured = gpu.capture(|| device.matmul(&Matmul { product, m, n, k, a, b, c, output, bias: None }));
+            if let Some(captured) = captured {
+                gpu.replay(&*captured);
+            }
+        }
         "memory" => drop(gpu.memory(3 << 30, 0)),
         "launch" => reductions(device, gpu, Shape::linear(1, 32)),
         "shared" => reductions(device, gpu, Shape::linear(1, 32).shared(200_000)),
@@ -126,6 +139,27 @@ fn uploads(device: Device) -> Result<String> {
     Ok(if kept { "fine" } else { "content was lost" }.into())
 }
 
+const KIND: Case =
+    Case { product: Product::NT, m: 6, n: 5, k: 7, add: false, bias: true, input: DType::BF16, out: DType::BF16 };
+
+/// Kinds of product whose algorithms are chosen: one that sets, one that adds.
+const KINDS: [Case; 2] = [KIND, Case { product: Product::TN, add: true, bias: false, out: DType::F32, ..KIND }];
+
+/// Each kind twice: the algorithm is chosen the first time, and a sum is added to once each time.
+fn tuned(device: Device, told: Option<String>) -> Result<String> {
+    for case in &KINDS {
+        for time in ["first", "second"] {
+            mark(&format!("{time} {:?}", case.product));
+            let error = case.error(device);
+            if !(error <= 0.004) {
+                return Ok(format!("{case:?}: off by {error}"));
+            }
+        }
+    }
+    device.check()?;
+    Ok(told.unwrap_or_else(|| "fine".into()))
+}
+
 /// Every kind of product, with odd sizes and rows that are longer than the matrix.
 fn products(device: Device) -> Result<String> {
     let mut agreed = 0;
@@ -148,7 +182,7 @@ fn products(device: Device) -> Result<String> {
     Ok(format!("{agreed} products agree"))
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Case {
     product: Product,
     m: usize,
