@@ -220,6 +220,19 @@ impl Backend for CudaBackend {
     }
 
     // SAFETY: what callers owe is written at the trait.
+    unsafe fn begin_download(&self, from: u64, bytes: usize) -> Result<()> {
+        self.not_recording("a copy")?;
+        // SAFETY: passed on.
+        unsafe { locked(&self.inner.staging).begin_download(from, bytes) }
+    }
+
+    // SAFETY: what callers owe is written at the trait.
+    unsafe fn end_download(&self, _from: u64, to: &mut [u8]) -> Result<()> {
+        self.inner.products.settle();
+        locked(&self.inner.staging).end_download(to)
+    }
+
+    // SAFETY: what callers owe is written at the trait.
     unsafe fn fill(&self, at: u64, bytes: usize, byte: u8) -> Result<()> {
         self.queue(Work::Fill { at, bytes, byte })
     }

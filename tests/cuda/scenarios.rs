@@ -45,6 +45,7 @@ fn on(name: &str, device: Device) -> Result<String> {
                 gpu.replay(&*captured);
             }
         }
+        "results" => return results(device, gpu),
         "memory" => drop(gpu.memory(3 << 30, 0)),
         "launch" => reductions(device, gpu, Shape::linear(1, 32)),
         "shared" => reductions(device, gpu, Shape::linear(1, 32).shared(200_000)),
@@ -76,6 +77,24 @@ fn on(name: &str, device: Device) -> Result<String> {
 fn reductions(device: Device, gpu: &'static Gpu, shape: Shape) {
     let (x, y) = (device.tensor(&[2f32]), device.tensor(&[0f32]));
     gpu.keep(|| ConformanceReductions { out: y.get_mut(), x: x.get() }.launch(gpu, shape));
+}
+
+/// The results of a step are read behind the upload of what follows it, to the same place, and are still those of the step.
+fn results(device: Device, gpu: &'static Gpu) -> Result<String> {
+    let (x, y) = (device.tensor(&[2f32]), device.tensor(&[0f32]));
+    let mut told = Vec::new();
+    for time in 1..=2 {
+        mark(&format!("step {time}"));
+        gpu.keep(|| ConformanceReductions { out: y.get_mut(), x: x.get() }.launch(gpu, Shape::linear(1, 32)));
+        y.begin_read();
+        x.upload(&[10.0 * time as f32]);
+        y.upload(&[7f32]);
+        told.extend(y.end_read::<f32>());
+    }
+    mark("end");
+    told.extend(y.to_vec::<f32>());
+    gpu.check()?;
+    Ok(format!("{told:?}"))
 }
 
 /// Leaves a mark among the calls.

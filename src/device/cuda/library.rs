@@ -28,8 +28,8 @@ const SYMBOLS: [&str; 13] = [
 /// The oldest version that will do, as it numbers itself.
 const OLDEST: usize = 120_000;
 
-/// Loads cuBLASLt for a driver of this version; gives its own version as it numbers itself. The loader's choice comes first, then what pip, conda
-/// and the CUDA toolkit install.
+/// Loads cuBLASLt for a driver of this version; gives its own version as it numbers itself. The loader's choice comes first, then what
+/// pip, conda and the CUDA toolkit install.
 pub fn load(driver: u32) -> Result<usize> {
     let preloaded = if is_found_by_loader() { None } else { Some(preload(driver)) };
     if let Some(found) = preloaded

@@ -157,16 +157,16 @@ impl Moment {
         check(unsafe { sys::cuEventRecord(self.event.0, stream) }, &"marking a point of the queue")
     }
 
-    /// Waits until the queue has come to the marked point.
-    pub fn wait(&self) -> Result<()> {
+    /// Waits until the queue has come to the marked point; `what` is what failed if that fails.
+    pub fn wait(&self, what: &dyn Display) -> Result<()> {
         self.queue.enter()?;
         // SAFETY: the event is alive.
-        check(unsafe { sys::cuEventSynchronize(self.event.0) }, &"waiting for a point of the queue")
+        check(unsafe { sys::cuEventSynchronize(self.event.0) }, what)
     }
 
     /// Time from `earlier`. Waits for this one.
     pub fn microseconds_since(&self, earlier: &Moment) -> Result<f64> {
-        self.wait()?;
+        self.wait(&"measuring time")?;
         let mut milliseconds = 0f32;
         // SAFETY: both events are alive and have happened; writes the number.
         let code = unsafe { (self.queue.elapsed_time)(&raw mut milliseconds, earlier.event.0, self.event.0) };
