@@ -116,7 +116,7 @@ fn every_function_with_and_without_bias() {
 /// dx is that of the kernel without sums, to the bit, and the sums are those of dx as it is stored.
 #[test]
 fn sums_over_rows_are_those_of_what_is_stored() {
-    for function in 0..FUNCTIONS.len() {
+    for (function, name) in FUNCTIONS.iter().enumerate() {
         // One row; a block of columns that is not full and blocks without rows; rows that are left when several are loaded at once.
         for (rows, width, down) in [(1, 16, 1), (9, 272, 3), (75, 48, 2)] {
             let n = rows * width;
@@ -133,7 +133,7 @@ fn sums_over_rows_are_those_of_what_is_stored() {
             ] {
                 let got = in_every_order(|on| sums(on, &case, down, &values));
                 let dx = &in_every_order(|on| plain(on, &case, &values))[1];
-                assert!(got[0] == *dx, "{:?} of {rows} x {width}", FUNCTIONS[function]);
+                assert!(got[0] == *dx, "{name:?} of {rows} x {width}");
                 for column in 0..width {
                     let of = |x: &[f32]| x.iter().skip(column).step_by(width).map(|&x| f64::from(x)).sum::<f64>();
                     let size: f64 = dx.iter().skip(column).step_by(width).map(|&x| f64::from(x).abs()).sum();

@@ -64,8 +64,8 @@ impl Piece {
         Ok(())
     }
 
-    /// Makes the whole piece free again, with room for `bytes`.
-    fn open(&mut self, bytes: usize) -> Result<()> {
+    /// Makes the whole piece free again, with room for `bytes`; a new one has at least `least`.
+    fn open(&mut self, bytes: usize, least: usize) -> Result<()> {
         if let Some(event) = self.behind.as_ref().filter(|_| self.is_pending) {
             event.wait(&"copying to the GPU")?;
         }
@@ -74,7 +74,7 @@ impl Piece {
             return Ok(());
         }
         self.release();
-        let size = if bytes == RESULTS { RESULTS } else { bytes.next_power_of_two().clamp(SMALLEST, LARGEST) };
+        let size = bytes.next_power_of_two().clamp(least, LARGEST);
         let mut start = std::ptr::null_mut();
         // SAFETY: writes the address.
         check(
@@ -127,7 +127,7 @@ impl Staging {
         if piece.bytes - piece.used < bytes {
             piece.close(&self.queue)?;
             self.current = 1 - self.current;
-            self.up[self.current].open(bytes)?;
+            self.up[self.current].open(bytes, SMALLEST)?;
         }
         Ok(&mut self.up[self.current])
     }
@@ -142,7 +142,7 @@ impl Staging {
             return Err(Error::device(cause).remedy("report this as a defect"));
         }
         let stream = self.queue.enter()?;
-        self.begun.open(RESULTS)?;
+        self.begun.open(RESULTS, RESULTS)?;
         // SAFETY: the caller vouches for the source, and `open` made room.
         let code = unsafe { sys::cuMemcpyDtoHAsync_v2(self.begun.start.cast(), from, bytes, stream) };
         check(code, &"copying from the GPU")?;
@@ -170,7 +170,7 @@ impl Staging {
     /// The bytes from `from` on belong to one allocation.
     pub unsafe fn download(&mut self, from: CUdeviceptr, to: &mut [u8]) -> Result<()> {
         let stream = self.queue.enter()?;
-        self.down.open(to.len().min(LARGEST))?;
+        self.down.open(to.len().min(LARGEST), SMALLEST)?;
         for (i, part) in to.chunks_mut(LARGEST).enumerate() {
             let at = from + (i * LARGEST) as u64;
             // SAFETY: the caller vouches for the source, and `open` made room for a part.
