@@ -7,10 +7,13 @@
 // activation_backward_*: writes (=) dx over dy [rows, N].
 //   `rows` is the true number, read from device memory. N: a multiple of 8. Grid: a block for every 2048 elements of the capacity.
 //   Block: 256 threads.
+// activation_backward_sums_*: the same without a bias, and writes (=) partials [grid.y, N] of the sums over rows of dx as stored, the
+//   gradient of the bias that u holds: those of column_sums_* in gather.cu to the bit, so that column_sums_add adds them up and dx need
+//   not be read again. Grid and block are those of column_sums_*.
 //
 // Bound by memory (bf16: 4 bytes an element forward, 6 backward) with little to spare: hence one exponential an element and approximate
 // division, and no library function. The error of each formula stays below 5e-7 of the larger of |x| and 1.
-#include "common.cuh"
+#include "rows.cuh"
 
 enum Activation { GELU = 0, GELU_TANH = 1, QUICK_GELU = 2, RELU = 3, SILU = 4, TANH = 5 };
 
@@ -126,6 +129,30 @@ template <class F, class T> __device__ __forceinline__ void activation_backward(
   store8(dy + first, d);
 }
 
+template <class F, class T>
+__device__ __forceinline__ void activation_backward_sums(T* dy, float* partials, const T* u, int rows, int N, float* shared) {
+  struct Pair {
+    Held8<T> d, x;
+  };
+  // As many loads in flight as registers allow with four blocks a multiprocessor.
+  constexpr int AHEAD = 2;
+  const auto at = [&](int row, int column) { return size_t(row) * size_t(N) + size_t(column); };
+  column_partials<Pair, AHEAD>(
+      partials, rows, N, shared,
+      [&](Pair& held, int row, int column) {
+        hold8(held.d, dy + at(row, column));
+        hold8(held.x, u + at(row, column));
+      },
+      [&](float (&d)[8], const Pair& held, int row, int column) {
+        float x[8];
+        unpack8(d, held.d);
+        unpack8(x, held.x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) d[i] = rounded<T>(d[i] * F::slope(x[i]));
+        store8(dy + at(row, column), d);
+      });
+}
+
 #endif
 
 #define ACTIVATION(T, name)                                                                                                            \
@@ -138,7 +165,13 @@ template <class F, class T> __device__ __forceinline__ void activation_backward(
       activation_backward_##name(T* dy, const T* u, const float* bias, const int* rows, int N, int function) {                         \
     by_function(function, [&](auto f) { activation_backward<decltype(f)>(dy, u, bias, *rows, N); });                                   \
   }                                                                                                                                    \
-  RM_EXPORT_HOT(activation_backward_##name)
+  RM_EXPORT_HOT(activation_backward_##name)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256, 4)                                                                                 \
+      activation_backward_sums_##name(T* dy, float* partials, const T* u, const int* rows, int N, int function) {                      \
+    RM_SHARED(float, shared, COLUMN_SHARED);                                                                                           \
+    by_function(function, [&](auto f) { activation_backward_sums<decltype(f)>(dy, partials, u, *rows, N, shared); });                  \
+  }                                                                                                                                    \
+  RM_EXPORT_HOT(activation_backward_sums_##name)
 
 ACTIVATION(float, f32)
 ACTIVATION(bf16, bf16)

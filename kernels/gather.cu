@@ -22,7 +22,7 @@
 //   Grid: (windows of the capacity, ceil(C / 128)). Block: 256 threads.
 //
 // column_sums_*: writes (=) partials [grid.y, N] of the sums over rows of x [rows, N], whose rows are `stride` elements apart (a
-//   multiple of 8). Grid: (ceil(N / 256), any number that fills the machine). Block: 256 threads.
+//   multiple of 8). Grid: (ceil(N / 256), any number that fills the machine). Block: 256 threads. activation.cu sums in the same order.
 // column_sums_add: sums_acc [N] += the partials; `blocks` is grid.y of the first pass. Grid: ceil(N / 32) blocks. Block: 1024 threads.
 #include "rows.cuh"
 
@@ -67,7 +67,6 @@ template <class T> __device__ __forceinline__ void zero_tail(T* x, int width, in
 // ---- sums of groups of rows
 
 constexpr int WINDOW = 32;          // entries of `rows` that a warp adds up: one a lane
-constexpr int SUM_COLUMNS = 256;    // columns of a warp
 constexpr int SUM_WARPS = 4;
 constexpr int SPAN_SLICES = 8;      // warps that share the windows of a group
 constexpr int SPAN_COLUMNS = 128;
@@ -155,38 +154,12 @@ __device__ __forceinline__ void group_sums(float* to_acc, float* partials, uint3
 
 // ---- sums of columns
 
-constexpr int COLUMN_WARPS = 8;   // rows that a block of column_sums reads at a time
-
 template <class T> __device__ __forceinline__ void column_sums(float* partials, const T* x, int rows, int N, int stride) {
-  RM_SHARED(float, shared, COLUMN_WARPS * SUM_COLUMNS);
-  if (int(blockIdx.y) * COLUMN_WARPS >= rows) return;
-  const int column = int(blockIdx.x) * SUM_COLUMNS + lane_id() * 8, step = int(gridDim.y) * COLUMN_WARPS;
-  float sum[8] = {};
-  if (column < N) {
-    for (int row = int(blockIdx.y) * COLUMN_WARPS + warp_id(); row < rows; row += ROWS_AHEAD * step) {
-      Held8<T> held[ROWS_AHEAD];
-#pragma unroll
-      for (int j = 0; j < ROWS_AHEAD; j++) {
-        if (row + j * step < rows) hold8(held[j], x + size_t(row + j * step) * size_t(stride) + size_t(column));
-      }
-#pragma unroll
-      for (int j = 0; j < ROWS_AHEAD; j++) {
-        if (row + j * step >= rows) break;
-        float v[8];
-        unpack8(v, held[j]);
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum[i] += v[i];
-      }
-    }
-  }
-  store8(shared + warp_id() * SUM_COLUMNS + lane_id() * 8, sum);
-  __syncthreads();
-  const int mine = int(blockIdx.x) * SUM_COLUMNS + int(threadIdx.x);
-  if (mine >= N) return;
-  float total = 0.f;
-#pragma unroll
-  for (int w = 0; w < COLUMN_WARPS; w++) total += shared[w * SUM_COLUMNS + int(threadIdx.x)];
-  partials[size_t(blockIdx.y) * size_t(N) + size_t(mine)] = total;
+  RM_SHARED(float, shared, COLUMN_SHARED);
+  const auto at = [&](int row, int column) { return x + size_t(row) * size_t(stride) + size_t(column); };
+  column_partials<Held8<T>, ROWS_AHEAD>(
+      partials, rows, N, shared, [&](Held8<T>& held, int row, int column) { hold8(held, at(row, column)); },
+      [&](float (&v)[8], const Held8<T>& held, int, int) { unpack8(v, held); });
 }
 
 #define MOVES(T, name)                                                                                                                 \

@@ -1,5 +1,5 @@
 // Rows in registers: who holds which elements, sums over a row, LayerNorm of a row, its backward, and sums over many rows. Shared by
-// layernorm.cu, embed.cu and gather.cu.
+// layernorm.cu, embed.cu, gather.cu and activation.cu.
 //
 // A row of C elements, C a multiple of 16 and at most 4096, lies in the registers of W warps: one warp up to 1024 elements, so that
 // sums need no barrier, and the block's four warps above. Thread t of those 32 W holds vectors t, t + 32 W, ... of eight elements.
@@ -227,6 +227,47 @@ template <class L> __device__ __forceinline__ void write_sums(float* partial, co
       store8(partial + c, v);
     }
   }
+}
+
+// ---- the first pass of column sums: partials [grid.y, N] of the sums over rows, 256 columns a block
+
+constexpr int SUM_COLUMNS = 256;    // columns of a warp
+constexpr int COLUMN_WARPS = 8;     // rows that a block reads at a time
+constexpr int COLUMN_SHARED = COLUMN_WARPS * SUM_COLUMNS;
+
+// Block: 256 threads. A lane has eight columns: `load(held, row, column)` fetches what it needs of a row, AHEAD of them at a time, and
+// `value(v, held, row, column)` gives the terms. Rows are added from the first to the last of each warp, then the warps in the order
+// of their numbers. The whole block must call it.
+template <class Held, int AHEAD, class Load, class Value>
+__device__ __forceinline__ void column_partials(float* partials, int rows, int N, float* shared, Load load, Value value) {
+  if (int(blockIdx.y) * COLUMN_WARPS >= rows) return;
+  const int column = int(blockIdx.x) * SUM_COLUMNS + lane_id() * 8, step = int(gridDim.y) * COLUMN_WARPS;
+  float sum[8] = {};
+  if (column < N) {
+    for (int row = int(blockIdx.y) * COLUMN_WARPS + warp_id(); row < rows; row += AHEAD * step) {
+      Held held[AHEAD];
+#pragma unroll
+      for (int j = 0; j < AHEAD; j++) {
+        if (row + j * step < rows) load(held[j], row + j * step, column);
+      }
+#pragma unroll
+      for (int j = 0; j < AHEAD; j++) {
+        if (row + j * step >= rows) break;
+        float v[8];
+        value(v, held[j], row + j * step, column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] += v[i];
+      }
+    }
+  }
+  store8(shared + warp_id() * SUM_COLUMNS + lane_id() * 8, sum);
+  __syncthreads();
+  const int mine = int(blockIdx.x) * SUM_COLUMNS + int(threadIdx.x);
+  if (mine >= N) return;
+  float total = 0.f;
+#pragma unroll
+  for (int w = 0; w < COLUMN_WARPS; w++) total += shared[w * SUM_COLUMNS + int(threadIdx.x)];
+  partials[size_t(blockIdx.y) * size_t(N) + size_t(mine)] = total;
 }
 
 // ---- the second pass of column sums: acc[i] += sum over b < count of partials[b][i], for the 32 columns of this block

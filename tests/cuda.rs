@@ -7,6 +7,8 @@
 mod fakes;
 #[path = "cuda/scenarios.rs"]
 mod scenarios;
+#[path = "cuda/tuning.rs"]
+mod tuning;
 
 use fakes::{Libraries, child, doctor};
 use retromae_engine::device::Device;
@@ -187,7 +189,7 @@ fn the_driver_is_called_in_the_right_order() {
         // A product, whose algorithm is chosen once.
         "cublasLtMatmulDescCreate 68 0",
         "cublasLtMatmulPreferenceCreate",
-        "cublasLtMatmulAlgoGetHeuristic",
+        "cublasLtMatmulAlgoGetHeuristic 8",
         "cublasLtMatmulPreferenceDestroy",
         "cublasLtMatmul 2 x 2 x 2",
         "cublasLtMatmul 2 x 2 x 2",
@@ -269,6 +271,24 @@ fn uploads_keep_their_content_until_they_are_done() {
 }
 
 #[test]
+fn results_are_read_while_the_next_inputs_are_queued() {
+    let Some(said) = child("results", Libraries::Both, &[]) else { return };
+    assert_eq!(said.lines, ["[3.0, 11.0, 7.0]"]);
+    let from = said.log.iter().skip_while(|line| *line != "-- step 2").take_while(|line| *line != "-- end");
+    let expected = [
+        "-- step 2",
+        "cuLaunchKernel conformance_reductions 1 1 1, 32 1 1, 0",
+        "cuMemcpyDtoHAsync_v2 4",
+        "cuEventRecord",
+        "cuMemcpyHtoDAsync_v2 4",
+        "cuMemcpyHtoDAsync_v2 4",
+        // The results alone are waited for, not the uploads behind them.
+        "cuEventSynchronize",
+    ];
+    assert_eq!(from.collect::<Vec<_>>(), expected);
+}
+
+#[test]
 fn a_step_fails_with_one_line_and_exit_code_1() {
     for (what, libraries, variables, cause, _) in REFUSALS.into_iter().filter(|r| can_hide(r.1)).take(2) {
         let (code, err) = fakes::step(libraries, variables).0;
@@ -291,7 +311,7 @@ fn a_whole_step_makes_calls_that_the_driver_accepts() {
 }
 
 /// Scenarios in which a call fails, and what is then said.
-const FAILURES: [(&str, Variables, &str); 13] = [
+const FAILURES: [(&str, Variables, &str); 14] = [
     (
         "memory",
         &[],
@@ -332,6 +352,12 @@ const FAILURES: [(&str, Variables, &str); 13] = [
         "launch",
         &[("FAKE_LATE", "conformance_reductions:700")],
         "error: waiting for the GPU: CUDA_ERROR_ILLEGAL_ADDRESS (what the fake was told to say); this may be of work queued before: run \
+         again with RETROMAE_SYNC=1, which names the kernel at fault, and report it",
+    ),
+    (
+        "results",
+        &[("FAKE_LATE", "conformance_reductions:700")],
+        "error: copying from the GPU: CUDA_ERROR_ILLEGAL_ADDRESS (what the fake was told to say); this may be of work queued before: run \
          again with RETROMAE_SYNC=1, which names the kernel at fault, and report it",
     ),
     (

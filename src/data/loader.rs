@@ -61,6 +61,8 @@ pub struct LoaderSettings {
 pub struct Loader<T = PretrainBatch> {
     /// `None` once the data ended or failed, and while dropping.
     steps: Option<Receiver<Result<StepBatches<T>>>>,
+    /// What has been received and not been given out.
+    peeked: Option<Result<StepBatches<T>>>,
     thread: Option<JoinHandle<()>>,
     waited: Duration,
 }
@@ -99,7 +101,7 @@ impl<T: Send + 'static> Loader<T> {
             .name("batches".into())
             .spawn(move || produce(&*corpus, &ahead, &pool, &build, &send))
             .map_err(|e| cannot_start(&e))?;
-        Ok(Loader { steps: Some(receive), thread: Some(thread), waited: Duration::ZERO })
+        Ok(Loader { steps: Some(receive), peeked: None, thread: Some(thread), waited: Duration::ZERO })
     }
 }
 
@@ -107,6 +109,14 @@ impl<T> Loader<T> {
     /// Time spent so far waiting for batches.
     pub fn waited(&self) -> Duration {
         self.waited
+    }
+
+    /// What `next` will give, if it is there already and good. Waits for nothing.
+    pub fn peek(&mut self) -> Option<&StepBatches<T>> {
+        if self.peeked.is_none() {
+            self.peeked = self.steps.as_ref()?.try_recv().ok();
+        }
+        self.peeked.as_ref()?.as_ref().ok()
     }
 }
 
@@ -116,7 +126,7 @@ impl<T> Iterator for Loader<T> {
     fn next(&mut self) -> Option<Self::Item> {
         let steps = self.steps.as_ref()?;
         let start = Instant::now();
-        let step = steps.recv();
+        let step = self.peeked.take().map_or_else(|| steps.recv(), Ok);
         self.waited += start.elapsed();
         match step {
             Ok(Ok(step)) => return Some(Ok(step)),

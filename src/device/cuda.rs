@@ -8,18 +8,24 @@
 //! | `staging` | copies through locked pages |
 //! | `modules` | kernels: PTX to functions, launches |
 //! | `products` | matrix products |
+//! | `operation`, `descriptors` | what cuBLASLt is told and asked of them |
+//! | `tuning`, `algorithms` | which of its algorithms is fastest, and the file that remembers it |
 //! | `tensor_map` | what TMA must know of a matrix |
 //!
 //! cudarc loads both libraries when they are first used and panics when something is missing. So everything is looked for before: a
 //! missing driver, library or function, or one that is too old, is one line with what to do.
 
+mod algorithms;
+mod descriptors;
 mod driver;
 mod library;
 mod modules;
+mod operation;
 mod products;
 mod queue;
 mod staging;
 mod tensor_map;
+mod tuning;
 
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,6 +38,7 @@ use super::launch::{Kernel, Shape, TensorLayout, TensorMap};
 use super::recorded::Work;
 use super::{Finding, gpu};
 use crate::error::{Error, Result};
+use algorithms::{Algorithms, Owner};
 use modules::Modules;
 use products::Products;
 use queue::Queue;
@@ -53,6 +60,7 @@ fn no_kernels() -> Error {
 pub(super) struct CudaBackend {
     inner: Arc<Inner>,
     recording: Mutex<Recording>,
+    warning: Option<String>,
 }
 
 struct Inner {
@@ -94,12 +102,13 @@ impl CudaBackend {
         let version = driver::load()?;
         let (device, mut facts) = driver::gpu(ordinal, version)?;
         let library = library::load(version)?;
-        facts.software = format!("{}, cuBLASLt {library}", facts.software);
+        facts.software = format!("{}, cuBLASLt {}", facts.software, library::in_words(library));
+        let (algorithms, warning) = Algorithms::open(Owner::new(&facts, library), &|name| std::env::var_os(name))?;
         let queue = Arc::new(Queue::new(device)?);
-        let products = Products::new(queue.clone(), &facts, |bytes| alloc(&queue, bytes, &facts))?;
+        let products = Products::new(queue.clone(), &facts, algorithms, |bytes| alloc(&queue, bytes, &facts))?;
         let staging = Mutex::new(Staging::new(queue.clone()));
         let inner = Inner { modules: Modules::new(&facts), facts, queue, products, staging };
-        Ok(CudaBackend { inner: Arc::new(inner), recording: Mutex::new(Recording::No) })
+        Ok(CudaBackend { inner: Arc::new(inner), recording: Mutex::new(Recording::No), warning })
     }
 
     /// Refuses what would wait for work that is being recorded, or slip past the record.
@@ -177,6 +186,10 @@ impl Backend for CudaBackend {
         &self.inner.facts
     }
 
+    fn warning(&self) -> Option<&str> {
+        self.warning.as_deref()
+    }
+
     fn alloc(&self, bytes: usize) -> Result<u64> {
         self.not_recording("an allocation")?;
         alloc(&self.inner.queue, bytes, &self.inner.facts)
@@ -201,8 +214,22 @@ impl Backend for CudaBackend {
     // SAFETY: what callers owe is written at the trait.
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
         self.not_recording("a copy")?;
+        self.inner.products.settle();
         // SAFETY: passed on.
         unsafe { locked(&self.inner.staging).download(from, to) }
+    }
+
+    // SAFETY: what callers owe is written at the trait.
+    unsafe fn begin_download(&self, from: u64, bytes: usize) -> Result<()> {
+        self.not_recording("a copy")?;
+        // SAFETY: passed on.
+        unsafe { locked(&self.inner.staging).begin_download(from, bytes) }
+    }
+
+    // SAFETY: what callers owe is written at the trait.
+    unsafe fn end_download(&self, _from: u64, to: &mut [u8]) -> Result<()> {
+        self.inner.products.settle();
+        locked(&self.inner.staging).end_download(to)
     }
 
     // SAFETY: what callers owe is written at the trait.
@@ -269,6 +296,7 @@ impl Backend for CudaBackend {
 
     fn synchronize(&self) -> Result<()> {
         self.not_recording("a wait")?;
+        self.inner.products.settle();
         self.inner.queue.wait(&"waiting for the GPU")
     }
 }
@@ -291,6 +319,7 @@ pub(super) fn findings() -> Vec<Finding> {
     let found = |what, found: String, meaning: &str| Finding { what, good: true, found, meaning: meaning.into() };
     let driver = driver::guarded(driver::load);
     let version = driver.as_ref().ok().copied();
+    let mut gpu_found = None;
     let mut list = vec![match driver {
         Ok(version) => {
             let told = format!("CUDA {}", driver::cuda_version(version));
@@ -303,21 +332,26 @@ pub(super) fn findings() -> Vec<Finding> {
         list.push(match gpu {
             Ok((facts, count)) => {
                 let ((major, minor), gib) = (facts.capability, facts.memory as f64 / f64::from(1 << 30));
-                let (name, units) = (facts.name, facts.multiprocessors);
+                let (name, units) = (&facts.name, facts.multiprocessors);
                 let others = if count > 1 { format!(", the first of {count}") } else { String::new() };
                 let told = format!(
                     "{name}, compute capability {major}.{minor}, {units} multiprocessors, {gib:.1} GiB{others}"
                 );
+                gpu_found = Some(facts);
                 found("GPU", told, "what --device cuda uses; CUDA_VISIBLE_DEVICES chooses among several")
             }
             Err(e) => missing("GPU", &e),
         });
     }
     // Without a driver there is none to suit; the newest is what one would install.
-    list.push(match driver::guarded(|| library::load(version.unwrap_or(u32::MAX))) {
-        Ok(version) => found("cuBLASLt", version, "matrix products on the GPU"),
-        Err(e) => missing("cuBLASLt", &e),
+    let library = driver::guarded(|| library::load(version.unwrap_or(u32::MAX)));
+    list.push(match &library {
+        Ok(version) => found("cuBLASLt", library::in_words(*version), "matrix products on the GPU"),
+        Err(e) => missing("cuBLASLt", e),
     });
+    if let (Some(facts), Ok(library)) = (gpu_found, library) {
+        list.push(algorithms_found(&Owner::new(&facts, library)));
+    }
     list.push(match NVCC_MISSING {
         None => found(
             "GPU kernels",
@@ -327,4 +361,20 @@ pub(super) fn findings() -> Vec<Finding> {
         Some(_) => missing("GPU kernels", &no_kernels()),
     });
     list
+}
+
+/// The file of algorithms, and what is in it.
+fn algorithms_found(owner: &Owner) -> Finding {
+    let variable = |name: &str| std::env::var_os(name);
+    let meaning = format!(
+        "the fastest algorithms of cuBLASLt found so far; {} moves them, {}=never does without",
+        algorithms::FOLDER,
+        algorithms::MODE
+    );
+    let (good, found) = match algorithms::look(owner, &variable) {
+        Some((path, Ok(count))) => (true, format!("{count} kinds of product in {}", path.display())),
+        Some((_, Err(e))) => (false, e.to_string()),
+        None => (false, "no folder to remember them in".into()),
+    };
+    Finding { what: "algorithms", good, found, meaning }
 }

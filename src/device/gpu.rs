@@ -93,6 +93,11 @@ pub trait Backend: Send + Sync {
     /// What it is.
     fn facts(&self) -> &Facts;
 
+    /// A line worth telling about it, although it works.
+    fn warning(&self) -> Option<&str> {
+        None
+    }
+
     /// Device memory, aligned to 256 bytes where the device is real, with any content.
     fn alloc(&self, bytes: usize) -> Result<u64>;
 
@@ -113,6 +118,24 @@ pub trait Backend: Send + Sync {
     /// # Safety
     /// The bytes from `from` on belong to one allocation.
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()>;
+
+    /// Queues a copy from the device of a few bytes that [`Self::end_download`] will ask for: work that is queued between the two is
+    /// then not waited for. One such copy at a time.
+    ///
+    /// # Safety
+    /// The bytes from `from` on belong to one allocation.
+    unsafe fn begin_download(&self, _from: u64, _bytes: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Waits for the copy that was begun, and for the work before it.
+    ///
+    /// # Safety
+    /// [`Self::begin_download`] was called with `from` and as many bytes, and they still belong to one allocation.
+    unsafe fn end_download(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        // SAFETY: passed on.
+        unsafe { self.download(from, to) }
+    }
 
     /// Queues setting bytes to `byte`.
     ///
@@ -198,6 +221,11 @@ impl Gpu {
     /// What it is.
     pub fn facts(&self) -> &Facts {
         self.backend.facts()
+    }
+
+    /// A line worth telling about it, although it works.
+    pub fn warning(&self) -> Option<&str> {
+        self.backend.warning()
     }
 
     /// The first failure of the work queued so far that is known by now.
@@ -357,6 +385,25 @@ impl Memory {
         let count = to.len();
         // SAFETY: called only for bytes inside this allocation.
         let mut read = || unsafe { self.gpu.backend.download(self.address + offset as u64, to) };
+        if !self.holds(offset, count) || self.gpu.keep(&mut read).is_none() {
+            to.fill(0);
+        }
+    }
+
+    /// Queues a copy of a few bytes at `offset` for [`Self::end_read`].
+    pub fn begin_read(&self, offset: usize, count: usize) {
+        if self.holds(offset, count) {
+            // SAFETY: inside this allocation, as just checked.
+            self.gpu.keep(|| unsafe { self.gpu.backend.begin_download(self.address + offset as u64, count) });
+        }
+    }
+
+    /// Copies out what [`Self::begin_read`] was called for with the same bytes, after the work that was queued before that; zeros after
+    /// a failure.
+    pub fn end_read(&self, offset: usize, to: &mut [u8]) {
+        let count = to.len();
+        // SAFETY: called only for bytes inside this allocation.
+        let mut read = || unsafe { self.gpu.backend.end_download(self.address + offset as u64, to) };
         if !self.holds(offset, count) || self.gpu.keep(&mut read).is_none() {
             to.fill(0);
         }

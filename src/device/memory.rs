@@ -174,6 +174,26 @@ impl Tensor {
         }
     }
 
+    /// Queues, on a GPU, the copy that [`Self::end_read`] waits for.
+    pub fn begin_read(&self) {
+        if let Memory::Gpu(memory) = &*self.memory {
+            memory.begin_read(self.offset, self.len * self.dtype.size());
+        }
+    }
+
+    /// The elements as they were at [`Self::begin_read`], the last such call of all. Work that was queued since is not waited for.
+    pub fn end_read<T: Element>(&self) -> Vec<T> {
+        match &*self.memory {
+            Memory::Host(_) => self.read::<T>().to_vec(),
+            Memory::Gpu(memory) => {
+                self.check::<T>();
+                let mut data = vec![T::zeroed(); self.len];
+                memory.end_read(self.offset, bytemuck::cast_slice_mut(&mut data));
+                data
+            }
+        }
+    }
+
     /// Sets the first `count` elements to zero.
     pub fn clear(&self, count: usize) {
         assert!(count <= self.len, "{count} of {} elements cleared", self.len);

@@ -153,19 +153,26 @@ impl Device {
     }
 
     /// The device that a name stands for: `cpu`, `cuda`, `emulator`, or `auto`, a GPU where everything it needs is there. The text is a
-    /// line worth telling: why `auto` left out the GPU of a machine that has a driver.
+    /// line worth telling: why `auto` left out the GPU of a machine that has a driver, or what is wrong with one that works.
     pub fn open(name: &str) -> Result<(Device, Option<String>)> {
         match name {
             "auto" if cuda::has_driver() => {
                 let left_out = |e: Error| Ok((Device::Cpu, Some(format!("running on the CPU: {e}"))));
-                Device::cuda().map_or_else(left_out, |device| Ok((device, None)))
+                Device::cuda().map_or_else(left_out, |device| Ok((device, device.warning())))
             }
             "auto" | "cpu" => Ok((Device::Cpu, None)),
-            "cuda" => Ok((Device::cuda()?, None)),
+            "cuda" => Device::cuda().map(|device| (device, device.warning())),
             "emulator" => Ok((Device::emulator(emulator::Options::default())?, None)),
             other => {
                 Err(Error::usage(format!("there is no device {other}")).remedy("auto, cpu, cuda and emulator are"))
             }
+        }
+    }
+
+    fn warning(self) -> Option<String> {
+        match self {
+            Device::Cpu => None,
+            Device::Gpu(gpu) => gpu.warning().map(str::to_string),
         }
     }
 

@@ -49,10 +49,37 @@ impl Linear {
         dy: &Tensor,
         dx: (&Tensor, Output),
     ) {
+        let db_acc = Some(p.g(self.bias));
+        self.gradients(p, (rows, inputs, outputs), x, dy, dx, db_acc);
+    }
+
+    fn gradients(
+        &self,
+        p: &Pass<'_>,
+        (rows, inputs, outputs): (Count<'_>, usize, usize),
+        x: &Tensor,
+        dy: &Tensor,
+        dx: (&Tensor, Output),
+        db_acc: Option<&Tensor>,
+    ) {
         let dx = Some((Matrix::new(dx.0, inputs), dx.1));
         let (x, dy) = (Matrix::new(x, inputs), Matrix::new(dy, outputs));
-        let (w, dw_acc, db_acc) = (p.w(self.weight), p.g(self.weight), Some(p.g(self.bias)));
+        let (w, dw_acc) = (p.w(self.weight), p.g(self.weight));
         linear::backward(p.device, &linear::Backward { rows, inputs, outputs, x, w, dy, dx, dw_acc, db_acc });
+    }
+
+    /// Gradients of [`Self::forward`] and of the activation of its output `u`; `d` holds that of the activated output and leaves holding
+    /// that of `u`.
+    pub fn backward_activated(
+        &self,
+        p: &Pass<'_>,
+        (rows, inputs, outputs): (Count<'_>, usize, usize),
+        (x, u, function): (&Tensor, &Tensor, activation::Function),
+        d: &Tensor,
+        dx: (&Tensor, Output),
+    ) {
+        activation::backward_with_bias(p.device, function, u, d, p.g(self.bias), (rows, outputs));
+        self.gradients(p, (rows, inputs, outputs), x, d, dx, None);
     }
 
     /// Rows `parts` (in units of C) of a fused layer of `[C, C]` matrices, and the same of its bias.
@@ -284,8 +311,8 @@ impl Block {
         let (dropped, wide) = (p.b(s.dropped), p.b(s.wide));
         let dz = self.after_feed_forward.backward(p, rows, names, d, dropped);
         self.down.backward(p, (rows, i, c), p.b(self.act), dz, (wide, Output::Set));
-        activation::backward(p.device, self.dims.activation, p.b(self.u), wide, (rows, i));
-        self.up.backward(p, (rows, c, i), p.b(self.after_attention.y), wide, (d, Output::Add));
+        let activated = (p.b(self.after_attention.y), p.b(self.u), self.dims.activation);
+        self.up.backward_activated(p, (rows, c, i), activated, wide, (d, Output::Add));
         let dz = self.after_attention.backward(p, rows, names, d, dropped);
         self.out.backward(p, (rows, c, c), ctx, dz, (p.b(s.context), Output::Set));
     }

@@ -317,6 +317,8 @@ pub struct Inputs {
     pub head_chunks: Option<HeadChunks>,
     device: Device,
     capacity: Capacity,
+    /// The batch that is there already, ahead of its step.
+    ready: Option<(PretrainBatch, Bounds)>,
 }
 
 impl Inputs {
@@ -347,6 +349,7 @@ impl Inputs {
             head_chunks: None,
             device,
             capacity: c,
+            ready: None,
         }
     }
 
@@ -361,8 +364,24 @@ impl Inputs {
         }
     }
 
+    /// Does the work of [`Self::set`] before its time, while a GPU computes the step before: the uploads are queued behind that, so
+    /// they change nothing that it reads. Whatever is set next, the result is the same.
+    pub fn make_ready(&mut self, batch: &PretrainBatch) {
+        if self.device.is_gpu() {
+            let bounds = self.set(batch);
+            self.ready = Some((batch.clone(), bounds));
+        }
+    }
+
     /// Uploads a batch, which must fit the capacity, and says for what its work is laid out.
     pub fn set(&mut self, batch: &PretrainBatch) -> Bounds {
+        match self.ready.take() {
+            Some((ready, bounds)) if ready == *batch => bounds,
+            _ => self.upload(batch),
+        }
+    }
+
+    fn upload(&mut self, batch: &PretrainBatch) -> Bounds {
         let mut bounds = Bounds::new(self.device, self.capacity, batch);
         bounds.head_chunks = self.head_chunks.as_mut().map_or(0, |chunks| chunks.set(batch));
         let types = vec![0; batch.tokens()];

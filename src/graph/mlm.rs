@@ -232,7 +232,7 @@ impl MlmHead {
                 dbeta_acc: p.g(self.norm.beta),
             },
         );
-        activation::backward(p.device, self.dims.activation, p.b(self.u), dy, (rows, c));
-        self.transform.backward(p, (rows, c, c), h, dy, dh);
+        let activated = (h, p.b(self.u), self.dims.activation);
+        self.transform.backward_activated(p, (rows, c, c), activated, dy, dh);
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! GELU: x·Φ(x) (Hendrycks & Gimpel, arXiv 1606.08415), its tanh form, and the other functions that `hidden_act` may name.
 
-use super::Count;
-use crate::device::{Device, Tensor};
+use super::{Count, linear};
+use crate::device::{Device, Matrix, Tensor};
 
 /// Which function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,24 @@ pub fn backward(device: Device, function: Function, u: &Tensor, dy: &Tensor, (ro
     match device {
         Device::Cpu => super::on_cpu!(u, cpu::backward, function, u, dy, rows.rows * width),
         Device::Gpu(gpu) => gpu::backward(gpu, function, u, dy, rows, width),
+    }
+}
+
+/// [`backward`], and `db += Σ_rows dy · act'(u)`: the gradient of the bias in `u`, on a GPU without reading `dy` again.
+pub fn backward_with_bias(
+    device: Device,
+    function: Function,
+    u: &Tensor,
+    dy: &Tensor,
+    db_acc: &Tensor,
+    (rows, width): (Count<'_>, usize),
+) {
+    match device {
+        Device::Cpu => {
+            backward(device, function, u, dy, (rows, width));
+            linear::bias_gradient(device, (rows, width), &Matrix::new(dy, width), db_acc);
+        }
+        Device::Gpu(gpu) => gpu::backward_with_bias(gpu, function, u, dy, db_acc, (rows, width)),
     }
 }
 
@@ -182,6 +200,7 @@ mod cpu {
 mod gpu {
     use super::super::Count;
     use super::super::gpu::{blocks, launch_as};
+    use super::super::linear::gpu::{add_column_partials, column_blocks};
     use super::Function;
     use crate::device::Tensor;
     use crate::device::gpu::Gpu;
@@ -235,5 +254,31 @@ mod gpu {
                     function: number(function),
                 }
         );
+    }
+
+    pub fn backward_with_bias(
+        gpu: &Gpu,
+        function: Function,
+        u: &Tensor,
+        dy: &Tensor,
+        db_acc: &Tensor,
+        (rows, width): (Count<'_>, usize),
+    ) {
+        let (grid, partials) = column_blocks(gpu, rows, width);
+        launch_as!(
+            gpu,
+            u,
+            grid,
+            ActivationBackwardSumsF32
+                | ActivationBackwardSumsBf16 {
+                    dy: dy.get_mut(),
+                    partials,
+                    u: u.get(),
+                    rows: rows.get(),
+                    N: width as i32,
+                    function: number(function),
+                }
+        );
+        add_column_partials(gpu, rows, width, (grid, partials), db_acc);
     }
 }

@@ -79,18 +79,23 @@ pub fn backward(device: Device, a: &Backward<'_>) {
     let (output, bias) = (Output::Add, None);
     device.matmul(&Matmul { product: Product::TN, m: n, n: k, k: rows, a: a.dy, b: a.x, c, output, bias });
     if let Some(db) = a.db_acc {
-        match device {
-            Device::Cpu => super::on_cpu!(db, cpu::column_sums, a, db),
-            Device::Gpu(gpu) => gpu::column_sums(gpu, a, db),
-        }
+        bias_gradient(device, (a.rows, n), &a.dy, db);
+    }
+}
+
+/// `db += Σ_rows dy` alone.
+pub fn bias_gradient(device: Device, (rows, outputs): (Count<'_>, usize), dy: &Matrix<'_>, db_acc: &Tensor) {
+    match device {
+        Device::Cpu => super::on_cpu!(db_acc, cpu::column_sums, rows.rows, outputs, dy, db_acc),
+        Device::Gpu(gpu) => gpu::column_sums(gpu, rows, outputs, dy, db_acc),
     }
 }
 
 /// The reference: rayon over rows; column sums by blocks of columns.
 mod cpu {
-    use super::{Backward, Forward};
-    use crate::device::Tensor;
+    use super::Forward;
     use crate::device::cpu::{Real, vectorized};
+    use crate::device::{Matrix, Tensor};
     use rayon::prelude::*;
 
     /// Every row of `y` becomes the bias.
@@ -104,13 +109,13 @@ mod cpu {
     }
 
     /// `db += Σ_rows dy`, each column summed from the first row to the last.
-    pub fn column_sums<F: Real>(a: &Backward<'_>, db: &Tensor) {
-        let (dy, mut db) = (a.dy.tensor.read::<F>(), db.write::<F>());
-        let (dy, stride) = (&dy[a.dy.offset..], a.dy.stride);
+    pub fn column_sums<F: Real>(rows: usize, outputs: usize, dy: &Matrix<'_>, db: &Tensor) {
+        let (values, mut db) = (dy.tensor.read::<F>(), db.write::<F>());
+        let (dy, stride) = (&values[dy.offset..], dy.stride);
         const BLOCK: usize = 256;
-        db[..a.outputs].par_chunks_mut(BLOCK).enumerate().for_each(|(i, out)| {
+        db[..outputs].par_chunks_mut(BLOCK).enumerate().for_each(|(i, out)| {
             vectorized(|| {
-                for row in 0..a.rows.rows {
+                for row in 0..rows {
                     let start = row * stride + i * BLOCK;
                     for (out, &x) in out.iter_mut().zip(&dy[start..]) {
                         *out += x;
@@ -122,7 +127,8 @@ mod cpu {
 }
 
 /// What is not a product: rows that are not in use, and bias gradients, by `gather.cu`.
-mod gpu {
+pub(super) mod gpu {
+    use super::super::Count;
     use super::super::gpu::{Rows, blocks, launch, launch_as};
     use super::Backward;
     use crate::device::gpu::Gpu;
@@ -134,37 +140,50 @@ mod gpu {
         a.rows.zero_tails(gpu, &rows(&a.x, a.inputs), Some(&rows(&a.dy, a.outputs)));
     }
 
-    pub fn column_sums(gpu: &Gpu, a: &Backward<'_>, db_acc: &Tensor) {
-        const COLUMNS: usize = 256;
-        const WARPS: usize = 8;
-        let n = a.outputs;
-        let across = blocks(n, COLUMNS);
-        // Four blocks a multiprocessor, as long as each has some rows to add up.
-        let down = (4 * gpu.facts().multiprocessors / across.max(1)).clamp(1, blocks(a.rows.rows, 4 * WARPS).max(1));
-        let partials: MutPtr<f32> = gpu.scratch(down as usize * n);
-        let rows = a.rows.get();
-        let grid = Shape { grid: [across, down, 1], ..Shape::linear(1, 256) };
+    pub fn column_sums(gpu: &Gpu, rows: Count<'_>, n: usize, dy: &Matrix<'_>, db_acc: &Tensor) {
+        let (grid, partials) = column_blocks(gpu, rows, n);
         launch_as!(
             gpu,
-            a.dy.tensor,
+            dy.tensor,
             grid,
             ColumnSumsF32
                 | ColumnSumsBf16 {
                     partials,
-                    x: a.dy.tensor.get().offset(a.dy.offset),
-                    rows,
+                    x: dy.tensor.get().offset(dy.offset),
+                    rows: rows.get(),
                     N: n as i32,
-                    stride: a.dy.stride as i32,
+                    stride: dy.stride as i32,
                 }
         );
+        add_column_partials(gpu, rows, n, (grid, partials), db_acc);
+    }
+
+    /// The grid of a kernel that sums over rows in `n` columns, and the memory for its partial sums.
+    pub fn column_blocks(gpu: &Gpu, rows: Count<'_>, n: usize) -> (Shape, MutPtr<f32>) {
+        const COLUMNS: usize = 256;
+        const WARPS: usize = 8;
+        let across = blocks(n, COLUMNS);
+        // Four blocks a multiprocessor, as long as each has some rows to add up.
+        let down = (4 * gpu.facts().multiprocessors / across.max(1)).clamp(1, blocks(rows.rows, 4 * WARPS).max(1));
+        (Shape { grid: [across, down, 1], ..Shape::linear(1, 256) }, gpu.scratch(down as usize * n))
+    }
+
+    /// Adds what that kernel has summed.
+    pub fn add_column_partials(
+        gpu: &Gpu,
+        rows: Count<'_>,
+        n: usize,
+        (grid, partials): (Shape, MutPtr<f32>),
+        sums_acc: &Tensor,
+    ) {
         launch!(
             gpu,
             Shape::linear(blocks(n, 32), 1024),
             ColumnSumsAdd {
-                sums_acc: db_acc.get_mut(),
+                sums_acc: sums_acc.get_mut(),
                 partials: partials.into(),
-                rows,
-                blocks: down as i32,
+                rows: rows.get(),
+                blocks: grid.grid[1] as i32,
                 N: n as i32,
             }
         );

@@ -52,6 +52,11 @@ impl<T: Send + 'static> Ahead<T> {
         Ok(step.micro)
     }
 
+    /// The micro-batches that [`Self::next`] will give, if they are there already.
+    pub fn peek(&mut self) -> Option<&[T]> {
+        self.loader.as_mut()?.peek().map(|step| step.micro.as_slice())
+    }
+
     pub fn cursor(&self) -> u64 {
         self.cursor
     }
@@ -159,6 +164,10 @@ impl Batches for CorpusBatches {
         })?;
         // At the end of the data a micro-batch may hold no text.
         Ok(micro.into_iter().filter(|batch| batch.sequences() > 0).collect())
+    }
+
+    fn peek(&mut self) -> Option<&PretrainBatch> {
+        self.ahead.peek()?.iter().find(|batch| batch.sequences() > 0)
     }
 
     fn cursor(&self) -> u64 {

@@ -445,14 +445,14 @@ impl Trainable for BiEncoder {
         }
     }
 
-    fn compute(
+    fn begin(
         &mut self,
         micro: &[ContrastiveBatch],
         dropout: StepDropout,
         gradients: bool,
         update: bool,
-    ) -> Result<(Losses, f64)> {
-        let mut losses = self.terms(micro)?;
+    ) -> Result<Losses> {
+        let losses = self.terms(micro)?;
         self.head.weigh(&losses);
         dropout.announce(self.device);
         let mut records = std::mem::take(&mut self.records);
@@ -468,6 +468,10 @@ impl Trainable for BiEncoder {
             });
         }
         self.records = records;
+        Ok(losses)
+    }
+
+    fn end(&mut self, mut losses: Losses) -> Result<(Losses, f64)> {
         let x: Vec<f64> = self.results.to_vec();
         self.device.check()?;
         (losses.contrastive, losses.correct, losses.distill) = (x[0], x[1], x[2]);

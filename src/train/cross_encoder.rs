@@ -231,13 +231,7 @@ impl Trainable for Ranker {
         }
     }
 
-    fn compute(
-        &mut self,
-        micro: &[CrossBatch],
-        dropout: StepDropout,
-        gradients: bool,
-        update: bool,
-    ) -> Result<(Losses, f64)> {
+    fn begin(&mut self, micro: &[CrossBatch], dropout: StepDropout, gradients: bool, update: bool) -> Result<Losses> {
         let queries = |batch: &CrossBatch| batch.pairs.samples.len() / batch.group;
         let total: usize = micro.iter().map(queries).sum();
         self.scales.set([one_of(total)]);
@@ -259,8 +253,12 @@ impl Trainable for Ranker {
             records.run(self.device, segment, || self.segment(segment, dropout));
         }
         self.records = records;
+        Ok(Losses { queries: total, sum: 0.0, correct: 0.0 })
+    }
+
+    fn end(&mut self, losses: Losses) -> Result<(Losses, f64)> {
         let x: Vec<f64> = self.results.to_vec();
         self.device.check()?;
-        Ok((Losses { queries: total, sum: x[0], correct: x[1] }, x[2]))
+        Ok((Losses { sum: x[0], correct: x[1], ..losses }, x[2]))
     }
 }

@@ -71,6 +71,18 @@ pub trait Engine: Arenas {
     /// Never changes any bit of state when the gradient is not finite.
     fn step(&mut self, micro: &[Self::Batch], step: u64, lr: f32) -> Result<StepReport>;
 
+    /// [`Self::step`] before one whose first micro-batch will be `next`, if that is known: an engine may make it ready meanwhile. What
+    /// comes out is the same, also when another step follows.
+    fn step_before(
+        &mut self,
+        micro: &[Self::Batch],
+        _next: Option<&Self::Batch>,
+        step: u64,
+        lr: f32,
+    ) -> Result<StepReport> {
+        self.step(micro, step, lr)
+    }
+
     /// Sums of the loss without dropout and without update.
     fn evaluate(&mut self, batch: &Self::Batch) -> Result<EvalReport>;
 
@@ -173,6 +185,11 @@ pub trait Batches {
 
     /// The micro-batches of the next step.
     fn next(&mut self) -> Result<Vec<Self::Batch>>;
+
+    /// The first micro-batch that [`Batches::next`] will give, if it is there already. Waits for nothing and changes no cursor.
+    fn peek(&mut self) -> Option<&Self::Batch> {
+        None
+    }
 
     /// Samples of all steps handed out so far, counted over epochs: the whole state of the order.
     fn cursor(&self) -> u64;

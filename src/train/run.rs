@@ -158,7 +158,8 @@ impl<'a, B> Run<'a, B> {
         let (waited, cursor) = (self.batches.waited(), self.batches.cursor());
         let micro = self.batches.next()?;
         let lr = self.schedule.lr(self.state.step);
-        let report = self.engine.step(&micro, self.state.step, lr as f32)?;
+        let next = self.batches.peek();
+        let report = self.engine.step_before(&micro, next, self.state.step, lr as f32)?;
         let waited = self.batches.waited() - waited;
 
         self.state.step += 1;

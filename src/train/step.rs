@@ -4,8 +4,9 @@
 //! gradients add up in the flat arena; then the gradient norm, AdamW, the report. Losses are means over the labels of the whole
 //! step, so that a step of several micro-batches equals one of a single large batch.
 //!
-//! On a GPU nothing in this is waited for but the reading of the losses at the end. The work of a micro-batch, and that of the
-//! optimizer behind the last one, is queued as it comes the first time, recorded the second time, and replayed from then on.
+//! On a GPU nothing in this is waited for but the reading of the losses at the end, and before that the next step's batch is prepared
+//! and uploaded. The work of a micro-batch, and that of the optimizer behind the last one, is queued as it comes the first time,
+//! recorded the second time, and replayed from then on.
 
 use crate::data::batch::PretrainBatch;
 use crate::device::{DType, Device, Tensor};
@@ -121,7 +122,7 @@ impl Results {
 
     /// Waits for them: losses, ‖g‖².
     fn read(&self, device: Device, labels: Losses) -> Result<(Losses, f64)> {
-        let x: Vec<f64> = self.all.to_vec();
+        let x: Vec<f64> = self.all.end_read();
         let sums = |at: usize| LossSums { loss: x[at], correct: x[at + 1] };
         device.check()?;
         Ok((Losses { encoder: sums(0), decoder: sums(2), bow: x[4], ..labels }, x[6]))
@@ -409,13 +410,13 @@ impl Trainable for Pretrainer {
         }
     }
 
-    fn compute(
+    fn begin(
         &mut self,
         micro: &[PretrainBatch],
         dropout: StepDropout,
         gradients: bool,
         update: bool,
-    ) -> Result<(Losses, f64)> {
+    ) -> Result<Losses> {
         let labels = Losses::labels(micro, self.objective, self.bow_loss_weight);
         let [encoder, decoder, bow] = [labels.encoder_labels, labels.decoder_labels, labels.bow_texts].map(one_of);
         self.scales.set([encoder, decoder, labels.bow_weight * bow]);
@@ -432,6 +433,15 @@ impl Trainable for Pretrainer {
             records.run(self.device, segment, || self.segment(segment, dropout));
         }
         self.records = records;
+        self.results.all.begin_read();
+        Ok(labels)
+    }
+
+    fn end(&mut self, labels: Losses) -> Result<(Losses, f64)> {
         self.results.read(self.device, labels)
+    }
+
+    fn make_ready(&mut self, next: &PretrainBatch) {
+        self.inputs.make_ready(next);
     }
 }

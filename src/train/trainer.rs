@@ -51,7 +51,11 @@ impl<M: Trainable> Engine for Trainer<M> {
     type Batch = M::Batch;
 
     fn step(&mut self, micro: &[M::Batch], step: u64, lr: f32) -> Result<StepReport> {
-        let done = self.model.step(micro, &self.adamw, f64::from(lr), step + 1, self.seed)?;
+        self.step_before(micro, None, step, lr)
+    }
+
+    fn step_before(&mut self, micro: &[M::Batch], next: Option<&M::Batch>, step: u64, lr: f32) -> Result<StepReport> {
+        let done = self.model.step_before(micro, next, &self.adamw, f64::from(lr), (step + 1, self.seed))?;
         let parts = self.model.parts(&done.losses);
         let sizes = || micro.iter().map(M::size);
         Ok(StepReport {

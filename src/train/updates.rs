@@ -50,17 +50,42 @@ pub trait Trainable {
     /// Makes ready update number `t` (from 1) at learning rate `lr`.
     fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64);
 
-    /// Losses of all micro-batches together, with gradients of their mean and the prepared update if asked for. Then the second is ‖g‖².
+    /// Queues the work of all micro-batches together, with gradients of their mean and the prepared update if asked for. Gives the
+    /// losses without their sums.
+    ///
+    /// # Errors
+    /// Batches that do not fit, or a failure of the GPU.
+    fn begin(
+        &mut self,
+        micro: &[Self::Batch],
+        dropout: StepDropout,
+        gradients: bool,
+        update: bool,
+    ) -> Result<Self::Losses>;
+
+    /// Waits for what was begun: its losses, and ‖g‖².
     ///
     /// # Errors
     /// A failure of the GPU.
+    fn end(&mut self, losses: Self::Losses) -> Result<(Self::Losses, f64)>;
+
+    /// Prepares and uploads what is probably the first micro-batch of the next step while a GPU computes.
+    fn make_ready(&mut self, _next: &Self::Batch) {}
+
+    /// [`Self::begin`] and [`Self::end`].
+    ///
+    /// # Errors
+    /// As for both.
     fn compute(
         &mut self,
         micro: &[Self::Batch],
         dropout: StepDropout,
         gradients: bool,
         update: bool,
-    ) -> Result<(Self::Losses, f64)>;
+    ) -> Result<(Self::Losses, f64)> {
+        let losses = self.begin(micro, dropout, gradients, update)?;
+        self.end(losses)
+    }
 
     /// One optimizer step: gradients of all micro-batches, clipping, AdamW number `t` (from 1) at learning rate `lr`. Dropout is that
     /// of (`seed`, `t`).
@@ -75,13 +100,32 @@ pub trait Trainable {
         t: u64,
         seed: u64,
     ) -> Result<StepOutcome<Self::Losses>> {
+        self.step_before(micro, None, adamw, lr, (t, seed))
+    }
+
+    /// [`Self::step`] before one whose first micro-batch will be `next`, if that is known: it is made ready meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Self::step`].
+    fn step_before(
+        &mut self,
+        micro: &[Self::Batch],
+        next: Option<&Self::Batch>,
+        adamw: &AdamW,
+        lr: f64,
+        (t, seed): (u64, u64),
+    ) -> Result<StepOutcome<Self::Losses>> {
         let config = self.config();
         let dropout = StepDropout {
             hidden: Dropout::new(seed, t, config.hidden_dropout_prob),
             attention: Dropout::new(seed, t, config.attention_probs_dropout_prob),
         };
         self.prepare(adamw, lr, t);
-        let (losses, squared_norm) = self.compute(micro, dropout, true, true)?;
+        let losses = self.begin(micro, dropout, true, true)?;
+        if let Some(next) = next {
+            self.make_ready(next);
+        }
+        let (losses, squared_norm) = self.end(losses)?;
         let grad_norm = squared_norm.sqrt();
         Ok(StepOutcome { losses, grad_norm, skipped: !grad_norm.is_finite() })
     }

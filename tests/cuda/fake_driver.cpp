@@ -11,7 +11,11 @@
 //   FAKE_MEMORY      bytes of device memory, 1 GiB       FAKE_SHARED     bytes of shared memory a block, 232448
 //   FAKE_FAIL        function:code[:calls that still succeed]
 //   FAKE_LATE        kernel:code, which comes out where the kernel is waited for
+//   FAKE_ALGORITHMS  number:milliseconds, as the library proposes them, 77:1 alone; products are logged with others than 77
+//   FAKE_BROKEN      number of an algorithm that is proposed and does not run
+//   FAKE_SLOW        milliseconds that waiting for an event takes
 
+#include <chrono>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -21,6 +25,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -29,6 +34,8 @@ using Task = std::function<int()>;
 
 std::deque<Task> pending;
 uint64_t queued = 0, finished = 0;
+// Milliseconds that all work queued so far takes.
+double work_ms = 0;
 std::vector<Task>* recording = nullptr;
 int sticky = 0;
 std::map<uint64_t, size_t> memory;
@@ -66,12 +73,13 @@ int fails(const char* function) {
   return code;
 }
 
-int submit(Task task) {
+int submit(Task task, double ms = 1) {
   if (recording) {
     recording->push_back(std::move(task));
   } else {
     pending.push_back(std::move(task));
     queued += 1;
+    work_ms += ms;
   }
   return 0;
 }
@@ -99,6 +107,7 @@ struct Function {
 
 struct Event {
   uint64_t ticket;
+  double at_ms;
 };
 
 }  // namespace
@@ -345,19 +354,23 @@ API int cuGraphDestroy(void* graph) { CALL(cuGraphDestroy); delete static_cast<s
 
 API int cuGraphExecDestroy(void* ready) { CALL(cuGraphExecDestroy); delete static_cast<std::vector<Task>*>(ready); return 0; }
 
-API int cuEventCreate(void** event, unsigned) { CALL(cuEventCreate); *event = new Event{0}; return 0; }
+API int cuEventCreate(void** event, unsigned) { CALL(cuEventCreate); *event = new Event{0, 0}; return 0; }
 
 API int cuEventRecord(void* event, void*) {
   CALL(cuEventRecord);
-  static_cast<Event*>(event)->ticket = queued;
+  *static_cast<Event*>(event) = {queued, work_ms};
   return 0;
 }
 
-API int cuEventSynchronize(void* event) { CALL(cuEventSynchronize); return run_until(static_cast<Event*>(event)->ticket); }
+API int cuEventSynchronize(void* event) {
+  CALL(cuEventSynchronize);
+  std::this_thread::sleep_for(std::chrono::milliseconds(number("FAKE_SLOW", 0)));
+  return run_until(static_cast<Event*>(event)->ticket);
+}
 
 API int cuEventElapsedTime(float* milliseconds, void* start, void* end) {
   CALL(cuEventElapsedTime);
-  *milliseconds = static_cast<float>(static_cast<Event*>(end)->ticket - static_cast<Event*>(start)->ticket);
+  *milliseconds = static_cast<float>(static_cast<Event*>(end)->at_ms - static_cast<Event*>(start)->at_ms);
   return 0;
 }
 
@@ -461,12 +474,42 @@ struct Proposal {
   int reserved[4];
 };
 
-API int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, Proposal* proposal, int* count) {
-  CALL(cublasLtMatmulAlgoGetHeuristic);
-  *proposal = {};
-  proposal->algorithm[0] = 77;
-  *count = 1;
+// Algorithms and what a product by them takes, in the order of the proposals.
+std::vector<std::pair<uint64_t, double>> algorithms() {
+  const char* text = std::getenv("FAKE_ALGORITHMS");
+  std::vector<std::pair<uint64_t, double>> all;
+  for (const char* at = text ? text : "77:1"; *at;) {
+    char* rest = nullptr;
+    const uint64_t number = std::strtoull(at, &rest, 10);
+    all.emplace_back(number, std::strtod(rest + 1, &rest));
+    at = *rest ? rest + 1 : rest;
+  }
+  return all;
+}
+
+double milliseconds_of(uint64_t algorithm) {
+  for (const auto& [number, ms] : algorithms()) {
+    if (number == algorithm) return ms;
+  }
+  return -1;
+}
+
+API int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int most, Proposal* proposals, int* count) {
+  CALL_WITH(cublasLtMatmulAlgoGetHeuristic, "%d", most);
+  *count = 0;
+  for (const auto& [algorithm, ms] : algorithms()) {
+    if (*count == most) break;
+    proposals[*count] = {};
+    proposals[(*count)++].algorithm[0] = algorithm;
+  }
   return 0;
+}
+
+API int cublasLtMatmulAlgoCheck(void*, void*, void*, void*, void*, void*, const uint64_t* algorithm, Proposal* result) {
+  CALL_WITH(cublasLtMatmulAlgoCheck, "%zu", size_t(*algorithm));
+  *result = {};
+  result->algorithm[0] = *algorithm;
+  return milliseconds_of(*algorithm) < 0 ? 15 : 0;
 }
 
 API int cublasLtMatmul(void*, void* description, const float* alpha, uint64_t a, void* la, uint64_t b, void* lb,
@@ -475,16 +518,19 @@ API int cublasLtMatmul(void*, void* description, const float* alpha, uint64_t a,
   const Description what = *static_cast<Description*>(description);
   const Layout A = *static_cast<Layout*>(la), B = *static_cast<Layout*>(lb), D = *static_cast<Layout*>(ld);
   const uint64_t inner = what.transposed[0] ? A.rows : A.columns;
-  CALL_WITH(cublasLtMatmul, "%zu x %zu x %zu", size_t(D.rows), size_t(D.columns), size_t(inner));
+  const std::string by = *algorithm == 77 ? "" : " by " + std::to_string(*algorithm);
+  CALL_WITH(cublasLtMatmul, "%zu x %zu x %zu%s", size_t(D.rows), size_t(D.columns), size_t(inner), by.c_str());
+  const double ms = milliseconds_of(*algorithm);
+  if (*algorithm == number("FAKE_BROKEN", 0)) return 15;
   const bool has_bias = what.epilogue == 4;
   const bool fits = (what.transposed[0] ? A.columns : A.rows) == D.rows && (what.transposed[1] ? B.rows : B.columns) == D.columns &&
                     (what.transposed[1] ? B.columns : B.rows) == inner;
-  if (!fits || *algorithm != 77 || c != d || lc != ld || A.type != B.type || (has_bias && what.bias_type != D.type)) return 7;
+  if (!fits || ms < 0 || c != d || lc != ld || A.type != B.type || (has_bias && what.bias_type != D.type)) return 7;
   if (!inside(a, A.bytes()) || !inside(b, B.bytes()) || !inside(d, D.bytes()) || !inside(workspace, workspace_bytes) ||
       (has_bias && !inside(what.bias, D.rows * D.size()))) {
     return 13;
   }
-  const float by = *alpha, keep = *beta;
+  const float factor = *alpha, keep = *beta;
   return submit([=] {
     for (uint64_t j = 0; j < D.columns; ++j) {
       for (uint64_t i = 0; i < D.rows; ++i) {
@@ -495,12 +541,12 @@ API int cublasLtMatmul(void*, void* description, const float* alpha, uint64_t a,
           sum += double(x) * y;
         }
         const uint64_t at = i + j * D.stride;
-        float value = by * static_cast<float>(sum);
+        float value = factor * static_cast<float>(sum);
         if (keep != 0) value += keep * load(D.type, d, at);
         if (has_bias) value += load(D.type, what.bias, i);
         store(D.type, d, at, value);
       }
     }
     return 0;
-  });
+  }, ms);
 }

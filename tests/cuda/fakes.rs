@@ -95,6 +95,9 @@ fn run(mut command: Command, libraries: Libraries, variables: &[(&str, &str)], l
     for name in ["VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH", "RETROMAE_SYNC"] {
         command.env_remove(name);
     }
+    // What is remembered of one child is nothing to the next, unless a test says so.
+    let cache = tempfile::tempdir().expect("a folder for what is remembered");
+    command.env_remove("RETROMAE_TUNE_PRODUCTS").env("RETROMAE_CACHE", cache.path());
     command.env("PATH", "").env("HOME", "/nonexistent").env("LD_LIBRARY_PATH", folder.path()).env("FAKE_LOG", log);
     command.envs(variables.iter().copied()).output().expect("the child runs")
 }

@@ -16,6 +16,7 @@ pub fn run(name: &str) {
             Some(told) => format!("{device:?}, {told}"),
             None => format!("{device:?}"),
         }),
+        "tuned" => Device::open("cuda").and_then(|(device, told)| tuned(device, told)),
         _ => Device::cuda().and_then(|device| on(name, device)),
     };
     println!("said: {}", said.unwrap_or_else(|e| format!("error: {e}")));
@@ -32,6 +33,19 @@ fn on(name: &str, device: Device) -> Result<String> {
         "sequence" => return sequence(device, gpu),
         "products" => return products(device),
         "uploads" => return uploads(device),
+        "tuned in a capture" => {
+            let case = KINDS[0];
+            let (a, b) = (device.tensor(&numbers(1, case.m * case.k)), device.tensor(&numbers(2, case.n * case.k)));
+            let c = device.zeros(DType::F32, case.m * case.n);
+            let (product, m, n, k) = (case.product, case.m, case.n, case.k);
+            let of = |t, columns| Matrix::new(t, columns);
+            let (a, b, c, output) = (of(&a, k), of(&b, k), of(&c, n), Output::Set);
+            let captured = gpu.capture(|| device.matmul(&Matmul { product, m, n, k, a, b, c, output, bias: None }));
+            if let Some(captured) = captured {
+                gpu.replay(&*captured);
+            }
+        }
+        "results" => return results(device, gpu),
         "memory" => drop(gpu.memory(3 << 30, 0)),
         "launch" => reductions(device, gpu, Shape::linear(1, 32)),
         "shared" => reductions(device, gpu, Shape::linear(1, 32).shared(200_000)),
@@ -63,6 +77,24 @@ fn on(name: &str, device: Device) -> Result<String> {
 fn reductions(device: Device, gpu: &'static Gpu, shape: Shape) {
     let (x, y) = (device.tensor(&[2f32]), device.tensor(&[0f32]));
     gpu.keep(|| ConformanceReductions { out: y.get_mut(), x: x.get() }.launch(gpu, shape));
+}
+
+/// The results of a step are read behind the upload of what follows it, to the same place, and are still those of the step.
+fn results(device: Device, gpu: &'static Gpu) -> Result<String> {
+    let (x, y) = (device.tensor(&[2f32]), device.tensor(&[0f32]));
+    let mut told = Vec::new();
+    for time in 1..=2 {
+        mark(&format!("step {time}"));
+        gpu.keep(|| ConformanceReductions { out: y.get_mut(), x: x.get() }.launch(gpu, Shape::linear(1, 32)));
+        y.begin_read();
+        x.upload(&[10.0 * time as f32]);
+        y.upload(&[7f32]);
+        told.extend(y.end_read::<f32>());
+    }
+    mark("end");
+    told.extend(y.to_vec::<f32>());
+    gpu.check()?;
+    Ok(format!("{told:?}"))
 }
 
 /// Leaves a mark among the calls.
@@ -126,6 +158,27 @@ fn uploads(device: Device) -> Result<String> {
     Ok(if kept { "fine" } else { "content was lost" }.into())
 }
 
+const KIND: Case =
+    Case { product: Product::NT, m: 6, n: 5, k: 7, add: false, bias: true, input: DType::BF16, out: DType::BF16 };
+
+/// Kinds of product whose algorithms are chosen: one that sets, one that adds.
+const KINDS: [Case; 2] = [KIND, Case { product: Product::TN, add: true, bias: false, out: DType::F32, ..KIND }];
+
+/// Each kind twice: the algorithm is chosen the first time, and a sum is added to once each time.
+fn tuned(device: Device, told: Option<String>) -> Result<String> {
+    for case in &KINDS {
+        for time in ["first", "second"] {
+            mark(&format!("{time} {:?}", case.product));
+            let error = case.error(device);
+            if !(error <= 0.004) {
+                return Ok(format!("{case:?}: off by {error}"));
+            }
+        }
+    }
+    device.check()?;
+    Ok(told.unwrap_or_else(|| "fine".into()))
+}
+
 /// Every kind of product, with odd sizes and rows that are longer than the matrix.
 fn products(device: Device) -> Result<String> {
     let mut agreed = 0;
@@ -148,7 +201,7 @@ fn products(device: Device) -> Result<String> {
     Ok(format!("{agreed} products agree"))
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Case {
     product: Product,
     m: usize,

@@ -145,6 +145,36 @@ fn dupmae_over_several_chunks() {
     }
 }
 
+/// Whichever batch is made ready while a step is computed, and whatever is computed before its turn, no bit differs.
+#[test]
+fn a_batch_made_ready_changes_no_bit() {
+    for objective in [Objective::RetroMae, Objective::DupMae] {
+        let run = |next: &dyn Fn(u64) -> Option<PretrainBatch>| {
+            let device = gpu();
+            let Device::Gpu(memory) = device else { panic!("{device:?} is no GPU") };
+            let mut model = on(device, &sizes(32, Activation::Gelu), objective, DType::BF16);
+            let (mut told, mut before) = (Vec::new(), 0);
+            for t in 1..=9 {
+                before = memory.allocated();
+                let (adamw, next) = (AdamW::default(), next(t));
+                let done = model.step_before(&micro(t), next.as_ref(), &adamw, 1e-3, (t, 9)).unwrap();
+                told.push((done.losses, done.grad_norm));
+                if t % 4 == 0 {
+                    // The batch that is ready, or another in its place.
+                    let held_out = if t == 4 { micro(5) } else { micro(2) };
+                    told.push((model.evaluate(&held_out[0]).unwrap(), 0.0));
+                }
+            }
+            assert_eq!(memory.allocated(), before, "a step allocates nothing");
+            (told, bits(&model))
+        };
+        let expected = run(&|_| None);
+        for (what, away) in [("the next", 1), ("another", 5), ("the same", 0)] {
+            assert!(run(&|t| micro(t + away).into_iter().next()) == expected, "{objective:?}, {what}");
+        }
+    }
+}
+
 /// What a broken step leaves in the buffers is multiplied by zero by no later one.
 #[test]
 fn a_broken_step_changes_nothing_and_leaves_nothing() {

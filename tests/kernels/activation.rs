@@ -51,6 +51,26 @@ macro_rules! runner {
 runner!(run_f32, f32, ActivationForwardF32, ActivationBackwardF32);
 runner!(run_bf16, bf16, ActivationForwardBf16, ActivationBackwardBf16);
 
+macro_rules! sums_runner {
+    ($name:ident, $t:ty, $sums:ident) => {
+        /// dx and the sums of the blocks, each with `down` blocks below each other.
+        fn $name(on: &'static Gpu, case: &Case, down: u32, i: &Inputs) -> Vec<Vec<f32>> {
+            let (n, spare, across) = (case.rows * case.width, 2 * case.width, case.width.div_ceil(256) as u32);
+            let (u, dy) = (stored::<$t>(on, &i.u, spare), stored::<$t>(on, &i.dy, spare));
+            let (rows, used) = (Buffer::of(on, &[case.rows as i32]), (down as usize).min(case.rows.div_ceil(8)));
+            let partials = Buffer::<f32>::poisoned(on, down as usize * case.width);
+            let (width, function) = (case.width as i32, case.function as i32);
+            let (dy_out, partials_out) = (dy.get_mut(), partials.get_mut());
+            $sums { dy: dy_out, partials: partials_out, u: u.get(), rows: rows.get(), N: width, function }
+                .launch(on, Shape { grid: [across, down, 1], ..Shape::linear(1, 256) })
+                .expect("a correct kernel raises nothing");
+            vec![widened(dy.take(n)), partials.take(used * case.width)]
+        }
+    };
+}
+sums_runner!(sums_f32, f32, ActivationBackwardSumsF32);
+sums_runner!(sums_bf16, bf16, ActivationBackwardSumsBf16);
+
 /// y and dx of the op, x = u + bias rounded by `sum`.
 fn on_cpu<F: Element>(case: &Case, i: &Inputs, of: impl Fn(f32) -> F, sum: impl Fn(f32, f32) -> F) -> Vec<Vec<F>> {
     let (n, rows) = (i.u.len(), (case.rows.into(), case.width));
@@ -88,6 +108,38 @@ fn every_function_with_and_without_bias() {
                 let case = Case { function, rows, width, bias };
                 judged::<f32>(&case, run_f32);
                 judged::<bf16>(&case, run_bf16);
+            }
+        }
+    }
+}
+
+/// dx is that of the kernel without sums, to the bit, and the sums are those of dx as it is stored.
+#[test]
+fn sums_over_rows_are_those_of_what_is_stored() {
+    for (function, name) in FUNCTIONS.iter().enumerate() {
+        // One row; a block of columns that is not full and blocks without rows; rows that are left when several are loaded at once.
+        for (rows, width, down) in [(1, 16, 1), (9, 272, 3), (75, 48, 2)] {
+            let n = rows * width;
+            let case = Case { function, rows, width, bias: false };
+            let random = |name, scale: f32| normal(n, name).iter().map(|x| scale * x).collect::<Vec<f32>>();
+            let values =
+                Inputs { u: rounded::<bf16>(&random(1, 2.0)), bias: None, dy: rounded::<bf16>(&random(3, 1.0)) };
+            for (plain, sums) in [
+                (
+                    run_f32 as fn(&'static Gpu, &Case, &Inputs) -> _,
+                    sums_f32 as fn(&'static Gpu, &Case, u32, &Inputs) -> _,
+                ),
+                (run_bf16, sums_bf16),
+            ] {
+                let got = in_every_order(|on| sums(on, &case, down, &values));
+                let dx = &in_every_order(|on| plain(on, &case, &values))[1];
+                assert!(got[0] == *dx, "{name:?} of {rows} x {width}");
+                for column in 0..width {
+                    let of = |x: &[f32]| x.iter().skip(column).step_by(width).map(|&x| f64::from(x)).sum::<f64>();
+                    let size: f64 = dx.iter().skip(column).step_by(width).map(|&x| f64::from(x).abs()).sum();
+                    let error = (of(&got[1]) - of(dx)).abs();
+                    assert!(error <= 1e-6 * size, "column {column} of {rows} x {width}: off by {error}");
+                }
             }
         }
     }

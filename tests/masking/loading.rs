@@ -40,6 +40,24 @@ fn the_loader_gives_the_plans_batches_and_resumes_at_a_cursor() {
 }
 
 #[test]
+fn a_step_that_was_looked_at_comes_next() {
+    let corpus = Arc::new(corpus((0..30).map(|i| 2 + 13 * i % 120)));
+    let all = load(&corpus, settings(30, BatchSize::Sequences(3), 1, 0, 0, 70));
+    let mut loader = Loader::start(corpus, settings(30, BatchSize::Sequences(3), 1, 0, 0, 70)).unwrap();
+    for step in &all {
+        let until = Instant::now() + Duration::from_secs(60);
+        while loader.peek().is_none() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(loader.peek(), Some(step));
+        assert_eq!(loader.peek(), Some(step));
+        assert_eq!(loader.next().unwrap().unwrap(), *step);
+    }
+    assert!(loader.next().is_none() && loader.peek().is_none());
+    assert!(loader.waited() < Duration::from_secs(1), "looking is not waiting: {:?}", loader.waited());
+}
+
+#[test]
 fn ranks_together_load_what_one_rank_loads() {
     let corpus = Arc::new(corpus((0..30).map(|i| 2 + 13 * i % 120)));
     let alone = load(&corpus, settings(30, BatchSize::Tokens(256), 1, 0, 0, 70));

@@ -34,6 +34,8 @@ pub struct Toy {
     pub stop_at: Option<(u64, Stop)>,
     /// Time a step takes.
     pub pace: Duration,
+    /// What the next step was said to begin with.
+    next: Option<PretrainBatch>,
 }
 
 impl Default for Toy {
@@ -51,6 +53,7 @@ impl Default for Toy {
             bad: Vec::new(),
             stop_at: None,
             pace: Duration::ZERO,
+            next: None,
         }
     }
 }
@@ -130,6 +133,20 @@ impl Engine for Toy {
             sequences: micro.iter().map(|b| b.sequences() as u64).sum(),
             labels: n,
         })
+    }
+
+    fn step_before(
+        &mut self,
+        micro: &[PretrainBatch],
+        next: Option<&PretrainBatch>,
+        step: u64,
+        lr: f32,
+    ) -> Result<StepReport> {
+        if let Some(told) = self.next.take() {
+            assert_eq!(micro.first(), Some(&told), "step {step} begins with another batch than was said");
+        }
+        self.next = next.cloned();
+        self.step(micro, step, lr)
     }
 
     fn evaluate(&mut self, batch: &PretrainBatch) -> Result<EvalReport> {

@@ -253,6 +253,7 @@ mod tests {
             include_str!("modules.rs"),
             include_str!("staging.rs"),
             include_str!("products.rs"),
+            include_str!("tuning.rs"),
             include_str!("../cuda.rs"),
         ];
         let mut used: Vec<&str> = sources

@@ -9,11 +9,12 @@ use super::driver::cuda_version;
 use crate::error::{Error, Result};
 
 /// Every function in use, as for the driver's: looked for before cudarc does.
-const SYMBOLS: [&str; 12] = [
+const SYMBOLS: [&str; 13] = [
     "cublasLtGetVersion",
     "cublasLtCreate",
     "cublasLtMatmul",
     "cublasLtMatmulAlgoGetHeuristic",
+    "cublasLtMatmulAlgoCheck",
     "cublasLtMatmulDescCreate",
     "cublasLtMatmulDescSetAttribute",
     "cublasLtMatmulDescDestroy",
@@ -27,9 +28,9 @@ const SYMBOLS: [&str; 12] = [
 /// The oldest version that will do, as it numbers itself.
 const OLDEST: usize = 120_000;
 
-/// Loads cuBLASLt for a driver of this version; gives its own version in words. The loader's choice comes first, then what pip, conda
-/// and the CUDA toolkit install.
-pub fn load(driver: u32) -> Result<String> {
+/// Loads cuBLASLt for a driver of this version; gives its own version as it numbers itself. The loader's choice comes first, then what
+/// pip, conda and the CUDA toolkit install.
+pub fn load(driver: u32) -> Result<usize> {
     let preloaded = if is_found_by_loader() { None } else { Some(preload(driver)) };
     if let Some(found) = preloaded
         && !is_found_by_loader()
@@ -59,7 +60,7 @@ pub fn load(driver: u32) -> Result<String> {
         let cause = format!("cuBLASLt {told} needs a driver of CUDA {major}, this one is of {}", cuda_version(driver));
         return Err(Error::device(cause).remedy(format!("update the NVIDIA driver, or {}", pip(driver))));
     }
-    Ok(told)
+    Ok(version)
 }
 
 const PUT: &str = "put the folder of libcublasLt.so on LD_LIBRARY_PATH";
@@ -70,7 +71,7 @@ fn pip(driver: u32) -> &'static str {
 }
 
 /// `13.1.0` of 130100.
-fn in_words(version: usize) -> String {
+pub fn in_words(version: usize) -> String {
     // Before CUDA 12 it counted the major version in thousands.
     let unit = if version < 100_000 { 1000 } else { 10_000 };
     format!("{}.{}.{}", version / unit, version % unit / 100, version % 100)
@@ -147,7 +148,7 @@ mod tests {
 
     #[test]
     fn every_function_in_use_is_looked_for() {
-        let sources = [include_str!("library.rs"), include_str!("products.rs")];
+        let sources = [include_str!("library.rs"), include_str!("operation.rs"), include_str!("descriptors.rs")];
         let names = sources.iter().flat_map(|text| text.split("sys::cublasLt").skip(1));
         let mut names: Vec<&str> = names.filter_map(|rest| rest.split_once('(').map(|(name, _)| name)).collect();
         names.retain(|name| name.chars().all(char::is_alphanumeric));

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fmt::Display;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUgraphExec, CUresult, CUstream};
 
@@ -27,6 +28,7 @@ pub struct Queue {
     context: Handle<CUcontext>,
     stream: Handle<CUstream>,
     elapsed_time: ElapsedTime,
+    is_recording: AtomicBool,
     /// Whether all work is waited for when it is queued (`RETROMAE_SYNC=1`).
     pub synchronous: bool,
 }
@@ -46,7 +48,13 @@ impl Queue {
         let elapsed_time = unsafe { sys::culib().get::<ElapsedTime>(b"cuEventElapsedTime\0") };
         let elapsed_time = *elapsed_time.map_err(|e| Error::device(format!("the NVIDIA driver: {e}")))?;
         let synchronous = std::env::var_os("RETROMAE_SYNC").is_some_and(|v| !v.is_empty() && v != "0");
-        Ok(Queue { context: Handle(context), stream: Handle(stream), elapsed_time, synchronous })
+        Ok(Queue {
+            context: Handle(context),
+            stream: Handle(stream),
+            elapsed_time,
+            is_recording: AtomicBool::new(false),
+            synchronous,
+        })
     }
 
     /// The stream, with the context made current on this thread.
@@ -54,6 +62,11 @@ impl Queue {
         // SAFETY: the context lives as long as the process.
         check(unsafe { sys::cuCtxSetCurrent(self.context.0) }, &"switching to the GPU")?;
         Ok(self.stream.0)
+    }
+
+    /// Whether what is queued is recorded and not run.
+    pub fn is_recording(&self) -> bool {
+        self.is_recording.load(Ordering::Relaxed)
     }
 
     /// Waits for all work; `what` is what failed if that fails.
@@ -92,6 +105,44 @@ impl Queue {
     }
 }
 
+/// Zeroed device memory for a moment.
+pub struct Room {
+    address: CUdeviceptr,
+    queue: Arc<Queue>,
+}
+
+impl Room {
+    /// Takes `bytes`, if there are so many free.
+    pub fn take(queue: &Arc<Queue>, bytes: usize) -> Result<Option<Room>> {
+        queue.enter()?;
+        let mut address = 0;
+        // SAFETY: the context is current; writes the address.
+        let code = unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) };
+        if code == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Ok(None);
+        }
+        check(code, &format_args!("allocating {bytes} bytes"))?;
+        let room = Room { address, queue: queue.clone() };
+        // SAFETY: just allocated.
+        unsafe { queue.fill(address, bytes, 0) }?;
+        Ok(Some(room))
+    }
+
+    /// Where it begins.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        // Work on it may still be queued. If the queue has failed nothing runs any more.
+        let _ = self.queue.wait(&"giving memory back");
+        // SAFETY: taken by `take`, given back once.
+        let _ = unsafe { sys::cuMemFree_v2(self.address) };
+    }
+}
+
 /// An event on the queue.
 pub struct Moment {
     event: Handle<CUevent>,
@@ -106,11 +157,21 @@ impl Moment {
         check(unsafe { sys::cuEventRecord(self.event.0, stream) }, &"marking a point of the queue")
     }
 
-    /// Waits until the queue has come to the marked point.
-    pub fn wait(&self) -> Result<()> {
+    /// Waits until the queue has come to the marked point; `what` is what failed if that fails.
+    pub fn wait(&self, what: &dyn Display) -> Result<()> {
         self.queue.enter()?;
         // SAFETY: the event is alive.
-        check(unsafe { sys::cuEventSynchronize(self.event.0) }, &"waiting for a point of the queue")
+        check(unsafe { sys::cuEventSynchronize(self.event.0) }, what)
+    }
+
+    /// Time from `earlier`. Waits for this one.
+    pub fn microseconds_since(&self, earlier: &Moment) -> Result<f64> {
+        self.wait(&"measuring time")?;
+        let mut milliseconds = 0f32;
+        // SAFETY: both events are alive and have happened; writes the number.
+        let code = unsafe { (self.queue.elapsed_time)(&raw mut milliseconds, earlier.event.0, self.event.0) };
+        check(code, &"measuring time")?;
+        Ok(f64::from(milliseconds) * 1e3)
     }
 }
 
@@ -119,12 +180,7 @@ impl Event for Moment {
         let Some(earlier) = earlier.as_any().downcast_ref::<Moment>() else {
             return Err(Error::device("the time between events of two devices").remedy("report this as a defect"));
         };
-        self.wait()?;
-        let mut milliseconds = 0f32;
-        // SAFETY: both events are alive and have happened; writes the number.
-        let code = unsafe { (self.queue.elapsed_time)(&raw mut milliseconds, earlier.event.0, self.event.0) };
-        check(code, &"measuring time")?;
-        Ok(f64::from(milliseconds))
+        self.microseconds_since(earlier).map(|us| us / 1e3)
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -149,11 +205,14 @@ pub fn begin_capture(queue: &Queue) -> Result<()> {
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
     let stream = queue.enter()?;
     // SAFETY: our stream.
-    check(unsafe { sys::cuStreamBeginCapture_v2(stream, mode) }, &"beginning a capture")
+    check(unsafe { sys::cuStreamBeginCapture_v2(stream, mode) }, &"beginning a capture")?;
+    queue.is_recording.store(true, Ordering::Relaxed);
+    Ok(())
 }
 
 /// Ends recording, whatever happened meanwhile, and makes the record ready to run.
 pub fn end_capture(queue: &Arc<Queue>) -> Result<Graph> {
+    queue.is_recording.store(false, Ordering::Relaxed);
     let stream = queue.enter()?;
     let (mut graph, mut ready) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: our stream; writes the handle, null when the capture has failed.

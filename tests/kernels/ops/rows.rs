@@ -146,6 +146,32 @@ fn activations_agree() {
     }
 }
 
+/// To the bit what the two do one after the other.
+#[test]
+fn activations_with_their_bias_agree() {
+    use activation::Function::*;
+    // Two blocks of columns, the second not full; few rows, and more than the blocks take at once.
+    for (function, width, rows) in [(Gelu, 272, ROWS), (Relu, 16, 5), (GeluTanh, 528, 301), (Silu, 48, 1)] {
+        let run = |place: Place, fused: bool| {
+            let (n, room, number) = (rows * width, SPARE * width, place.number(rows));
+            let [u, dy] = [1, 2].map(|name| place.matrix(&normal(n, name), room));
+            let (db_acc, size) = (place.wide(&normal(width, 3), 0), (place.count(rows, &number), width));
+            if fused {
+                activation::backward_with_bias(place.device(), function, &u, &dy, &db_acc, size);
+            } else {
+                activation::backward(place.device(), function, &u, &dy, size);
+                linear::bias_gradient(place.device(), size, &Matrix::new(&dy, width), &db_acc);
+            }
+            vec![("du", place.take(&dy, n, Rest::Untouched)), ("db", place.take(&db_acc, width, Rest::Untouched))]
+        };
+        check(&format!("{function:?} with a bias"), |place| {
+            let together = run(place, true);
+            assert!(together == run(place, false), "{function:?} of {rows} x {width}");
+            together
+        });
+    }
+}
+
 /// Input and output are columns of wider matrices, as parts of a fused layer are; `extra` columns lie on each side of them.
 fn linear_of(
     place: Place,
