@@ -138,7 +138,8 @@ pub enum Pass {
 }
 
 impl Pass {
-    /// Dynamic shared memory of its kernel ([`Pass::Whole`] has [`hopper::Whole`]) for elements of `element` bytes: 2 (two stages of streamed tiles) or 4 (one).
+    /// Dynamic shared memory of its kernel for elements of `element` bytes: 2 (two stages of streamed tiles) or 4 (one). [`Pass::Whole`]
+    /// has [`hopper::Whole::shared_bytes`].
     pub fn shared_bytes(self, head_size: usize, element: usize) -> u32 {
         let stages = if element == 2 { 2 } else { 1 };
         let own = if self == Pass::Forward { 1 } else { 2 };

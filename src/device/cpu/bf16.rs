@@ -116,8 +116,8 @@ mod fast {
                 let (i, j) = (task % down * TASK.0, task / down * TASK.1);
                 let rows = i..row_groups.min(i + TASK.0);
                 let tiles = j..(column_groups / COLUMNS).min(j + TASK.1);
-                // SAFETY: the instructions are there, as the caller has asked; operands are packed whole groups, and the caller has
-                // checked that c holds m rows and n columns.
+                // SAFETY: the instructions are there, as the caller has asked, and the caller has checked that c holds m rows and n
+                // columns; tasks share none.
                 unsafe { multiply(left, right, out, (m, n), pairs, rows, tiles) };
             });
         });
@@ -162,7 +162,7 @@ mod fast {
 
     /// Elements of a row are neighbours: blocks of 16 rows and 16 pairs are transposed in registers.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn pack_rows(to: &mut [u32], x: &[f32], row: usize, k: usize) {
+    fn pack_rows(to: &mut [u32], x: &[f32], row: usize, k: usize) {
         let blocks = k / (2 * GROUP);
         for block in 0..blocks {
             let mut r = [_mm512_setzero_si512(); GROUP];
@@ -189,7 +189,7 @@ mod fast {
 
     /// Elements of a column are neighbours: pairs are two of them, one above the other.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn pack_columns(to: &mut [u32], x: &[f32], column: usize, k: usize) {
+    fn pack_columns(to: &mut [u32], x: &[f32], column: usize, k: usize) {
         let load = |j: usize| {
             if j >= k {
                 return _mm512_setzero_si512();
@@ -236,6 +236,9 @@ mod fast {
     }
 
     /// Tiles of columns `tiles` of the groups of rows `rows`.
+    ///
+    /// # Safety
+    /// c holds m rows and n columns; no other thread touches those of these tiles.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn multiply(
         left: &[u32],
@@ -270,6 +273,9 @@ mod fast {
     }
 
     /// `rows` rows and up to 48 of `columns` columns at `to`, summed over the pairs of `a` (from word `at` of each) and `b`.
+    ///
+    /// # Safety
+    /// `to` is the first element of a tile that lies inside c as far as `rows` and `columns` say.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn tile_product(a: &[u32], at: usize, b: [&[u32]; COLUMNS], to: Out, rows: usize, columns: usize) {
         let mut sums = [[_mm512_setzero_ps(); COLUMNS]; ROWS];
