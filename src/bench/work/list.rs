@@ -212,8 +212,14 @@ impl List {
         self.kernel("activation_forward", 0, bytes);
     }
 
-    /// u and dy in, du out; the gradient of the bias before it is summed on the way.
+    /// u and dy in, du out.
     pub fn activation_backward(&mut self, rows: usize, width: usize) {
+        let bytes = 3 * (rows * width) as u64 * self.element();
+        self.kernel("activation_backward", 0, bytes);
+    }
+
+    /// The same with the bias gradient of the linear layer before, summed on the way.
+    pub fn activation_backward_sums(&mut self, rows: usize, width: usize) {
         let bytes = 3 * (rows * width) as u64 * self.element();
         self.kernel("activation_backward_sums", 0, bytes);
         self.plain("column_sums_add", 0, 8 * width as u64);
