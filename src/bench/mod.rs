@@ -11,6 +11,7 @@ pub mod kernels;
 pub mod pairs;
 pub mod search;
 pub mod step;
+pub mod work;
 pub mod workload;
 
 use std::fs::File;

@@ -10,6 +10,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::ceiling::{Ceiling, Random};
+use super::work::model;
 use super::workload::{self, Model, Workload};
 use super::{Report, Times, pairs};
 use crate::device::Device;
@@ -19,7 +20,6 @@ use crate::graph::check_gpu;
 use crate::ops::optimizer::AdamW;
 use crate::ops::pool::Pooling;
 use crate::train::biencoder::{BiEncoder, Options};
-use crate::train::flops;
 use crate::train::step::{Footprint, Objective, Pretrainer};
 use crate::train::target::Target;
 use crate::train::updates::Trainable;
@@ -161,7 +161,7 @@ impl<'a> Case<'a, Pretrainer> {
             batches,
             batches_s,
             footprint: Pretrainer::footprint(target.device, config, objective, capacity, target.storage),
-            work: flops::pretraining(config, objective, lengths, masked, labelled) as f64,
+            work: model::pretraining(config, objective, lengths, masked, labelled) as f64,
             rows: [("masked_rows", masked), ("labelled_rows", labelled)],
         })
     }
@@ -185,7 +185,7 @@ impl<'a> Case<'a, BiEncoder> {
             batches,
             batches_s,
             footprint: BiEncoder::footprint((target.device, target.storage), config, &options, room),
-            work: flops::fine_tuning(config, [&queries, &passages]) as f64,
+            work: model::fine_tuning(config, [&queries, &passages]) as f64,
             rows: [("queries", queries.len()), ("passages", passages.len())],
         })
     }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::launch::{ConstPtr, Kernel, Launcher, MutPtr, Shape, TensorLayout, TensorMap};
+use super::trace::{self, Piece};
 use super::{DType, Product};
 use crate::error::{Error, Result};
 use crate::rng::Dropout;
@@ -286,6 +287,7 @@ impl Gpu {
     /// As for [`Backend::product`].
     pub(super) unsafe fn product(&self, p: &GpuProduct) {
         if p.m > 0 && p.n > 0 {
+            trace::piece(|| Piece::Product(p.product, [p.m, p.n, p.k]));
             // SAFETY: passed on.
             self.keep(|| unsafe { self.backend.product(p) });
         }
@@ -337,6 +339,7 @@ impl Gpu {
 
     /// Queues recorded work.
     pub fn replay(&self, captured: &dyn Captured) {
+        trace::piece(|| Piece::Replay);
         self.keep(|| captured.replay());
     }
 
@@ -349,6 +352,7 @@ impl Gpu {
 impl Launcher for Gpu {
     // SAFETY: what callers owe is written at the trait.
     unsafe fn launch(&self, kernel: &Kernel, shape: Shape, params: &[*const c_void]) -> Result<()> {
+        trace::piece(|| Piece::Kernel(kernel.name));
         // SAFETY: passed on.
         unsafe { self.backend.launch(kernel, shape, params) }
     }
@@ -375,6 +379,7 @@ impl Memory {
     /// Queues a copy of `from` to the bytes at `offset`.
     pub fn write(&self, offset: usize, from: &[u8]) {
         if self.holds(offset, from.len()) {
+            trace::piece(|| Piece::Upload(from.len()));
             // SAFETY: inside this allocation, as just checked.
             self.gpu.keep(|| unsafe { self.gpu.backend.upload(self.address + offset as u64, from) });
         }
@@ -383,6 +388,7 @@ impl Memory {
     /// Waits for all work and copies the bytes at `offset` out; zeros after a failure.
     pub fn read(&self, offset: usize, to: &mut [u8]) {
         let count = to.len();
+        trace::piece(|| Piece::Download(count));
         // SAFETY: called only for bytes inside this allocation.
         let mut read = || unsafe { self.gpu.backend.download(self.address + offset as u64, to) };
         if !self.holds(offset, count) || self.gpu.keep(&mut read).is_none() {
@@ -412,6 +418,7 @@ impl Memory {
     /// Queues setting `count` bytes at `offset` to `byte`.
     pub fn fill(&self, offset: usize, count: usize, byte: u8) {
         if self.holds(offset, count) {
+            trace::piece(|| Piece::Fill(count));
             // SAFETY: inside this allocation, as just checked.
             self.gpu.keep(|| unsafe { self.gpu.backend.fill(self.address + offset as u64, count, byte) });
         }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicIsize, Ordering};
 
 use super::gpu::Memory as GpuMemory;
 use super::launch::{ConstPtr, MutPtr};
-use super::{DType, Device};
+use super::{DType, Device, trace};
 
 /// A type that tensors can hold.
 pub trait Element: bytemuck::Pod + Send + Sync {
@@ -152,7 +152,10 @@ impl Tensor {
     /// Copies `data` to the first elements.
     pub fn upload<T: Element>(&self, data: &[T]) {
         match &*self.memory {
-            Memory::Host(_) => self.write::<T>()[..data.len()].copy_from_slice(data),
+            Memory::Host(_) => {
+                trace::piece(|| trace::Piece::Upload(size_of_val(data)));
+                self.write::<T>()[..data.len()].copy_from_slice(data);
+            }
             Memory::Gpu(memory) => {
                 self.check::<T>();
                 assert!(data.len() <= self.len, "upload of {} elements to {}", data.len(), self.len);

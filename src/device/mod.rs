@@ -12,6 +12,7 @@ pub mod kernels;
 pub mod launch;
 mod memory;
 mod recorded;
+pub mod trace;
 
 use std::sync::OnceLock;
 
@@ -204,7 +205,10 @@ impl Device {
     /// Runs a matrix product.
     pub fn matmul(self, p: &Matmul<'_>) {
         match self {
-            Device::Cpu => cpu::matmul(p),
+            Device::Cpu => {
+                trace::piece(|| trace::Piece::Product(p.product, [p.m, p.n, p.k]));
+                cpu::matmul(p);
+            }
             Device::Gpu(gpu) => gpu.matmul(p),
         }
     }

@@ -11,9 +11,9 @@ use super::extent::{Bounds, Extent};
 use super::inputs::{Rows, TokenInputs};
 use super::lexical::LexicalHead;
 use super::params::{Id, Table};
-use super::{Capacity, Pass};
+use super::{Capacity, Pass, stages};
 use crate::data::pairs::texts::TextBatch;
-use crate::device::{DType, Device, Output, Tensor};
+use crate::device::{DType, Device, Output, Tensor, trace};
 use crate::model::config::BertConfig;
 use crate::ops::pool::{self, Pooling};
 use crate::ops::{gather, joined};
@@ -236,6 +236,7 @@ impl Tower {
 
     /// Embeds the texts, and puts the embeddings where they belong in `all [N, W]`, joined ones in `all [N, W + V]`.
     pub fn forward(&self, p: &Pass<'_>, inputs: &TowerInputs, all: &Tensor) {
+        let _stage = trace::stage(stages::ROWS);
         let (count, c, w) = (inputs.count.get(), self.hidden, self.width());
         self.encoder.forward(p, &inputs.tokens, &inputs.rows);
         if self.needed == Needed::All {
@@ -258,6 +259,7 @@ impl Tower {
     /// Adds the gradients of all parameters, from those of the embeddings in `d_all`, as wide as in the forward. The forward of the same
     /// texts comes before.
     pub fn backward(&self, p: &Pass<'_>, inputs: &TowerInputs, d_all: &Tensor) {
+        let _stage = trace::stage(stages::ROWS);
         let (count, c, w) = (inputs.count.get(), self.hidden, self.width());
         let d_embedding = p.b(self.d_embedding);
         match &self.lexical {

@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use super::activations::{Plan, Slot};
 use super::params::{Id, Init, Table};
+use super::stages::{self, within};
 use super::{Dims, Pass};
-use crate::device::{Matrix, Output, Tensor};
+use crate::device::{Matrix, Output, Tensor, trace};
 use crate::ops::{Count, RowNames, activation, layernorm, linear};
 
 /// A linear layer's parameters.
@@ -175,6 +176,7 @@ impl Junction {
 
     /// `y = LN(dropout(z) + residual)`; leaves the sum in `z`.
     fn forward(&self, p: &Pass<'_>, rows: Count<'_>, names: RowNames<'_>, residual: &Tensor) {
+        let _stage = trace::stage(stages::ROWS);
         layernorm::forward(
             p.device,
             &layernorm::Forward {
@@ -200,6 +202,7 @@ impl Junction {
         dy: &'a Tensor,
         dropped: &'a Tensor,
     ) -> &'a Tensor {
+        let _stage = trace::stage(stages::ROWS);
         let site = p.dropout.hidden(self.site);
         let on = site.mask.is_on();
         layernorm::backward(
@@ -300,7 +303,8 @@ impl Block {
         self.out.forward(p, (rows, c, c), ctx, p.b(first.z));
         first.forward(p, rows, names, residual);
         self.up.forward(p, (rows, c, i), p.b(first.y), p.b(self.u));
-        activation::forward(p.device, self.dims.activation, p.b(self.u), p.b(self.act), (rows, i));
+        let (function, u) = (self.dims.activation, p.b(self.u));
+        within(stages::ROWS, || activation::forward(p.device, function, u, p.b(self.act), (rows, i)));
         self.down.forward(p, (rows, i, c), p.b(self.act), p.b(second.z));
         second.forward(p, rows, names, p.b(first.y));
     }
@@ -311,8 +315,9 @@ impl Block {
         let (dropped, wide) = (p.b(s.dropped), p.b(s.wide));
         let dz = self.after_feed_forward.backward(p, rows, names, d, dropped);
         self.down.backward(p, (rows, i, c), p.b(self.act), dz, (wide, Output::Set));
-        let activated = (p.b(self.after_attention.y), p.b(self.u), self.dims.activation);
-        self.up.backward_activated(p, (rows, c, i), activated, wide, (d, Output::Add));
+        let (function, u, db_acc) = (self.dims.activation, p.b(self.u), p.g(self.up.bias));
+        within(stages::ROWS, || activation::backward_with_bias(p.device, function, u, wide, db_acc, (rows, i)));
+        self.up.gradients(p, (rows, c, i), p.b(self.after_attention.y), wide, (d, Output::Add), None);
         let dz = self.after_attention.backward(p, rows, names, d, dropped);
         self.out.backward(p, (rows, c, c), ctx, dz, (p.b(s.context), Output::Set));
     }

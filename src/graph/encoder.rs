@@ -7,8 +7,9 @@ use super::activations::{Plan, Slot};
 use super::block::{Block, Linear, Norm, Scratch};
 use super::inputs::{Rows, TokenInputs};
 use super::params::{Id, Init, Table};
+use super::stages::{self, within};
 use super::{Capacity, Dims, Pass};
-use crate::device::{Matrix, Output, Tensor};
+use crate::device::{Matrix, Output, Tensor, trace};
 use crate::model::config::BertConfig;
 use crate::ops::embed::Tables;
 use crate::ops::{Count, Groups, attention, embed, gather, layernorm};
@@ -96,6 +97,7 @@ impl Embedding {
 
     /// [`Self::forward`] of rows whose ids name rows of `word`.
     pub fn forward_of(&self, p: &Pass<'_>, rows: Count<'_>, tokens: embed::Tokens<'_>, word: &Tensor) {
+        let _stage = trace::stage(stages::ROWS);
         embed::forward(
             p.device,
             &embed::Forward {
@@ -127,6 +129,7 @@ impl Embedding {
         dy: &Tensor,
         groups: [Groups<'_>; 3],
     ) {
+        let _stage = trace::stage(stages::ROWS);
         embed::backward(
             p.device,
             &embed::Backward {
@@ -239,6 +242,7 @@ impl Encoder {
 
     /// Tokens to the needed rows of the last hidden state.
     pub fn forward(&self, p: &Pass<'_>, tokens: &TokenInputs, needed: &Rows) {
+        let _stage = trace::stage(stages::ENCODER_PRODUCTS);
         self.embedding.forward(p, tokens);
         for (i, layer) in self.layers.iter().enumerate() {
             layer.forward(p, &self.dims, tokens, needed, p.b(self.input(i)));
@@ -247,6 +251,7 @@ impl Encoder {
 
     /// `gradients.rows` holds the gradient of the output; adds those of all parameters.
     pub fn backward(&self, p: &Pass<'_>, tokens: &TokenInputs, needed: &Rows) {
+        let _stage = trace::stage(stages::ENCODER_PRODUCTS);
         for (i, layer) in self.layers.iter().enumerate().rev() {
             layer.backward(p, &self.dims, tokens, needed, p.b(self.input(i)), self.gradients);
         }
@@ -330,13 +335,13 @@ impl Layer {
             None => self.qkv.forward(p, (count, c, 3 * c), x, p.b(self.wide)),
             Some(s) => {
                 residual = p.b(s.x);
-                gather::gather(p.device, x, &needed.token, needed.count.get(), c, residual);
+                within(stages::ROWS, || gather::gather(p.device, x, &needed.token, needed.count.get(), c, residual));
                 self.qkv.forward_parts(p, (needed.count.get(), c, 0..1), residual, true, p.b(s.q));
                 self.qkv.forward_parts(p, (count, c, 1..3), x, true, p.b(self.wide));
             }
         }
         let attention = self.attention(p, dims, tokens, rows);
-        attention::forward(p.device, &attention);
+        within(stages::ATTENTION_FORWARD, || attention::forward(p.device, &attention));
         self.block.forward(p, rows.map_or(count, |r| r.count.get()), attention.names, attention.out, residual);
     }
 
@@ -352,14 +357,16 @@ impl Layer {
             None => attention::Gradient::Fused(wide),
             Some(s) => attention::Gradient::Split(p.b(s.dq), wide),
         };
-        attention::backward(p.device, &attention::Backward { forward, dout: p.b(g.block.context), gradient });
+        let backward = attention::Backward { forward, dout: p.b(g.block.context), gradient };
+        within(stages::ATTENTION_BACKWARD, || attention::backward(p.device, &backward));
         let Some(s) = self.pruned else {
             self.qkv.backward(p, (count, c, 3 * c), x, wide, (d, Output::Add));
             return zero_key_bias(p, self.qkv.bias, c);
         };
         self.qkv.backward_parts(p, (needed.count.get(), c, 0..1), p.b(s.x), p.b(s.dq), true, (d, Output::Add));
         self.qkv.backward_parts(p, (count, c, 1..3), x, wide, true, (p.b(g.hidden), Output::Set));
-        gather::scatter_add(p.device, d, &needed.token, needed.count.get(), c, p.b(g.hidden));
+        let hidden = p.b(g.hidden);
+        within(stages::ROWS, || gather::scatter_add(p.device, d, &needed.token, needed.count.get(), c, hidden));
         zero_key_bias(p, self.qkv.bias, c);
     }
 }

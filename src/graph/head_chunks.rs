@@ -26,7 +26,7 @@ fn sequences(rows: usize) -> usize {
 }
 
 /// The sequences of each chunk of `rows` rows, by their lengths.
-fn layout(cu_seqlens: &[u32], rows: usize) -> Vec<Range<usize>> {
+pub fn layout(cu_seqlens: &[u32], rows: usize) -> Vec<Range<usize>> {
     let (mut chunks, mut first) = (Vec::new(), 0);
     for s in 0..cu_seqlens.len() - 1 {
         let would_be = (cu_seqlens[s + 1] - cu_seqlens[first]) as usize;

@@ -18,6 +18,14 @@ const LOGITS_BYTES: usize = 64 << 20;
 /// The same on a GPU.
 pub const LOGITS_BYTES_GPU: usize = 32 << 20;
 
+/// Rows whose logits exist at a time in a head for up to `rows` of them.
+pub fn rows_at_a_time((device, storage): (Device, DType), vocabulary: usize, rows: usize) -> usize {
+    let bytes = if device.is_gpu() { LOGITS_BYTES_GPU } else { LOGITS_BYTES };
+    let chunk = (bytes / (storage.size().min(4) * vocabulary)).clamp(16, rows.max(16));
+    // Whole tiles of the products, where there are enough rows.
+    if chunk > 128 { chunk / 128 * 128 } else { chunk }
+}
+
 /// The head.
 pub struct MlmHead {
     dims: Dims,
@@ -105,10 +113,7 @@ impl MlmHead {
     ) -> Self {
         let dims = Dims::new(config);
         let (c, v) = (dims.hidden, dims.vocabulary);
-        let bytes = if device.is_gpu() { LOGITS_BYTES_GPU } else { LOGITS_BYTES };
-        let chunk = (bytes / (storage.size().min(4) * v)).clamp(16, rows.max(16));
-        // Whole tiles of the products, where there are enough rows.
-        let chunk = chunk_of(if chunk > 128 { chunk / 128 * 128 } else { chunk });
+        let chunk = chunk_of(rows_at_a_time((device, storage), v, rows));
         let bias = t.vectors(&["cls.predictions.bias".into()], config.vocab_size, Init::Zeros);
         t.pad(bias, v, f32::NEG_INFINITY);
         MlmHead {

@@ -21,6 +21,7 @@ pub mod mlm;
 pub mod params;
 pub mod records;
 pub mod retromae;
+pub mod stages;
 
 use crate::device::{Device, Tensor};
 use crate::error::{Error, Result};

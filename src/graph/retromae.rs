@@ -11,8 +11,9 @@ use super::block::{Block, Linear, Scratch};
 use super::encoder::{Embedding, Encoder, zero_key_bias};
 use super::inputs::{DecoderInputs, Inputs};
 use super::params::Table;
+use super::stages::{self, within};
 use super::{Capacity, Dims, Pass};
-use crate::device::{Matrix, Output, Tensor};
+use crate::device::{Matrix, Output, Tensor, trace};
 use crate::ops::{Count, attention, embed, enhanced_decoding, gather};
 
 /// Dropout sites of the decoder but that of embedded queries: embedding, attention, block.
@@ -159,7 +160,7 @@ impl EnhancedDecoder {
 
     /// The gradient of the sentence embeddings `[S, C]` that [`Self::backward`] leaves.
     pub fn sentence_gradient<'a>(&self, p: &'a Pass<'_>, sequences: Count<'_>) -> &'a Tensor {
-        self.dc.rounded(p, sequences, self.dims.hidden)
+        within(stages::ROWS, || self.dc.rounded(p, sequences, self.dims.hidden))
     }
 
     fn attention<'a>(&self, p: &Pass<'a>, inputs: &'a DecoderInputs) -> enhanced_decoding::Forward<'a> {
@@ -193,12 +194,15 @@ impl EnhancedDecoder {
 
     /// From the encoder's needed rows `[R, C]` to [`Self::output`].
     pub fn forward(&self, p: &Pass<'_>, inputs: &Inputs, decoder: &DecoderInputs, encoder_rows: &Tensor) {
+        let _stage = trace::stage(stages::DECODER_PRODUCTS);
         let (c, tokens) = (self.dims.hidden, &decoder.tokens);
         let (sequences, rows) = (tokens.sequences.get(), decoder.rows.count.get());
         let (sentence, e) = (p.b(self.c), p.b(self.embedding.y));
-        gather::gather(p.device, encoder_rows, &inputs.cls_rows, sequences, c, sentence);
-        self.embedding.forward(p, tokens);
-        gather::scatter(p.device, sentence, &inputs.first_tokens, sequences, c, e);
+        within(stages::ROWS, || {
+            gather::gather(p.device, encoder_rows, &inputs.cls_rows, sequences, c, sentence);
+            self.embedding.forward(p, tokens);
+            gather::scatter(p.device, sentence, &inputs.first_tokens, sequences, c, e);
+        });
         self.qkv.forward_parts(p, (tokens.count.get(), c, 1..3), e, true, p.b(self.kv));
         let names = tokens.names_of(&decoder.rows);
         match &self.queries {
@@ -207,14 +211,14 @@ impl EnhancedDecoder {
                 self.qkv.forward_parts(p, (tokens.longest.into(), c, 0..1), positions, false, p.b(*q_position));
                 self.qkv.forward_parts(p, (sequences, c, 0..1), sentence, true, p.b(*q_sentence));
                 let (positions, sentences) = ((positions, names.position), (sentence, names.sequence));
-                gather::add_rows(p.device, positions, sentences, rows, c, p.b(*stream));
+                within(stages::ROWS, || gather::add_rows(p.device, positions, sentences, rows, c, p.b(*stream)));
             }
             Queries::Embedded { stream, q } => {
                 stream.forward_of(p, rows, query_tokens(decoder), sentence);
                 self.qkv.forward_parts(p, (rows, c, 0..1), p.b(stream.y), true, p.b(*q));
             }
         }
-        enhanced_decoding::forward(p.device, &self.attention(p, decoder));
+        within(stages::ATTENTION_FORWARD, || enhanced_decoding::forward(p.device, &self.attention(p, decoder)));
         self.block.forward(p, rows, names, p.b(self.ctx), p.b(self.queries.stream()));
     }
 
@@ -228,16 +232,15 @@ impl EnhancedDecoder {
         (hidden, wide): (&Tensor, &Tensor),
         s: Scratch,
     ) {
+        let _stage = trace::stage(stages::DECODER_PRODUCTS);
         let (c, tokens) = (self.dims.hidden, &decoder.tokens);
         let (sequences, rows) = (tokens.sequences.get(), decoder.rows.count.get());
         let (d, dc, dq) = (p.buffers.tensor(self.d), p.b(self.dc.wide), p.b(self.dq));
         self.block.backward(p, rows, tokens.names_of(&decoder.rows), p.b(self.ctx), d, s);
         let forward = self.attention(p, decoder);
-        enhanced_decoding::backward(
-            p.device,
-            &enhanced_decoding::Backward { forward, dout: p.b(s.context), dq, dkv: wide },
-        );
-        gather::zero(p.device, dc, sequences.rows * c);
+        let backward = enhanced_decoding::Backward { forward, dout: p.b(s.context), dq, dkv: wide };
+        within(stages::ATTENTION_BACKWARD, || enhanced_decoding::backward(p.device, &backward));
+        within(stages::ROWS, || gather::zero(p.device, dc, sequences.rows * c));
         match &self.queries {
             Queries::Sum { dq_position, dq_sentence, .. } => {
                 self.sum_backward(p, decoder, (d, dq, dc), (*dq_position, *dq_sentence));
@@ -254,6 +257,7 @@ impl EnhancedDecoder {
         self.qkv.backward_parts(p, (tokens.count.get(), c, 1..3), kv, wide, true, (hidden, Output::Set));
         zero_key_bias(p, self.qkv.bias, c);
         // The first row of each sequence's keys and values was c, not an embedding.
+        let _stage = trace::stage(stages::ROWS);
         gather::group_sums(p.device, hidden, inputs.by_first.groups(), c, dc);
         gather::zero_rows(p.device, &inputs.first_tokens, sequences, c, hidden);
         self.embedding.backward(p, tokens, hidden);
@@ -271,6 +275,7 @@ impl EnhancedDecoder {
         let (c, tokens) = (self.dims.hidden, &decoder.tokens);
         let (sequences, longest) = (tokens.sequences.get(), tokens.longest);
         let (by_position, by_sequence) = (decoder.by_position.groups(), decoder.by_sequence.groups());
+        let rows = trace::stage(stages::ROWS);
         gather::group_sums(p.device, d, by_position, c, p.g(self.position));
         gather::group_sums(p.device, d, by_sequence, c, dc);
         gather::zero(p.device, p.b(dq_position.wide), longest * c);
@@ -279,6 +284,7 @@ impl EnhancedDecoder {
         gather::group_sums(p.device, dq, by_sequence, c, p.b(dq_sentence.wide));
         let dq_position = dq_position.rounded(p, tokens.longest_count(), c);
         let dq_sentence = dq_sentence.rounded(p, sequences, c);
+        drop(rows);
         let (positions, d_positions) = (p.w(self.position), (p.g(self.position), Output::Add));
         self.qkv.backward_parts(p, (longest.into(), c, 0..1), positions, dq_position, false, d_positions);
         self.qkv.backward_parts(p, (sequences, c, 0..1), p.b(self.c), dq_sentence, true, (dc, Output::Add));

@@ -7,7 +7,7 @@
 
 use super::Count;
 use super::cross_entropy::Scale;
-use crate::device::{Device, Tensor};
+use crate::device::{DType, Device, Tensor};
 
 /// Sizes, and which passages each query is compared with.
 #[derive(Clone, Copy)]
@@ -176,6 +176,24 @@ mod cpu {
     }
 }
 
+/// Rows of a block of the kernels, and columns of the gradient that it holds.
+fn rows_of_block(storage: DType) -> usize {
+    if storage == DType::BF16 { 64 } else { 32 }
+}
+const WINDOW: usize = 768;
+
+/// In how many parts the rows of one side's gradient go over the other side on a GPU of so many multiprocessors; several are summed up by
+/// a kernel of their own.
+pub fn splits(multiprocessors: u32, storage: DType, width: usize, [own, other]: [usize; 2]) -> u32 {
+    parts(multiprocessors, rows_of_block(storage), width.div_ceil(WINDOW), [own, other])
+}
+
+/// Splits of the other side where blocks of `rows` rows of one side are too few to fill the GPU.
+fn parts(multiprocessors: u32, rows: usize, windows: usize, [own, other]: [usize; 2]) -> u32 {
+    let fill = multiprocessors / (own.div_ceil(rows) * windows).max(1) as u32;
+    fill.clamp(1, other.div_ceil(8 * rows).max(1) as u32)
+}
+
 /// The launches of `contrastive.cu`.
 mod gpu {
     use super::super::Count;
@@ -197,15 +215,14 @@ mod gpu {
 
     impl Cut {
         fn new(storage: &Tensor, width: usize) -> Cut {
-            let (rows, chunk) = if storage.dtype() == DType::BF16 { (64, 64) } else { (32, 32) };
-            Cut { rows, tile_bytes: rows * 128 * width.div_ceil(chunk), window: 768 }
+            let rows = super::rows_of_block(storage.dtype());
+            Cut { rows, tile_bytes: rows * 128 * width.div_ceil(rows), window: super::WINDOW }
         }
 
         /// Blocks of rows of one side, and splits of the other side where these are too few to fill the GPU.
         fn grid(&self, gpu: &Gpu, own: Count<'_>, other: Count<'_>, windows: usize) -> [u32; 3] {
-            let own = blocks(own.rows, self.rows);
-            let fill = gpu.facts().multiprocessors / (own * windows as u32).max(1);
-            [own, fill.clamp(1, blocks(other.rows, 8 * self.rows).max(1)), windows as u32]
+            let splits = super::parts(gpu.facts().multiprocessors, self.rows, windows, [own.rows, other.rows]);
+            [blocks(own.rows, self.rows), splits, windows as u32]
         }
     }
 

@@ -29,13 +29,14 @@ use crate::device::Tensor;
 
 /// Calls a generic CPU function for the element type of a tensor.
 macro_rules! on_cpu {
-    ($tensor:expr, $m:ident::$f:ident, $($arg:expr),*) => {
+    ($tensor:expr, $m:ident::$f:ident, $($arg:expr),*) => {{
+        $crate::device::trace::op(module_path!(), stringify!($f));
         match $tensor.dtype() {
             $crate::device::DType::F32 => $m::$f::<f32>($($arg),*),
             $crate::device::DType::F64 => $m::$f::<f64>($($arg),*),
             other => panic!("{} in {other:?} on the CPU", stringify!($f)),
         }
-    };
+    }};
 }
 pub(crate) use on_cpu;
 

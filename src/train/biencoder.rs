@@ -10,14 +10,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::pairs::batch::ContrastiveBatch;
 use crate::data::pairs::texts::TextBatch;
-use crate::device::{ALIGNMENT, DType, Device, Tensor};
+use crate::device::{ALIGNMENT, DType, Device, Tensor, trace};
 use crate::error::{Error, Result};
 use crate::graph::activations::{Activations, Plan};
 use crate::graph::biencoder::{self, Needed, Tower, TowerInputs};
 use crate::graph::extent::Bounds;
 use crate::graph::params::{Params, Table, to_f32};
 use crate::graph::records::Records;
-use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu};
+use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu, stages};
 use crate::model::config::BertConfig;
 use crate::ops::joined::Words;
 use crate::ops::optimizer::AdamW;
@@ -161,8 +161,8 @@ pub struct BiEncoder {
     buffers: Activations,
     towers: Vec<Tower>,
     inputs: Vec<TowerInputs>,
-    /// Most texts and tokens of each tower's chunks.
-    limits: Vec<(usize, usize)>,
+    /// Of each tower's chunks.
+    capacities: Vec<Capacity>,
     head: Head,
     optimizer: Optimizer,
     /// f64: `[2]` contrastive losses and correct queries, `[2]` the same of distillation, `[1]` ‖g‖².
@@ -246,8 +246,8 @@ impl BiEncoder {
             options,
             buffers: parts.plan.allocate(device, storage),
             towers: parts.towers,
-            limits: parts.capacities.iter().map(|c| (c.sequences, c.tokens)).collect(),
             inputs: inputs.map(|&c| TowerInputs::with(device, config, c, options.needed())).collect(),
+            capacities: parts.capacities,
             head,
             optimizer: Optimizer::new(device, &params),
             results: device.zeros(DType::F64, 5),
@@ -270,7 +270,13 @@ impl BiEncoder {
 
     /// Most texts and most tokens that [`Self::embed`] takes at once, of queries (0) or passages (1).
     pub fn limits(&self, side: usize) -> (usize, usize) {
-        self.limits[if self.options.untied { side } else { 0 }]
+        let capacity = self.capacity(side);
+        (capacity.sequences, capacity.tokens)
+    }
+
+    /// Room of the tower of queries (0) or passages (1).
+    pub fn capacity(&self, side: usize) -> Capacity {
+        self.capacities[if self.options.untied { side } else { 0 }]
     }
 
     /// Widths of what [`Self::embed`] gives: of dense embeddings, and how many words; 0 without.
@@ -336,6 +342,7 @@ impl BiEncoder {
             let (tower, laid_out) = (*tower, self.inputs[*tower].set(texts, places, gradients && !again));
             bounds.push(laid_out);
             records.run(device, Piece::Forward { tower, bounds: laid_out, dropout: thresholds }, || {
+                let _forward = trace::phase(stages::FORWARD);
                 let p = self.pass(dropout);
                 self.towers[tower].forward(&p, &self.inputs[tower], self.head.all.whole());
             });
@@ -344,6 +351,7 @@ impl BiEncoder {
         let (hidden, group) = (batch.hidden.is_some(), batch.group);
         let distill = self.options.distillation.map(|d| d.loss);
         records.run(device, Piece::Loss { gradients, hidden, group, distill }, || {
+            let _names = (trace::phase(stages::LOSS), trace::stage(stages::CONTRASTIVE));
             let p = self.pass(dropout);
             self.head.contrast(&p, hidden, gradients, &self.results.slice(0..2));
             if let Some(loss) = distill {
@@ -360,6 +368,7 @@ impl BiEncoder {
             }
             let piece = Piece::Backward { tower, bounds: laid_out, dropout: thresholds, again };
             records.run(device, piece, || {
+                let _backward = trace::phase(stages::BACKWARD);
                 let p = self.pass(dropout);
                 if again {
                     self.towers[tower].forward(&p, &self.inputs[tower], self.head.all.whole());
@@ -452,6 +461,7 @@ impl Trainable for BiEncoder {
         gradients: bool,
         update: bool,
     ) -> Result<Losses> {
+        let _names = (trace::phase(stages::INPUTS), trace::stage(stages::UPLOADS));
         let losses = self.terms(micro)?;
         self.head.weigh(&losses);
         dropout.announce(self.device);

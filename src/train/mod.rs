@@ -29,7 +29,6 @@ pub mod contract;
 pub mod cross_encoder;
 pub mod dev;
 pub mod export;
-pub mod flops;
 mod manifest;
 pub mod metrics;
 pub mod origin;

@@ -9,7 +9,7 @@
 //! recorded the second time, and replayed from then on.
 
 use crate::data::batch::PretrainBatch;
-use crate::device::{DType, Device, Tensor};
+use crate::device::{DType, Device, Tensor, trace};
 use crate::error::Result;
 use crate::graph::activations::{Activations, Plan};
 use crate::graph::dupmae::{self, BagHead};
@@ -20,7 +20,7 @@ use crate::graph::mlm::{LossSums, MlmHead};
 use crate::graph::params::{Params, Table};
 use crate::graph::records::Records;
 use crate::graph::retromae::EnhancedDecoder;
-use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu};
+use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu, stages};
 use crate::model::config::BertConfig;
 use crate::ops::gather;
 use crate::ops::optimizer::AdamW;
@@ -302,10 +302,13 @@ impl Pretrainer {
         let gradients = self.encoder.gradients;
         let (d_rows, d_hidden, d_wide) = (p.b(gradients.rows), p.b(gradients.hidden), p.b(gradients.wide));
 
+        let forward = trace::phase(stages::FORWARD);
         self.encoder.forward(&p, &inputs.tokens, &inputs.needed);
+        drop(forward);
         let rows = p.b(self.encoder.output());
 
         // Encoder losses, and their gradient of the rows.
+        let loss = (trace::phase(stages::LOSS), trace::stage(stages::MLM_HEAD));
         match (&self.bags, &inputs.head_chunks) {
             (Some(bags), Some(chunks)) => {
                 let sums = dupmae::Sums { labels: &self.results.encoder, bags: &self.results.bags };
@@ -318,15 +321,21 @@ impl Pretrainer {
             }
             _ => self.encoder_loss(&p, rows, d_rows, with_gradients),
         }
+        drop(loss);
 
         // Decoder loss and backward, which gives the gradient of the [CLS] rows.
         if let (Some(graph), Some(decoder_inputs)) = (&self.decoder, &inputs.decoder) {
             let rows_decoded = decoder_inputs.rows.count.get();
+            let forward = trace::phase(stages::FORWARD);
             graph.forward(&p, inputs, decoder_inputs, rows);
+            drop(forward);
+            let loss = (trace::phase(stages::LOSS), trace::stage(stages::LM_HEAD));
             let gradient = with_gradients.then(|| (self.scales.get(1), p.b(graph.output_gradient())));
             let (h, labels, sums) = (p.b(graph.output()), &decoder_inputs.labels, &self.results.decoder);
             self.head.loss(&p, rows_decoded, h, labels, sums, gradient);
+            drop(loss);
             if with_gradients && rows_decoded.rows > 0 {
+                let _names = (trace::phase(stages::BACKWARD), trace::stage(stages::ROWS));
                 graph.backward(&p, inputs, decoder_inputs, (d_hidden, d_wide), gradients.block);
                 let sequences = inputs.tokens.sequences.get();
                 let dc = graph.sentence_gradient(&p, sequences);
@@ -335,6 +344,7 @@ impl Pretrainer {
         }
 
         if with_gradients {
+            let _backward = trace::phase(stages::BACKWARD);
             self.encoder.backward(&p, &inputs.tokens, &inputs.needed);
         }
     }
@@ -417,6 +427,7 @@ impl Trainable for Pretrainer {
         gradients: bool,
         update: bool,
     ) -> Result<Losses> {
+        let _names = (trace::phase(stages::INPUTS), trace::stage(stages::UPLOADS));
         let labels = Losses::labels(micro, self.objective, self.bow_loss_weight);
         let [encoder, decoder, bow] = [labels.encoder_labels, labels.decoder_labels, labels.bow_texts].map(one_of);
         self.scales.set([encoder, decoder, labels.bow_weight * bow]);

@@ -1,9 +1,9 @@
 //! What every objective's step does around its forward and backward: dropout of the step, clipping, AdamW over the flat arenas.
 
-use crate::device::{Arena, DType, Device, Tensor};
+use crate::device::{Arena, DType, Device, Tensor, trace};
 use crate::error::Result;
-use crate::graph::StepDropout;
 use crate::graph::params::Params;
+use crate::graph::{StepDropout, stages};
 use crate::model::config::BertConfig;
 use crate::ops::cross_entropy::Scale;
 use crate::ops::gather;
@@ -181,6 +181,7 @@ pub fn one_of(n: usize) -> f64 {
 
 /// The start of a step: results and, if asked for, gradients are zero.
 pub fn zero(device: Device, results: &Tensor, params: &Params, gradients: bool) {
+    let _names = (trace::phase(stages::UPDATE), trace::stage(stages::OPTIMIZER));
     gather::zero(device, results, results.len());
     if gradients {
         gather::zero(device, params.gradients(), params.gradients().len());
@@ -217,6 +218,7 @@ impl Optimizer {
     /// Makes ready update number `t` (from 1) at rate `lr`. Says whether the constants are others than before: work recorded with them
     /// is then out of date.
     pub fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64) -> bool {
+        let _names = (trace::phase(stages::INPUTS), trace::stage(stages::UPLOADS));
         let changed = self.adamw != *adamw;
         (self.adamw, self.lr, self.t) = (*adamw, lr, t);
         self.schedule.upload(&adamw.schedule(lr, t));
@@ -225,6 +227,7 @@ impl Optimizer {
 
     /// `norm[0] = ‖g‖²`, and the update, unless that is not finite.
     pub fn update(&self, params: &Params, norm: &Tensor) {
+        let _names = (trace::phase(stages::UPDATE), trace::stage(stages::OPTIMIZER));
         let g = params.gradients();
         optimizer::squared_norm(self.device, g, norm);
         let update = optimizer::Update {
