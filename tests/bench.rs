@@ -84,6 +84,62 @@ fn steps_of_every_objective_on_the_cpu() {
     }
 }
 
+/// The object of a breakdown, its table, and its picture.
+fn breakdown(args: &[&str]) -> (Value, String, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let [json, svg] = ["out.jsonl", "out.svg"].map(|name| dir.path().join(name).to_str().unwrap().to_string());
+    let common = ["step", "--steps", "2", "--warmup", "2", "--batches", "1", "--json", &json, "--svg", &svg];
+    let output = bench(&[&common[..], args].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let line = serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
+    (line, String::from_utf8(output.stdout).unwrap(), std::fs::read_to_string(svg).unwrap())
+}
+
+#[test]
+fn a_step_stage_by_stage() {
+    for (device, objective, workload) in
+        [("emulator", "retromae", "full512"), ("cpu", "dupmae", "passages"), ("emulator", "contrastive", "finetune")]
+    {
+        let args = ["--device", device, "--model", "mini", "--objective", objective, "--workload", workload];
+        let (line, table, svg) = breakdown(&args);
+        let parts = &line["breakdown"];
+        let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{value}: {line}"));
+        let stages = parts["stages"].as_array().unwrap();
+        let sum: f64 = stages.iter().map(|stage| number(&stage["ms"])).sum();
+        assert!((sum - number(&parts["sum_ms"])).abs() < 1e-9 * sum);
+        // Each total is a median of two steps, the sum is one of medians.
+        assert!(sum > 0.0 && number(&parts["stages_ms"]) > 0.0 && number(&parts["kernels_ms"]) > 0.0);
+        assert_eq!(number(&parts["recorded_ms"]), number(&line["ms"]));
+        let shares: f64 = stages.iter().map(|stage| number(&stage["share"])).sum();
+        assert!((shares - 1.0).abs() < 1e-9, "{shares}");
+        for stage in stages {
+            let name = stage["stage"].as_str().unwrap();
+            assert!(table.contains(&format!("| {name} | {} |", stage["launches"])), "{name}: {table}");
+            assert_eq!(stage["floor_ms"].is_null(), name == "uploads and results", "{stage}");
+            assert!(svg.contains(&format!("<title>{}: ", name)), "{name} is drawn");
+        }
+        let flop: f64 = stages.iter().filter_map(|stage| stage["tflop"].as_f64()).sum();
+        assert!((flop / number(&line["required_tflop"]) - 1.0).abs() < 1e-9);
+        let kernels = parts["kernels"].as_array().unwrap();
+        if device == "emulator" {
+            let launches: u64 = kernels.iter().map(|kernel| kernel["launches"].as_u64().unwrap()).sum();
+            assert_eq!(Some(launches), line["launches"].as_u64(), "launches by the formulas and by the trace");
+        }
+        assert!(kernels.iter().any(|kernel| kernel["kernel"] == "product TN" && kernel["phase"] == "backward"));
+        assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n") && svg.contains("step "), "{svg}");
+    }
+}
+
+#[test]
+fn results_tell_the_machine_before_and_after() {
+    let lines = measured(&["data", "--objective", "mlm", "--batches", "1"], &["environment", "dirty"]);
+    for when in ["before", "after"] {
+        let state = &lines[0]["environment"][when];
+        assert!(state["processor"]["logical_cores"].as_u64().unwrap() > 0, "{state}");
+        assert!(state["processor"]["load_average"][0].as_f64().is_some() && state["gpu"].is_null(), "{state}");
+    }
+}
+
 #[test]
 fn kernels_in_the_emulator() {
     let args = ["kernels", "--device", "emulator", "--only", "layernorm", "--repeats", "1"];
@@ -225,6 +281,9 @@ fn wrong_input_is_one_line() {
     };
     refused(&["step", "--workload", "novels"], 2, "novels");
     refused(&["step", "--steps", "0", "--device", "cpu"], 2, "--steps");
+    refused(&["step", "--device", "cpu", "--model", "mini", "--svg", "x"], 2, "--svg: one picture of one step");
+    let nowhere = ["step", "--device", "cpu", "--model", "mini", "--workload", "full512", "--svg", "nowhere/x"];
+    refused(&nowhere, 1, "nowhere/x: cannot create");
     refused(&["step", "--model", "huge", "--device", "cpu"], 2, "no configuration is called \"huge\"");
     let wrong = ["step", "--device", "cpu", "--model", "mini", "--objective", "mlm", "--workload", "finetune"];
     refused(&wrong, 2, "use --objective contrastive");

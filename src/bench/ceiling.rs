@@ -1,6 +1,7 @@
 //! How fast the device is by itself, measured in the same process: what all other rates are relative to.
 
 use std::cell::Cell;
+use std::time::Instant;
 
 use super::Times;
 use crate::device::gpu::Gpu;
@@ -83,24 +84,40 @@ pub fn milliseconds(gpu: &'static Gpu, repeats: usize, work: impl Fn()) -> Resul
     Ok(Times::new(times).median())
 }
 
+/// Milliseconds of work that is done when it returns: the median of `repeats`.
+fn milliseconds_here(repeats: usize, work: impl Fn()) -> f64 {
+    work();
+    let time = || {
+        let start = Instant::now();
+        work();
+        start.elapsed().as_secs_f64() * 1e3
+    };
+    Times::new((0..repeats).map(|_| time()).collect()).median()
+}
+
 /// The measured ceilings of a device.
 #[derive(Clone, Copy, Debug)]
 pub struct Ceiling {
-    /// Of a bf16 product of two square matrices.
+    /// Of a product of two square matrices in the storage type.
     pub tflops: f64,
     /// Of copying rows, read and written bytes counted.
     pub gb_per_s: f64,
 }
 
 impl Ceiling {
-    /// Measures them: a product of `n × n` matrices (8,192 fill a large GPU) and a copy of 16 times as many bytes as such a matrix has.
+    /// Measures them: a product of `n × n` matrices, n being 8,192 on a GPU, 1,024 on the CPU and 64 to try the code, and a copy of rows with
+    /// 8 (on the CPU 16) times as many elements as such a matrix has.
     ///
     /// # Errors
     /// A failure of the GPU.
-    pub fn measure(gpu: &'static Gpu, random: &Random, n: usize) -> Result<Ceiling> {
-        let device = Device::Gpu(gpu);
-        let matrix = || random.tensor(device, DType::BF16, n * n, 1.0);
-        let (a, b, c) = (matrix(), matrix(), device.zeros(DType::BF16, n * n));
+    pub fn measure(device: Device, storage: DType, random: &Random, tiny: bool) -> Result<Ceiling> {
+        let n = match (device, tiny) {
+            (_, true) => 64,
+            (Device::Gpu(_), false) => 8192,
+            (Device::Cpu, false) => 1024,
+        };
+        let matrix = || random.tensor(device, storage, n * n, 1.0);
+        let (a, b, c) = (matrix(), matrix(), device.zeros(storage, n * n));
         let product = || {
             device.matmul(&Matmul {
                 product: Product::NT,
@@ -114,17 +131,21 @@ impl Ceiling {
                 bias: None,
             });
         };
-        let milliseconds_product = milliseconds(gpu, 20, product)?;
-        let (width, rows) = (1024, (8 * n * n).div_ceil(1024));
-        let from = random.tensor(device, DType::BF16, rows * width, 1.0);
-        let to = device.zeros(DType::BF16, rows * width);
+        let (width, rows) = (1024, (16 * n * n).div_ceil(1024));
+        let rows = if device.is_gpu() { rows / 2 } else { rows };
+        let from = random.tensor(device, storage, rows * width, 1.0);
+        let to = device.zeros(storage, rows * width);
         let order = device.tensor(&(0..rows as u32).collect::<Vec<_>>());
         let exact = device.tensor(&[rows as u32]);
-        let copy = || gather::gather(device, &from, &order, Count::on_device(rows, &exact), width, &to);
-        let milliseconds_copy = milliseconds(gpu, 20, copy)?;
+        let count = if device.is_gpu() { Count::on_device(rows, &exact) } else { rows.into() };
+        let copy = || gather::gather(device, &from, &order, count, width, &to);
+        let [product, copy] = match device {
+            Device::Gpu(gpu) => [milliseconds(gpu, 20, product)?, milliseconds(gpu, 20, copy)?],
+            Device::Cpu => [milliseconds_here(9, product), milliseconds_here(9, copy)],
+        };
         Ok(Ceiling {
-            tflops: 2.0 * (n as f64).powi(3) / milliseconds_product / 1e9,
-            gb_per_s: 4.0 * (rows * width) as f64 / milliseconds_copy / 1e6,
+            tflops: 2.0 * (n as f64).powi(3) / product / 1e9,
+            gb_per_s: 2.0 * (rows * width * storage.size()) as f64 / copy / 1e6,
         })
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Shapes are those of a BERT-base step ([`super::workload`]). Each case runs on several sets of operands in turn, which together
 //! exceed a GPU's second-level cache, as recorded work between two events. Rates stand beside a product and a copy of the same run.
-//! Bytes are the least that must move, every operand once; FLOP are those of the definition, whatever a kernel computes twice.
+//! Bytes are the least that must move, every operand of a kernel once; FLOP are those of the definition, whatever a kernel computes twice.
+//! Where a step has the same kernels both are by the formulas of [`super::work`].
 
 mod arena;
 mod attention;
@@ -15,6 +16,7 @@ use serde_json::json;
 
 use super::Report;
 use super::ceiling::{Ceiling, Random, milliseconds};
+use super::work;
 use super::workload::{self, Model, Workload};
 use crate::device::gpu::Gpu;
 use crate::device::{DType, Device, Tensor};
@@ -130,6 +132,12 @@ impl<'a> Bench<'a> {
         self.random.tensor(self.setup.device, DType::F32, len, scale)
     }
 
+    /// The work of ops that a step has, too.
+    fn work(&self, add: impl FnOnce(&mut work::List)) -> Work {
+        let all = work::of_ops(self.setup.storage, self.setup.dims, add);
+        Work { flops: all.flop() as usize, bytes: all.bytes() as usize }
+    }
+
     /// Bytes of `elements` of the storage type.
     fn bytes(&self, elements: usize) -> usize {
         elements * self.setup.storage.size()
@@ -183,7 +191,7 @@ pub fn run(args: &Settings, target: &Target, report: &Report<'_>) -> Result<()> 
     check_gpu(config)?;
     let full = Batch::new(device, Workload::Full512, model)?;
     let ragged = Batch::new(device, Workload::Passages, model)?;
-    let ceiling = Ceiling::measure(gpu, &random, if model.tiny() { 64 } else { 8192 })?;
+    let ceiling = Ceiling::measure(device, target.storage, &random, model.tiny())?;
     let dropout = Dropout::new(7, 1, config.hidden_dropout_prob);
     gpu.set_dropout_key(dropout.key);
     report.say(&format!("{} shapes on {}, {}", model.name(), target.words, target.precision()))?;

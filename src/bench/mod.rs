@@ -3,10 +3,13 @@
 //! Every case is one JSON object: `case` says what was timed, `ms` is the median time of one piece of it, and the rest are rates and the
 //! circumstances ([`Report`]). [`compare`] sets two files of such lines side by side.
 
+pub mod breakdown;
 pub mod ceiling;
 pub mod compare;
 pub mod data;
 pub mod encode;
+pub mod environment;
+pub mod flame;
 pub mod kernels;
 pub mod pairs;
 pub mod search;
@@ -23,26 +26,37 @@ use serde_json::{Map, Value, json};
 use crate::device::Device;
 use crate::error::{IoContext, Result};
 use crate::train::target::Target;
+use environment::Watch;
 
 /// Where the results of a command go: rows of a table to the user, objects to a file of JSON lines.
 pub struct Report<'a> {
     say: &'a (dyn Fn(&str) -> Result<()> + Sync),
     json: Option<(PathBuf, File)>,
     facts: Map<String, Value>,
+    watch: Watch,
+    warn: &'a (dyn Fn(&str) + Sync),
 }
 
 impl<'a> Report<'a> {
-    /// A report to `say`, and to the end of the file `json`, where one is named. `facts` are part of every object.
+    /// A report to `say`, and to the end of the file `json`, where one is named. `facts` are part of every object. What makes a measurement
+    /// doubtful goes to `warn`.
     ///
     /// # Errors
     /// A file that cannot be opened: better known before an hour of measuring than after it.
-    pub fn new(say: &'a (dyn Fn(&str) -> Result<()> + Sync), json: Option<PathBuf>, facts: Value) -> Result<Self> {
+    pub fn new(
+        say: &'a (dyn Fn(&str) -> Result<()> + Sync),
+        warn: &'a (dyn Fn(&str) + Sync),
+        json: Option<PathBuf>,
+        facts: Value,
+    ) -> Result<Self> {
+        // The emulator is a GPU whose clocks nobody sets.
+        let with_gpu = !facts["driver"].is_null();
         let facts = facts.as_object().cloned().unwrap_or_default();
         let open = |path: PathBuf| {
             let file = File::options().create(true).append(true).open(&path).at(&path, "cannot open")?;
             Ok((path, file))
         };
-        Ok(Report { say, json: json.map(open).transpose()?, facts })
+        Ok(Report { say, json: json.map(open).transpose()?, facts, watch: Watch::new(with_gpu), warn })
     }
 
     /// Tells a line.
@@ -61,14 +75,25 @@ impl<'a> Report<'a> {
         self.say(&format!("| {} |\n| --- |{}", columns.join(" | "), " ---: |".repeat(columns.len() - 1)))
     }
 
+    /// Tells a row of a table.
+    ///
+    /// # Errors
+    /// A failed write.
+    pub fn row(&self, cells: &[String]) -> Result<()> {
+        self.say(&format!("| {} |", cells.join(" | ")))
+    }
+
     /// Tells a row of a table, and keeps the object of its case together with the facts of the command.
     ///
     /// # Errors
     /// A failed write.
     pub fn case(&self, cells: &[String], line: Value) -> Result<()> {
-        self.say(&format!("| {} |", cells.join(" | ")))?;
+        self.row(cells)?;
+        let (environment, warnings) = self.watch.environment();
+        warnings.iter().for_each(|warning| (self.warn)(warning));
         let Some((path, mut file)) = self.json.as_ref().map(|(path, file)| (path, file)) else { return Ok(()) };
         let mut line = line.as_object().cloned().unwrap_or_default();
+        line.insert("environment".to_string(), environment);
         for (name, fact) in &self.facts {
             line.entry(name.clone()).or_insert_with(|| fact.clone());
         }
@@ -98,9 +123,11 @@ pub fn facts(bench: &str, target: &Target) -> Value {
 /// The same of what runs on the processor alone.
 pub fn machine(bench: &str) -> Value {
     let threads = rayon::current_num_threads();
+    let (commit, dirty) = environment::commit();
     json!({
         "bench": bench, "device": format!("CPU with {threads} threads"), "device_name": processor(), "processor": processor(),
-        "threads": threads, "engine": env!("CARGO_PKG_VERSION"), "commit": std::env::var("RETROMAE_COMMIT").ok(),
+        "threads": threads, "engine": env!("CARGO_PKG_VERSION"), "commit": commit, "dirty": dirty,
+
         "command": std::env::args().collect::<Vec<_>>().join(" "),
     })
 }

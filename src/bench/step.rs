@@ -5,16 +5,20 @@
 //! Batches are ready in the host's memory beforehand; their upload is inside the time, and so is the wait for the losses, by which
 //! every step ends. Objects have the baselines' names.
 
+use std::fs::File;
+use std::io::Write as _;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use super::breakdown::{Breakdown, DETAILS};
 use super::ceiling::{Ceiling, Random};
-use super::work::model;
+use super::work::{self, Work, model};
 use super::workload::{self, Model, Workload};
-use super::{Report, Times, pairs};
-use crate::device::Device;
-use crate::error::{Error, Result};
+use super::{Report, Times, flame, pairs};
+use crate::device::trace;
+use crate::error::{Error, IoContext, Result};
 use crate::graph::biencoder::Shape;
 use crate::graph::check_gpu;
 use crate::ops::optimizer::AdamW;
@@ -64,6 +68,10 @@ pub struct Settings {
     pub warmup: u64,
     /// Distinct batches, at least 1.
     pub batches: u64,
+    /// Whether to tell where the time goes.
+    pub breakdown: bool,
+    /// Where to draw it, too; for a single case.
+    pub svg: Option<PathBuf>,
 }
 
 impl Settings {
@@ -80,6 +88,9 @@ impl Settings {
             let remedy = if pairs(*wrong) { "use --objective contrastive" } else { "use retromae, mlm or dupmae" };
             return Err(Error::usage(format!("--workload {}: not with this --objective", wrong.name())).remedy(remedy));
         }
+        if self.svg.is_some() && self.workloads.len() != 1 {
+            return Err(Error::usage("--svg: one picture of one step").remedy("name one --workload"));
+        }
         let wanted = if self.workloads.is_empty() { &all[..] } else { &self.workloads[..] };
         let standard = |workload| if pairs(workload) { Minimised::Contrastive } else { Minimised::Retromae };
         Ok(wanted.iter().filter(|w| fits(w)).map(|&w| (w, self.objective.unwrap_or(standard(w)))).collect())
@@ -92,17 +103,17 @@ impl Settings {
 /// A workload that the objective does not have, a failure of the device, or a failed write.
 pub fn run(settings: &Settings, target: &Target, report: &Report<'_>) -> Result<()> {
     let (cases, model) = (settings.cases()?, &settings.model);
-    let ceiling = match target.device {
-        Device::Cpu => None,
-        Device::Gpu(gpu) => {
-            check_gpu(model.config())?;
-            Some(Ceiling::measure(gpu, &Random::new(), if model.tiny() { 64 } else { 8192 })?)
-        }
-    };
+    if target.device.is_gpu() {
+        check_gpu(model.config())?;
+    }
+    // Better known before the measurement than after it.
+    let picture = settings.svg.as_ref().map(|path| File::create(path).at(path, "cannot create")).transpose()?;
+    let ceiling = Ceiling::measure(target.device, target.storage, &Random::new(), model.tiny())?;
     report.say(&format!("{} on {}, {}\n", model.name(), target.words, target.precision()))?;
+    let mut told = Vec::new();
     report.head(&["step", "median ms", "p10", "p90", "tokens/s", "TFLOP/s", "of product"])?;
     for (workload, objective) in cases {
-        let line = match objective.pretraining() {
+        let (line, breakdown) = match objective.pretraining() {
             None => time(settings, target, ceiling, Case::<BiEncoder>::new(target, model, settings.batches)?)?,
             Some(objective) => {
                 let case = Case::<Pretrainer>::new(target, model, workload, objective, settings.batches)?;
@@ -114,7 +125,18 @@ pub fn run(settings: &Settings, target: &Target, report: &Report<'_>) -> Result<
         let name = format!("{} {}", line["objective"].as_str().unwrap_or_default(), workload.name());
         let times = ["ms", "ms_p10", "ms_p90"].map(|name| number(name, 2));
         let rates = [number("tokens_per_s", 0), number("tflops", 3), share];
+        let (ms, case) =
+            (line["ms"].as_f64().unwrap_or(f64::NAN), line["case"].as_str().unwrap_or_default().to_string());
         report.case(&[&[name][..], &times, &rates].concat(), line)?;
+        let Some(breakdown) = breakdown else { continue };
+        told.push((case, ms, breakdown));
+    }
+    for (case, ms, breakdown) in &told {
+        breakdown.tell(case, *ms, &ceiling, report)?;
+        if let (Some(mut file), Some(path)) = (picture.as_ref(), &settings.svg) {
+            let title = format!("{case} on {}: {ms:.2} ms", target.words);
+            file.write_all(flame::svg(&title, &breakdown.frame(&ceiling)).as_bytes()).at(path, "cannot write")?;
+        }
     }
     Ok(())
 }
@@ -131,8 +153,9 @@ struct Case<'a, T: Trainable> {
     /// Seconds that they took.
     batches_s: f64,
     footprint: Footprint,
-    /// Floating-point operations of a step.
-    work: f64,
+    /// Floating-point operations of a step as everybody counts them, and its work as it is.
+    model_flop: f64,
+    work: Work,
     /// Numbers of rows that the kind of step has, by their names in results.
     rows: [(&'static str, usize); 2],
 }
@@ -152,16 +175,19 @@ impl<'a> Case<'a, Pretrainer> {
         let masked = batches[0].encoder_label_ids.len();
         let labelled = batches[0].decoder.as_ref().map_or(0, |d| d.label_ids.len());
         let [_, lengths] = workload.lengths(model)?;
+        let on = (target.device, target.storage);
+        let footprint = Pretrainer::footprint(target.device, config, objective, capacity, target.storage);
         Ok(Case {
             model,
             workload,
             objective: name,
             began,
             trainer: Pretrainer::new(target.device, config, objective, capacity, target.storage)?,
+            work: work::pretraining(on, config, objective, (capacity, footprint.parameters), &batches[0]),
             batches,
             batches_s,
-            footprint: Pretrainer::footprint(target.device, config, objective, capacity, target.storage),
-            work: model::pretraining(config, objective, lengths, masked, labelled) as f64,
+            footprint,
+            model_flop: model::pretraining(config, objective, lengths, masked, labelled) as f64,
             rows: [("masked_rows", masked), ("labelled_rows", labelled)],
         })
     }
@@ -176,16 +202,21 @@ impl<'a> Case<'a, BiEncoder> {
         let shape = Shape { pooling: Pooling::Cls, projection: None, normalize: false };
         let options = Options { shape, lexical: None, untied: false, temperature: 1.0, distillation: None };
         let [queries, passages] = workload.lengths(model)?;
+        let on = (target.device, target.storage);
+        let trainer = BiEncoder::new(target.device, config, options, room, target.storage)?;
+        let footprint = BiEncoder::footprint(on, config, &options, room);
+        let sizes = (trainer.capacity(0), [room.queries, room.passages], footprint.parameters);
         Ok(Case {
             model,
             workload,
             objective: "contrastive",
             began,
-            trainer: BiEncoder::new(target.device, config, options, room, target.storage)?,
+            trainer,
+            work: work::fine_tuning(on, config, sizes, &batches[0]),
             batches,
             batches_s,
-            footprint: BiEncoder::footprint((target.device, target.storage), config, &options, room),
-            work: model::fine_tuning(config, [&queries, &passages]) as f64,
+            footprint,
+            model_flop: model::fine_tuning(config, [&queries, &passages]) as f64,
             rows: [("queries", queries.len()), ("passages", passages.len())],
         })
     }
@@ -195,9 +226,9 @@ impl<'a> Case<'a, BiEncoder> {
 fn time<T: Trainable>(
     args: &Settings,
     target: &Target,
-    ceiling: Option<Ceiling>,
+    ceiling: Ceiling,
     mut case: Case<'_, T>,
-) -> Result<Value> {
+) -> Result<(Value, Option<Breakdown>)> {
     let config = case.trainer.config().clone();
     case.trainer.params().load(1, config.initializer_range, |_, _, _| Ok(false))?;
     let (sequences, tokens) = T::size(&case.batches[0]);
@@ -223,7 +254,19 @@ fn time<T: Trainable>(
     let steps = args.warmup..args.warmup + args.steps;
     let times = Times::new(steps.map(&mut step).collect::<Result<Vec<f64>>>()?);
     let ms = times.median();
-    let tflops = case.work / ms / 1e9;
+    // As many steps piece by piece, but no more than a median needs.
+    let (repeats, mut t) = (args.steps.min(10), args.warmup + args.steps);
+    let mut traces = DETAILS.map(|_| Vec::new());
+    if args.breakdown {
+        for (detail, traces) in DETAILS.into_iter().zip(&mut traces) {
+            for _ in 0..repeats {
+                traces.push(trace::record(target.device, detail, || step(t))?.1);
+                t += 1;
+            }
+        }
+    }
+    let breakdown = args.breakdown.then(|| Breakdown::of(&traces[0], &traces[1], &case.work));
+    let tflops = case.model_flop / ms / 1e9;
     let [(a, of_a), (b, of_b)] = case.rows;
     let names = [case.objective, case.model.name(), case.workload.name(), target.precision()];
     let mut line = json!({
@@ -231,13 +274,17 @@ fn time<T: Trainable>(
         "workload": case.workload.name(), "model": case.model.name(),
         "sequences": sequences, "real_tokens": tokens, (a): of_a, (b): of_b,
         "tokens_per_s": tokens as f64 / ms * 1e3,
-        "model_tflop": case.work / 1e12, "tflops": tflops, "matmul_ceiling_tflops": ceiling.map(|c| c.tflops),
-        "copy_ceiling_gb_per_s": ceiling.map(|c| c.gb_per_s), "mfu": ceiling.map(|c| tflops / c.tflops),
+        "model_tflop": case.model_flop / 1e12, "tflops": tflops, "matmul_ceiling_tflops": ceiling.tflops,
+        "required_tflop": case.work.flop() as f64 / 1e12, "required_gb": case.work.bytes() as f64 / 1e9, "launches": case.work.launches(),
+        "copy_ceiling_gb_per_s": ceiling.gb_per_s, "mfu": tflops / ceiling.tflops,
         "planned_gib": (case.footprint.parameter_bytes + case.footprint.activation_bytes) as f64 / f64::from(1 << 30),
         "setup_s": setup, "batches_s": case.batches_s, "first_step_ms": first, "first_loss": losses[0],
         "last_loss": losses[losses.len() - 1], "last_grad_norm": norms[norms.len() - 1], "dropout": config.hidden_dropout_prob,
         "steps": args.steps, "warmup": args.warmup, "batches": case.batches.len(),
     });
     times.describe(&mut line);
-    Ok(line)
+    if let Some(breakdown) = &breakdown {
+        line["breakdown"] = breakdown.json(ms, &ceiling);
+    }
+    Ok((line, breakdown))
 }

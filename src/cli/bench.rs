@@ -17,8 +17,8 @@ use crate::train::target::Target;
 
 /// Measure steps, kernels, data, encoding and search, and compare two measurements
 ///
-/// A table on standard output. --json FILE appends a JSON object for every case, with the command, the commit (RETROMAE_COMMIT), the
-/// device, its driver and cuBLASLt: what it takes to repeat it. Models: base, small, minilm and mini
+/// A table on standard output. --json FILE appends a JSON object for every case, with the command, the commit (RETROMAE_COMMIT, else the
+/// checkout's), the device, its driver and cuBLASLt, clocks and load before and after: what it takes to repeat it. Models: base, small, minilm and mini
 /// (next to nothing, to try the command), or a preset as in train --config-name.
 #[derive(Debug, Args)]
 #[command(arg_required_else_help = true)]
@@ -73,6 +73,12 @@ struct StepArguments {
     /// Distinct batches, used in turn
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = count())]
     batches: u64,
+    /// Tell where the time goes: every stage beside the least it could take by a product and a copy of the same run; kernels in --json
+    #[arg(long)]
+    breakdown: bool,
+    /// Draw it as a flame graph, of one --workload; tells the table, too
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     #[command(flatten)]
     hardware: Hardware,
 }
@@ -184,6 +190,8 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
                 steps: args.steps,
                 warmup: args.warmup,
                 batches: args.batches,
+                breakdown: args.breakdown || args.svg.is_some(),
+                svg: args.svg,
             };
             step::run(&settings, target, report)
         }),
@@ -209,7 +217,8 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
                 batches: args.batches,
                 max_length: args.max_length.map(|n| n as usize),
             };
-            data::run(&settings, &Report::new(&say, global.json.clone(), bench::machine("data"))?)
+            let warn = |text: &str| global.note(text);
+            data::run(&settings, &Report::new(&say, &warn, global.json.clone(), bench::machine("data"))?)
         }
         What::Encode(args) => on(global, "encode", &args.hardware, |target, report| {
             let source = source(args.model.as_deref(), &args.hardware, target)?;
@@ -234,7 +243,8 @@ fn on(
 ) -> Result<()> {
     let target = Target::open(&hardware.device, hardware.precision)?;
     target.note.iter().for_each(|note| global.note(note));
-    measure(&target, &Report::new(&say, global.json.clone(), bench::facts(name, &target))?)
+    let warn = |text: &str| global.note(text);
+    measure(&target, &Report::new(&say, &warn, global.json.clone(), bench::facts(name, &target))?)
 }
 
 /// The model of this name, or the one that suits the device.

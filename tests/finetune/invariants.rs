@@ -2,6 +2,7 @@
 
 use retromae_engine::data::pairs::batch::ContrastiveBatch;
 use retromae_engine::data::pairs::texts::TextBatch;
+use retromae_engine::device::trace::{self, Detail, Piece};
 use retromae_engine::device::{DType, Device};
 use retromae_engine::graph::StepDropout;
 use retromae_engine::graph::biencoder::Shape;
@@ -154,6 +155,30 @@ fn bf16_training_follows_the_cpu() {
 }
 
 /// Devices that have some of the queries each and the passages of all: their losses and gradients add up to those of one batch.
+/// Steps of other batches, dropout keys and learning rates, in one chunk and in several: recorded ones leave the bits of those that are
+/// queued piece by piece.
+#[test]
+fn replayed_steps_equal_steps_as_they_come() {
+    for (chunk, untied) in [(None, false), (Some(4), true)] {
+        let device = gpu();
+        let [mut recorded, mut direct] = [(); 2].map(|()| model(device, DType::BF16, untied, chunk));
+        let mut replays = 0;
+        for t in 1..=6 {
+            let step = |model: &mut BiEncoder| {
+                let out = model.step(&[batch(10 * t)], &AdamW::default(), 1e-2 / (1 + t % 4) as f64, t, 9)?;
+                Ok((out, model.params().weights().to_vec::<f32>().into_iter().map(f32::to_bits).collect::<Vec<_>>()))
+            };
+            let (a, queued) = trace::record(device, Detail::Queued, || step(&mut recorded)).unwrap();
+            let (b, pieces) = trace::record(device, Detail::Pieces, || step(&mut direct)).unwrap();
+            let count = |trace: &trace::Trace| trace.pieces.iter().filter(|(_, piece)| *piece == Piece::Replay).count();
+            assert_eq!(count(&pieces), 0, "step {t}");
+            replays += count(&queued);
+            assert!(a == b && !a.0.skipped, "step {t}: {:?} and {:?}", a.0, b.0);
+        }
+        assert!(replays > 10, "{replays} replays");
+    }
+}
+
 #[test]
 fn queries_of_several_devices_against_the_passages_of_all() {
     for untied in [false, true] {

@@ -3,6 +3,7 @@
 
 use retromae_engine::data::batch::PretrainBatch;
 use retromae_engine::device::emulator::{Asynchronous, Options};
+use retromae_engine::device::trace::{self, Detail, Piece};
 use retromae_engine::device::{DType, Device};
 use retromae_engine::graph::Capacity;
 use retromae_engine::model::config::{Activation, BertConfig};
@@ -120,6 +121,31 @@ fn replayed_work_equals_fresh_work() {
             assert_eq!(fresh.gradients(&micro(t), dropout()).unwrap(), losses, "{storage:?}, batch {t}");
             assert!(gradient_bits(&fresh) == gradient_bits(&used), "{storage:?}, batch {t}");
         }
+    }
+}
+
+/// Steps of other batches, dropout keys and learning rates: recorded ones leave the bits of those that are queued piece by piece.
+#[test]
+fn replayed_steps_equal_steps_as_they_come() {
+    let retromae = [DType::F32, DType::BF16].map(|storage| (storage, Objective::RetroMae));
+    for (storage, objective) in
+        retromae.into_iter().chain([(DType::BF16, Objective::DupMae), (DType::BF16, Objective::Mlm)])
+    {
+        let (device, config) = (gpu(), sizes(32, Activation::Gelu));
+        let [mut recorded, mut direct] = [(); 2].map(|()| on(device, &config, objective, storage));
+        let mut replays = 0;
+        for t in 1..=10 {
+            let step =
+                |model: &mut Pretrainer| model.step(&micro(t), &AdamW::default(), 1e-2 / (1 + t % 4) as f64, t, 9);
+            let (a, queued) = trace::record(device, Detail::Queued, || step(&mut recorded)).unwrap();
+            let (b, pieces) = trace::record(device, Detail::Pieces, || step(&mut direct)).unwrap();
+            let count = |trace: &trace::Trace| trace.pieces.iter().filter(|(_, piece)| *piece == Piece::Replay).count();
+            assert_eq!(count(&pieces), 0, "{objective:?} {storage:?}, step {t}");
+            replays += count(&queued);
+            assert_eq!(a, b, "{objective:?} {storage:?}, step {t}");
+            assert!(!a.skipped && bits(&recorded) == bits(&direct), "{objective:?} {storage:?}, step {t}");
+        }
+        assert!(replays > 6, "{objective:?} {storage:?}: {replays} replays");
     }
 }
 

@@ -1,6 +1,7 @@
-//! Attention of the encoder and of the enhanced decoder. FLOP are 4 C Σ L² forward and 2.5 times that backward, hidden pairs included.
+//! Attention of the encoder and of the enhanced decoder; pairs that masks hide count.
 
-use super::{Batch, Bench, Setup, Work};
+use super::{Batch, Bench, Setup};
+use crate::bench::work::Attention;
 use crate::device::{Matrix, Tensor};
 use crate::error::Result;
 use crate::graph::inputs::DecoderInputs;
@@ -58,15 +59,14 @@ impl<'a> Encoder<'a> {
 }
 
 fn encoder<'a>(bench: &Bench<'a>, batch: &'a Batch) -> Result<()> {
-    let (c, t, heads) = (bench.setup.dims.hidden, batch.tokens, bench.setup.dims.heads);
-    let (flops, lse) = (4 * c * batch.squares, 4 * t * heads);
-    let work = Work { flops, bytes: bench.bytes(4 * t * c) + lse };
+    let (c, t) = (bench.setup.dims.hidden, batch.tokens);
+    let sizes = Attention { stem: "attention", queries: t, rows: t, keys: t, pairs: batch.squares as u64 };
+    let work = bench.work(|list| list.attention_forward(sizes));
     bench.case(&format!("attention {} forward", batch.name), work, || {
         let x = Encoder::new(bench, batch);
         Box::new(move || attention::forward(x.setup.device, &x.arguments()))
     })?;
-    // Reads q, k, v, out and its gradient, writes three.
-    let work = Work { flops: flops * 5 / 2, bytes: bench.bytes(8 * t * c) + lse };
+    let work = bench.work(|list| list.attention_backward(sizes));
     bench.case(&format!("attention {} backward", batch.name), work, || {
         let (x, dout, gradient) = (Encoder::new(bench, batch), bench.stored(t * c, 1.0), bench.room(t * 3 * c));
         attention::forward(x.setup.device, &x.arguments());
@@ -128,16 +128,15 @@ impl<'a> Decoder<'a> {
 }
 
 fn decoder<'a>(bench: &Bench<'a>, batch: &'a Batch, inputs: &'a DecoderInputs) -> Result<()> {
-    let (c, t, heads) = (bench.setup.dims.hidden, batch.tokens, bench.setup.dims.heads);
-    let (flops, lse) = (4 * c * batch.squares, 4 * t * heads);
-    let queries = (batch.length + batch.sequences) * c;
-    let work = Work { flops, bytes: bench.bytes(3 * t * c + queries) + lse };
+    let (c, t) = (bench.setup.dims.hidden, batch.tokens);
+    let (queries, pairs) = (batch.length + batch.sequences, batch.squares as u64);
+    let sizes = Attention { stem: "enhanced_decoding", queries, rows: t, keys: t, pairs };
+    let work = bench.work(|list| list.attention_forward(sizes));
     bench.case(&format!("enhanced decoding {} forward", batch.name), work, || {
         let x = Decoder::new(bench, batch, inputs);
         Box::new(move || enhanced_decoding::forward(x.setup.device, &x.arguments()))
     })?;
-    // Reads k, v, out and its gradient, writes three.
-    let work = Work { flops: flops * 5 / 2, bytes: bench.bytes(7 * t * c + queries) + lse };
+    let work = bench.work(|list| list.attention_backward(sizes));
     bench.case(&format!("enhanced decoding {} backward", batch.name), work, || {
         let x = Decoder::new(bench, batch, inputs);
         let (dout, dq, dkv) = (bench.stored(t * c, 1.0), bench.room(t * c), bench.room(t * 2 * c));

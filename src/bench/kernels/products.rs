@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use super::{Bench, Work};
+use crate::bench::work::Input;
 use crate::device::{DType, Matrix, Output, Tensor};
 use crate::error::Result;
 use crate::ops::cross_entropy::{self, CrossEntropy, Gradients, Scale};
@@ -26,9 +27,8 @@ pub(super) fn cases(bench: &Bench<'_>) -> Result<()> {
 fn layer(bench: &Bench<'_>, name: &str, inputs: usize, outputs: usize) -> Result<()> {
     let (device, batch) = (bench.setup.device, bench.full);
     let (t, rows) = (batch.tokens, batch.inputs.tokens.count.get());
-    let elements = t * inputs + outputs * inputs + t * outputs;
-    let flops = 2 * t * inputs * outputs;
-    bench.case(&format!("linear {name} forward"), Work { flops, bytes: bench.bytes(elements) }, || {
+    let work = bench.work(|list| list.linear_forward((t, inputs, outputs), true));
+    bench.case(&format!("linear {name} forward"), work, || {
         let (x, w, b) =
             (bench.stored(t * inputs, 1.0), bench.stored(outputs * inputs, 0.02), bench.stored(outputs, 0.02));
         let y = bench.room(t * outputs);
@@ -37,9 +37,8 @@ fn layer(bench: &Bench<'_>, name: &str, inputs: usize, outputs: usize) -> Result
             linear::forward(device, &linear::Forward { rows, inputs, outputs, x, w: &w, b: Some(&b), y });
         })
     })?;
-    // Besides the operands of the forward: the gradient of the input, and that of the weight, read and written in f32.
-    let bytes = bench.bytes(elements + t * inputs) + 8 * outputs * inputs;
-    bench.case(&format!("linear {name} backward"), Work { flops: 2 * flops, bytes }, || {
+    let work = bench.work(|list| list.linear_backward((t, inputs, outputs), true, Input::Set, true));
+    bench.case(&format!("linear {name} backward"), work, || {
         let (x, w, dy) =
             (bench.stored(t * inputs, 1.0), bench.stored(outputs * inputs, 0.02), bench.stored(t * outputs, 1.0));
         let (dx, dw, db) = (bench.room(t * inputs), bench.wide_room(outputs * inputs), bench.wide_room(outputs));

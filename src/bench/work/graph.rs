@@ -9,14 +9,15 @@ use crate::ops::contrastive;
 use crate::train::step::Objective;
 
 impl List {
-    fn encoder(&self, stem: &'static str, r: &Rows, pruned: bool) -> Attention {
+    fn encoder(r: &Rows, pruned: bool) -> Attention {
         let (rows, pairs) = if pruned { (r.needed, r.pairs.needed) } else { (r.tokens, r.pairs.all) };
-        Attention { stem, rows: rows as u64, keys: r.tokens as u64, pairs }
+        Attention { stem: "attention", queries: rows, rows, keys: r.tokens, pairs }
     }
 
-    fn decoder(&self, r: &Rows) -> Attention {
-        let (rows, keys) = (r.decoder_rows as u64, r.tokens as u64);
-        Attention { stem: "enhanced_decoding", rows, keys, pairs: r.pairs.decoder }
+    fn decoder(r: &Rows, embedded: bool) -> Attention {
+        let queries = if embedded { r.decoder_rows } else { r.longest + r.sequences };
+        let (rows, keys, pairs) = (r.decoder_rows, r.tokens, r.pairs.decoder);
+        Attention { stem: "enhanced_decoding", queries, rows, keys, pairs }
     }
 
     fn block_forward(&mut self, rows: usize) {
@@ -52,7 +53,7 @@ impl List {
             } else {
                 self.linear_forward((r.tokens, c, 3 * c), true);
             }
-            let attention = self.encoder("attention", r, pruned);
+            let attention = List::encoder(r, pruned);
             self.within(stages::ATTENTION_FORWARD, |list| list.attention_forward(attention));
             self.block_forward(if pruned { r.needed } else { r.tokens });
         }
@@ -64,7 +65,7 @@ impl List {
         for layer in (0..=last).rev() {
             let pruned = layer == last;
             self.block_backward(if pruned { r.needed } else { r.tokens });
-            let attention = self.encoder("attention", r, pruned);
+            let attention = List::encoder(r, pruned);
             self.within(stages::ATTENTION_BACKWARD, |list| list.attention_backward(attention));
             if pruned {
                 self.linear_backward((r.needed, c, c), true, Input::Add, true);
@@ -158,7 +159,7 @@ impl List {
             let bytes = (r.longest + r.sequences + r.decoder_rows) as u64 * self.width() * self.element();
             self.within(stages::ROWS, |list| list.kernel("add_rows", 0, bytes));
         }
-        let attention = self.decoder(r);
+        let attention = List::decoder(r, embedded);
         self.within(stages::ATTENTION_FORWARD, |list| list.attention_forward(attention));
         self.block_forward(r.decoder_rows);
     }
@@ -167,7 +168,7 @@ impl List {
         let (c, row) = (self.sizes.dims.hidden, 4 * self.width());
         self.stage = stages::DECODER_PRODUCTS;
         self.block_backward(r.decoder_rows);
-        let attention = self.decoder(r);
+        let attention = List::decoder(r, embedded);
         self.within(stages::ATTENTION_BACKWARD, |list| list.attention_backward(attention));
         self.within(stages::ROWS, |list| list.fill(r.sequences as u64 * row));
         if embedded {
@@ -210,7 +211,7 @@ impl List {
     }
 
     /// One step of pre-training, of one micro-batch.
-    pub fn pretraining(&mut self, objective: Objective, r: &Rows) {
+    pub(super) fn pretraining(&mut self, objective: Objective, r: &Rows) {
         let embedded = objective == Objective::DupMae;
         self.zero(7 * 8);
         self.phase = stages::FORWARD;
@@ -239,7 +240,7 @@ impl List {
     }
 
     /// One step of a bi-encoder whose texts go through one tower at once, [CLS] being the embedding.
-    pub fn fine_tuning(&mut self, r: &Rows) {
+    pub(super) fn fine_tuning(&mut self, r: &Rows) {
         let (c, s, [queries, passages]) = (self.width(), self.element(), r.sides);
         self.zero(5 * 8);
         self.phase = stages::FORWARD;

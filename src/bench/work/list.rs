@@ -9,7 +9,7 @@ use crate::graph::stages;
 
 /// Where the gradient of a linear layer's input goes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Input {
+pub(in crate::bench) enum Input {
     /// Written in the storage type.
     Set,
     /// Added to in the storage type.
@@ -20,23 +20,29 @@ pub(super) enum Input {
 
 /// An attention: queries, keys, and how many pairs of them there are.
 #[derive(Clone, Copy)]
-pub(super) struct Attention {
+pub(in crate::bench) struct Attention {
+    /// What its kernels' names begin with.
     pub stem: &'static str,
-    pub rows: u64,
-    pub keys: u64,
+    /// Rows of queries that are read: those of `rows`, or of the parts whose sums they are.
+    pub queries: usize,
+    /// Rows of the output.
+    pub rows: usize,
+    /// Rows of keys and of values.
+    pub keys: usize,
+    /// Pairs of a query and a key.
     pub pairs: u64,
 }
 
 /// The kernels so far; those of one name in one stage and phase are one.
-pub(super) struct List {
-    pub sizes: Sizes,
+pub(in crate::bench) struct List {
+    pub(super) sizes: Sizes,
     pub phase: &'static str,
     pub stage: &'static str,
     pub kernels: Vec<Kernel>,
 }
 
 impl List {
-    pub fn new(sizes: Sizes) -> Self {
+    pub(super) fn new(sizes: Sizes) -> Self {
         List { sizes, phase: stages::UPDATE, stage: stages::OPTIMIZER, kernels: Vec::new() }
     }
 
@@ -132,24 +138,27 @@ impl List {
 
     /// Attention's forward: `Q Kᵀ` and `P V`, 4 C FLOP a pair of a query and a key. Reads q, k, v; writes out and lse.
     pub fn attention_forward(&mut self, a: Attention) {
-        let (c, s, heads) = (self.width(), self.element(), self.sizes.dims.heads as u64);
-        let (stem, size) = (a.stem, self.sizes.dims.head_size());
-        self.kernel(
-            &format!("{stem}_forward_d{size}"),
-            4 * c * a.pairs,
-            2 * (a.rows + a.keys) * c * s + 4 * a.rows * heads,
-        );
+        let (stem, size, statistics) = (a.stem, self.sizes.dims.head_size(), self.statistics(a.rows));
+        let bytes = self.hidden(a.queries + 2 * a.keys + a.rows) + statistics;
+        self.kernel(&format!("{stem}_forward_d{size}"), 4 * self.width() * a.pairs, bytes);
     }
 
     /// Attention's backward in two kernels: scores again, `dO Vᵀ` and `dS K` in the first, `Pᵀ dO` and `dSᵀ Q` in the second, whose own
     /// repetition of the first two is not required. So 10 C FLOP a pair, 2.5 times the forward (Dao, arXiv 2307.08691, section 4.1).
     pub fn attention_backward(&mut self, a: Attention) {
-        let (c, s, heads) = (self.width(), self.element(), self.sizes.dims.heads as u64);
-        let (stem, size) = (a.stem, self.sizes.dims.head_size());
-        // q, out and its gradient, k and v in, dq out; then q and the gradient, k and v in, dk and dv out. lse in both, row sums out and in.
-        let (first, second) = ((4 * a.rows + 2 * a.keys) * c * s, (2 * a.rows + 4 * a.keys) * c * s);
-        self.kernel(&format!("{stem}_backward_dq_d{size}"), 6 * c * a.pairs, first + 8 * a.rows * heads);
-        self.kernel(&format!("{stem}_backward_dkv_d{size}"), 4 * c * a.pairs, second + 8 * a.rows * heads);
+        let (c, stem, size) = (self.width(), a.stem, self.sizes.dims.head_size());
+        // Either has two numbers a row and head: lse in, the row sum of dO ∘ out out or in.
+        let statistics = 2 * self.statistics(a.rows);
+        // q, k, v, out and its gradient in, dq out; q, k, v and the gradient in, dk and dv out.
+        let first = self.hidden(a.queries + 2 * a.keys + 3 * a.rows) + statistics;
+        let second = self.hidden(a.queries + 4 * a.keys + a.rows) + statistics;
+        self.kernel(&format!("{stem}_backward_dq_d{size}"), 6 * c * a.pairs, first);
+        self.kernel(&format!("{stem}_backward_dkv_d{size}"), 4 * c * a.pairs, second);
+    }
+
+    /// Bytes of one f32 a row and head.
+    fn statistics(&self, rows: usize) -> u64 {
+        4 * (rows * self.sizes.dims.heads) as u64
     }
 
     /// Embedding layer of `rows` rows whose words are of `words` distinct ones, their positions of `positions`.
