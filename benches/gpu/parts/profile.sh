@@ -1,4 +1,4 @@
-# Hardware counters of the kernels that a step spends its time in. Sourced by run.sh.
+# Where the time of a step goes, stage by stage and kernel by kernel, and hardware counters of these kernels. Sourced by run.sh.
 # shellcheck shell=bash disable=SC2154 # variables of run.sh
 
 profile() {
@@ -7,6 +7,13 @@ profile() {
     counters+=,launch__registers_per_thread,launch__occupancy_limit_registers,launch__occupancy_limit_shared_mem
     counters+=,l1tex__data_bank_conflicts_pipe_lsu.sum,sm__inst_executed_pipe_tensor.sum
     facts
+    local workload size=base steps=10
+    [ "$device" = cuda ] || { size=mini steps=2; }
+    for workload in full512 passages finetune; do
+        try "breakdown of $workload" 60 "${libraries[@]}" "$engine" bench step --device "$device" --precision bf16 --model "$size" \
+            --workload "$workload" --steps "$steps" --breakdown --json "$raw/breakdown.jsonl" --svg "$raw/step-$workload.svg" || true
+        grep -aE '^(\||step |warning)' "$said" >>"$work/tables" || true
+    done
     if [ "$device" != cuda ]; then
         left_out "ncu" "it needs a GPU"
         try "the program that it would watch" 120 "${libraries[@]}" "$engine" bench kernels --device emulator --repeats 1 --only layernorm || true
