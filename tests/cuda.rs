@@ -237,6 +237,21 @@ fn the_driver_is_called_in_the_right_order() {
     assert_eq!(work, expected, "{work:#?}");
 }
 
+/// What a capture of the driver's replays is what is queued piece by piece, round after round, each with the numbers of its own.
+#[test]
+fn replays_equal_work_as_it_comes() {
+    let Some(said) = child("records", Libraries::Both, &[]) else { return };
+    // 1 + 4 + 9 + 16 + 25 times the product of the first numbers; the first round is queued as it comes. Three pieces a round take time.
+    assert_eq!(said.lines, ["[275.0, 605.0, 605.0, 1375.0], [5.0]: 4 replays, 15 times"]);
+    let count = |call: &str| said.log.iter().filter(|line| line.starts_with(call)).count();
+    assert_eq!((count("cuStreamBeginCapture_v2"), count("cuGraphLaunch")), (1, 4));
+    assert_eq!(
+        (count("cuEventRecord"), count("cuEventDestroy_v2")),
+        (5 * 5, 5 * 5),
+        "five marks a round, each given back"
+    );
+}
+
 #[test]
 fn gpus_without_machine_code_and_drivers_that_refuse_it_get_ptx() {
     let (code, ptx) = ("machine code", |target: &str| format!(".target {target}"));

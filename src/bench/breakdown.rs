@@ -218,7 +218,7 @@ impl Breakdown {
         let mut step = Frame { name: "step".into(), ..Frame::default() };
         for phase in stages::PHASES {
             for (row, shown) in self.frames.iter().filter(|(row, _)| row.phase == phase) {
-                let mut detail = format!("launches: {}", row.launches);
+                let mut detail = if row.launches > 0 { format!("launches: {}", row.launches) } else { String::new() };
                 // The work of products is known together, not by size.
                 if let (Some(floor), false) = (row.floor(ceiling), row.name.starts_with("product")) {
                     detail += &format!("\n{}, floor {floor:.3} ms", row.rate(ceiling));

@@ -6,8 +6,10 @@ use half::bf16;
 use retromae_engine::device::gpu::Gpu;
 use retromae_engine::device::kernels::{ConformanceLdmatrix, ConformanceReductions};
 use retromae_engine::device::launch::{ConstPtr, MutPtr, Shape};
+use retromae_engine::device::trace::{self, Detail, Piece};
 use retromae_engine::device::{DType, Device, Matmul, Matrix, Output, Product, Tensor};
 use retromae_engine::error::Result;
+use retromae_engine::graph::records::Records;
 
 /// Runs the scenario of this name and says how it went.
 pub fn run(name: &str) {
@@ -46,6 +48,7 @@ fn on(name: &str, device: Device) -> Result<String> {
             }
         }
         "results" => return results(device, gpu),
+        "records" => return records(device),
         "memory" => drop(gpu.memory(3 << 30, 0)),
         "launch" => reductions(device, gpu, Shape::linear(1, 32)),
         "shared" => reductions(device, gpu, Shape::linear(1, 32).shared(200_000)),
@@ -142,6 +145,44 @@ fn sequence(device: Device, gpu: &'static Gpu) -> Result<String> {
     drop((a, x, c));
     gpu.check()?;
     Ok(format!("products {first:?} {again:?}, reductions {x_end}, queued {queued}, same GPU {same}"))
+}
+
+/// Rounds of other numbers through work that is recorded, and through the same queued piece by piece between events.
+fn records(device: Device) -> Result<String> {
+    let Device::Gpu(gpu) = device else { return Ok("no GPU".into()) };
+    let set = || [4, 4, 1].map(|len| device.zeros(DType::F32, len));
+    let work = |[a, c, x]: &[Tensor; 3]| {
+        let of = |t| Matrix::new(t, 2);
+        let (output, bias) = (Output::Add, None);
+        let (a, c) = (of(a), of(c));
+        device.matmul(&Matmul { product: Product::NT, m: 2, n: 2, k: 2, a, b: a, c, output, bias });
+        gpu.keep(|| ConformanceReductions { out: x.get_mut(), x: x.get() }.launch(gpu, Shape::linear(1, 32)));
+        a.tensor.clear(1);
+    };
+    let (recorded, direct, mut records) = (set(), set(), Records::default());
+    let (mut replays, mut times) = (0, 0);
+    for round in 1..=5u8 {
+        let numbers = [1.0, 2.0, 3.0, 4.0].map(|x: f32| x * f32::from(round));
+        for [a, ..] in [&recorded, &direct] {
+            a.upload(&numbers);
+        }
+        let mut run = |set: &[Tensor; 3], detail| {
+            let queue = || Ok(records.run(device, (), || work(set)));
+            trace::record(device, detail, queue).map(|((), trace)| trace)
+        };
+        let (queued, pieces) = (run(&recorded, Detail::Queued)?, run(&direct, Detail::PieceTimes)?);
+        replays += queued.pieces.iter().filter(|(_, piece)| *piece == Piece::Replay).count();
+        times += pieces.segments.iter().filter(|segment| segment.milliseconds > 0.0).count();
+        let bits =
+            |set: &[Tensor; 3]| -> Vec<u32> { set.iter().flat_map(|t| t.to_vec::<f32>()).map(f32::to_bits).collect() };
+        let (a, b) = (bits(&recorded), bits(&direct));
+        if a != b {
+            return Ok(format!("round {round}: {a:?} and {b:?}"));
+        }
+    }
+    let [_, c, x] = &recorded;
+    device.check()?;
+    Ok(format!("{:?}, {:?}: {replays} replays, {times} times", c.to_vec::<f32>(), x.to_vec::<f32>()))
 }
 
 fn uploads(device: Device) -> Result<String> {
