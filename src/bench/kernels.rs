@@ -132,9 +132,9 @@ impl<'a> Bench<'a> {
         self.random.tensor(self.setup.device, DType::F32, len, scale)
     }
 
-    /// The work of ops that a step has, too.
-    fn work(&self, add: impl FnOnce(&mut work::List)) -> Work {
-        let all = work::of_ops(self.setup.storage, self.setup.dims, add);
+    /// The work of ops that a step has, too, laid out for sequences of up to `longest` tokens.
+    fn work(&self, longest: usize, add: impl FnOnce(&mut work::List)) -> Work {
+        let all = work::of_ops((self.setup.device, self.setup.storage), self.setup.dims, longest, add);
         Work { flops: all.flop() as usize, bytes: all.bytes() as usize }
     }
 

@@ -25,6 +25,7 @@ use crate::device::{DType, Device, Product};
 use crate::graph::extent::Bounds;
 use crate::graph::{Capacity, Dims, head_chunks, mlm};
 use crate::model::config::BertConfig;
+use crate::ops::attention::hopper::{self, Whole};
 use crate::train::step::Objective;
 pub(super) use list::{Attention, Input, List};
 
@@ -104,28 +105,56 @@ struct Sizes {
     storage: DType,
     parameters: usize,
     dropout: bool,
-    multiprocessors: u32,
+    device: Device,
+    /// Keys of the longest sequence that work is laid out for.
+    longest: usize,
 }
 
 impl Sizes {
-    fn new((device, storage): (Device, DType), config: &BertConfig, parameters: usize) -> Self {
+    fn new((device, storage): (Device, DType), config: &BertConfig, parameters: usize, longest: usize) -> Self {
         Sizes {
             dims: Dims::new(config),
             layers: config.num_hidden_layers,
             storage,
             parameters,
             dropout: config.hidden_dropout_prob > 0.0,
-            multiprocessors: match device {
-                Device::Gpu(gpu) => gpu.facts().multiprocessors,
-                Device::Cpu => 1,
-            },
+            device,
+            longest,
+        }
+    }
+
+    /// Whether attention has Hopper's kernels.
+    fn warpgroups(&self) -> bool {
+        match self.device {
+            Device::Gpu(gpu) => hopper::has_kernels(gpu.facts(), self.storage, self.dims.head_size()),
+            Device::Cpu => false,
+        }
+    }
+
+    /// How the backward of attention is cut there, where it is one kernel.
+    fn whole(&self) -> Option<Whole> {
+        match self.device {
+            Device::Gpu(gpu) => hopper::cut(gpu.facts(), self.storage, self.dims.head_size(), self.longest),
+            Device::Cpu => None,
+        }
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        match self.device {
+            Device::Gpu(gpu) => gpu.facts().multiprocessors,
+            Device::Cpu => 1,
         }
     }
 }
 
 /// The work of some ops by themselves, one launch each of what `add` lists.
-pub(super) fn of_ops(storage: DType, dims: Dims, add: impl FnOnce(&mut List)) -> Work {
-    let mut list = List::new(Sizes { dims, layers: 0, storage, parameters: 0, dropout: true, multiprocessors: 1 });
+pub(super) fn of_ops(
+    (device, storage): (Device, DType),
+    dims: Dims,
+    longest: usize,
+    add: impl FnOnce(&mut List),
+) -> Work {
+    let mut list = List::new(Sizes { dims, layers: 0, storage, parameters: 0, dropout: true, device, longest });
     add(&mut list);
     Work { kernels: list.kernels }
 }
@@ -187,7 +216,8 @@ pub fn pretraining(
     (capacity, parameters): (Capacity, usize),
     batch: &PretrainBatch,
 ) -> Work {
-    let sizes = Sizes::new(on, config, parameters);
+    let bounds = Bounds::new(on.0, capacity, batch);
+    let sizes = Sizes::new(on, config, parameters, bounds.length);
     let (cu, all) = (&batch.cu_seqlens, (0..batch.tokens() as u32).collect::<Vec<_>>());
     let decoder = batch.decoder.as_ref().filter(|_| objective.has_decoder());
     let needed: Vec<u32> = match objective {
@@ -220,7 +250,6 @@ pub fn pretraining(
         bag_chunks: chunks.iter().map(|c| (cu[c.end] - cu[c.start]) as usize).collect(),
         sides: [0; 2],
     };
-    let bounds = Bounds::new(on.0, capacity, batch);
     let laid_out = Rows {
         tokens: bounds.tokens,
         sequences: bounds.sequences,
@@ -272,6 +301,6 @@ pub fn fine_tuning(
     let sides = if on.0.is_gpu() { sides } else { rows.sides };
     let laid_out =
         Rows { tokens: bounds.tokens, sequences: bounds.sequences, needed: bounds.sequences, sides, ..rows.clone() };
-    let sizes = Sizes::new(on, config, parameters);
+    let sizes = Sizes::new(on, config, parameters, bounds.length);
     Work::of(sizes, &rows, &laid_out, List::fine_tuning)
 }

@@ -61,12 +61,12 @@ impl<'a> Encoder<'a> {
 fn encoder<'a>(bench: &Bench<'a>, batch: &'a Batch) -> Result<()> {
     let (c, t) = (bench.setup.dims.hidden, batch.tokens);
     let sizes = Attention { stem: "attention", queries: t, rows: t, keys: t, pairs: batch.squares as u64 };
-    let work = bench.work(|list| list.attention_forward(sizes));
+    let work = bench.work(batch.length, |list| list.attention_forward(sizes));
     bench.case(&format!("attention {} forward", batch.name), work, || {
         let x = Encoder::new(bench, batch);
         Box::new(move || attention::forward(x.setup.device, &x.arguments()))
     })?;
-    let work = bench.work(|list| list.attention_backward(sizes));
+    let work = bench.work(batch.length, |list| list.attention_backward(sizes));
     bench.case(&format!("attention {} backward", batch.name), work, || {
         let (x, dout, gradient) = (Encoder::new(bench, batch), bench.stored(t * c, 1.0), bench.room(t * 3 * c));
         attention::forward(x.setup.device, &x.arguments());
@@ -131,12 +131,12 @@ fn decoder<'a>(bench: &Bench<'a>, batch: &'a Batch, inputs: &'a DecoderInputs) -
     let (c, t) = (bench.setup.dims.hidden, batch.tokens);
     let (queries, pairs) = (batch.length + batch.sequences, batch.squares as u64);
     let sizes = Attention { stem: "enhanced_decoding", queries, rows: t, keys: t, pairs };
-    let work = bench.work(|list| list.attention_forward(sizes));
+    let work = bench.work(batch.length, |list| list.attention_forward(sizes));
     bench.case(&format!("enhanced decoding {} forward", batch.name), work, || {
         let x = Decoder::new(bench, batch, inputs);
         Box::new(move || enhanced_decoding::forward(x.setup.device, &x.arguments()))
     })?;
-    let work = bench.work(|list| list.attention_backward(sizes));
+    let work = bench.work(batch.length, |list| list.attention_backward(sizes));
     bench.case(&format!("enhanced decoding {} backward", batch.name), work, || {
         let x = Decoder::new(bench, batch, inputs);
         let (dout, dq, dkv) = (bench.stored(t * c, 1.0), bench.room(t * c), bench.room(t * 2 * c));

@@ -27,7 +27,7 @@ pub(super) fn cases(bench: &Bench<'_>) -> Result<()> {
 fn layer(bench: &Bench<'_>, name: &str, inputs: usize, outputs: usize) -> Result<()> {
     let (device, batch) = (bench.setup.device, bench.full);
     let (t, rows) = (batch.tokens, batch.inputs.tokens.count.get());
-    let work = bench.work(|list| list.linear_forward((t, inputs, outputs), true));
+    let work = bench.work(batch.length, |list| list.linear_forward((t, inputs, outputs), true));
     bench.case(&format!("linear {name} forward"), work, || {
         let (x, w, b) =
             (bench.stored(t * inputs, 1.0), bench.stored(outputs * inputs, 0.02), bench.stored(outputs, 0.02));
@@ -37,7 +37,7 @@ fn layer(bench: &Bench<'_>, name: &str, inputs: usize, outputs: usize) -> Result
             linear::forward(device, &linear::Forward { rows, inputs, outputs, x, w: &w, b: Some(&b), y });
         })
     })?;
-    let work = bench.work(|list| list.linear_backward((t, inputs, outputs), true, Input::Set, true));
+    let work = bench.work(batch.length, |list| list.linear_backward((t, inputs, outputs), true, Input::Set, true));
     bench.case(&format!("linear {name} backward"), work, || {
         let (x, w, dy) =
             (bench.stored(t * inputs, 1.0), bench.stored(outputs * inputs, 0.02), bench.stored(t * outputs, 1.0));

@@ -25,7 +25,7 @@ fn norm(bench: &Bench<'_>) -> Result<()> {
     let (setup, batch) = (bench.setup, bench.full);
     let (t, c, tokens) = (batch.tokens, setup.dims.hidden, &batch.inputs.tokens);
     let shape = layernorm::Shape { rows: tokens.count.get(), width: c, eps: setup.dims.eps };
-    bench.case("layernorm forward", bench.work(|list| list.layernorm_forward(t, true)), || {
+    bench.case("layernorm forward", bench.work(batch.length, |list| list.layernorm_forward(t, true)), || {
         let (x, residual, y) = (bench.stored(t * c, 0.1), bench.stored(t * c, 1.0), bench.room(t * c));
         let (gamma, beta) = (bench.wide(c, 1.0), bench.wide(c, 1.0));
         let (mean, rstd) = (bench.wide_room(t), bench.wide_room(t));
@@ -44,7 +44,7 @@ fn norm(bench: &Bench<'_>) -> Result<()> {
             layernorm::forward(setup.device, &forward);
         })
     })?;
-    bench.case("layernorm backward", bench.work(|list| list.layernorm_backward(t, true)), || {
+    bench.case("layernorm backward", bench.work(batch.length, |list| list.layernorm_backward(t, true)), || {
         let (z, dy, dropped) = (bench.stored(t * c, 1.0), bench.stored(t * c, 1.0), bench.room(t * c));
         let (gamma, dgamma, dbeta) = (bench.wide(c, 1.0), bench.wide_room(c), bench.wide_room(c));
         let (mean, rstd) = (bench.wide_room(t), setup.device.tensor(&vec![1.0f32; t]));
@@ -68,11 +68,11 @@ fn norm(bench: &Bench<'_>) -> Result<()> {
 fn gelu(bench: &Bench<'_>) -> Result<()> {
     let (device, batch, i) = (bench.setup.device, bench.full, bench.setup.dims.intermediate);
     let (t, rows) = (batch.tokens, batch.inputs.tokens.count.get());
-    bench.case("gelu forward", bench.work(|list| list.activation_forward(t, i)), || {
+    bench.case("gelu forward", bench.work(batch.length, |list| list.activation_forward(t, i)), || {
         let (u, y) = (bench.stored(t * i, 1.0), bench.room(t * i));
         Box::new(move || activation::forward(device, Function::Gelu, &u, &y, (rows, i)))
     })?;
-    bench.case("gelu backward", bench.work(|list| list.activation_backward(t, i)), || {
+    bench.case("gelu backward", bench.work(batch.length, |list| list.activation_backward(t, i)), || {
         let (u, dy) = (bench.stored(t * i, 1.0), bench.stored(t * i, 1.0));
         Box::new(move || activation::backward(device, Function::Gelu, &u, &dy, (rows, i)))
     })
@@ -136,20 +136,24 @@ fn moves(bench: &Bench<'_>) -> Result<()> {
     let (device, batch, c) = (bench.setup.device, bench.full, bench.setup.dims.hidden);
     let (t, needed) = (batch.tokens, &batch.inputs.needed);
     let (rows, count) = (needed.count.count, needed.count.get());
-    bench.case("gather of needed rows", bench.work(|list| list.moved("gather", rows)), || {
+    bench.case("gather of needed rows", bench.work(batch.length, |list| list.moved("gather", rows)), || {
         let (from, to) = (bench.stored(t * c, 1.0), bench.room(rows * c));
         Box::new(move || gather::gather(device, &from, &needed.token, count, c, &to))
     })?;
-    bench.case("scatter-add of needed rows", bench.work(|list| list.moved("scatter_add", rows)), || {
-        let (from, to) = (bench.stored(rows * c, 1.0), bench.room(t * c));
-        Box::new(move || gather::scatter_add(device, &from, &needed.token, count, c, &to))
-    })?;
+    bench.case(
+        "scatter-add of needed rows",
+        bench.work(batch.length, |list| list.moved("scatter_add", rows)),
+        || {
+            let (from, to) = (bench.stored(rows * c, 1.0), bench.room(t * c));
+            Box::new(move || gather::scatter_add(device, &from, &needed.token, count, c, &to))
+        },
+    )?;
     let Some(decoder) = &batch.inputs.decoder else { return Ok(()) };
     let labelled = decoder.rows.count.count;
     let groups =
         [("positions", &decoder.by_position, batch.length), ("sequences", &decoder.by_sequence, batch.sequences)];
     for (name, groups, sums) in groups {
-        let work = bench.work(|list| list.group_sums(labelled, sums));
+        let work = bench.work(batch.length, |list| list.group_sums(labelled, sums));
         bench.case(&format!("sums by {name}"), work, || {
             let (from, to) = (bench.stored(t * c, 1.0), bench.wide_room(sums * c));
             Box::new(move || gather::group_sums(device, &from, groups.groups(), c, &to))

@@ -254,7 +254,7 @@ impl List {
         self.plain("cross_entropy_sums", 0, 8 * queries as u64);
         for (side, [own, other]) in [("queries", [queries, passages]), ("passages", [passages, queries])] {
             self.kernel(&format!("contrastive_backward_{side}"), flop, once + own as u64 * c * s);
-            let (units, storage, width) = (self.sizes.multiprocessors, self.sizes.storage, self.sizes.dims.hidden);
+            let (units, storage, width) = (self.sizes.multiprocessors(), self.sizes.storage, self.sizes.dims.hidden);
             if contrastive::splits(units, storage, width, [own, other]) > 1 {
                 self.kernel("contrastive_gradient", 0, own as u64 * c * s);
             }

@@ -6,6 +6,7 @@
 use super::{Kernel, Sizes};
 use crate::device::{DType, Product};
 use crate::graph::stages;
+use crate::ops::attention::hopper::Whole;
 
 /// Where the gradient of a linear layer's input goes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -138,22 +139,28 @@ impl List {
 
     /// Attention's forward: `Q Kᵀ` and `P V`, 4 C FLOP a pair of a query and a key. Reads q, k, v; writes out and lse.
     pub fn attention_forward(&mut self, a: Attention) {
-        let (stem, size, statistics) = (a.stem, self.sizes.dims.head_size(), self.statistics(a.rows));
+        let (size, statistics) = (self.sizes.dims.head_size(), self.statistics(a.rows));
         let bytes = self.hidden(a.queries + 2 * a.keys + a.rows) + statistics;
-        self.kernel(&format!("{stem}_forward_d{size}"), 4 * self.width() * a.pairs, bytes);
+        let form = if self.sizes.warpgroups() { "forward_hopper" } else { "forward" };
+        self.kernel(&format!("{}_{form}_d{size}", a.stem), 4 * self.width() * a.pairs, bytes);
     }
 
-    /// Attention's backward in two kernels: scores again, `dO Vᵀ` and `dS K` in the first, `Pᵀ dO` and `dSᵀ Q` in the second, whose own
-    /// repetition of the first two is not required. So 10 C FLOP a pair, 2.5 times the forward (Dao, arXiv 2307.08691, section 4.1).
+    /// Attention's backward: scores again, `dO Vᵀ`, `dS K`, `Pᵀ dO` and `dSᵀ Q`. So 10 C FLOP a pair, 2.5 times the forward (Dao, arXiv
+    /// 2307.08691, section 4.1), in one kernel or in two: the first three and the others, whose repetition of the first two is not required.
     pub fn attention_backward(&mut self, a: Attention) {
-        let (c, stem, size) = (self.width(), a.stem, self.sizes.dims.head_size());
-        // Either has two numbers a row and head: lse in, the row sum of dO ∘ out out or in.
-        let statistics = 2 * self.statistics(a.rows);
-        // q, k, v, out and its gradient in, dq out; q, k, v and the gradient in, dk and dv out.
-        let first = self.hidden(a.queries + 2 * a.keys + 3 * a.rows) + statistics;
-        let second = self.hidden(a.queries + 4 * a.keys + a.rows) + statistics;
-        self.kernel(&format!("{stem}_backward_dq_d{size}"), 6 * c * a.pairs, first);
-        self.kernel(&format!("{stem}_backward_dkv_d{size}"), 4 * c * a.pairs, second);
+        let (c, size, statistics) = (self.width(), self.sizes.dims.head_size(), self.statistics(a.rows));
+        if let Some(whole) = self.sizes.whole() {
+            let form = if whole == Whole::Short { "short" } else { "long" };
+            // q, k, v, out, its gradient and lse in; dq, dk and dv out.
+            let bytes = self.hidden(a.queries + 4 * a.keys + 3 * a.rows) + statistics;
+            return self.kernel(&format!("{}_backward_{form}_d{size}", a.stem), 10 * c * a.pairs, bytes);
+        }
+        // q, k, v, out and its gradient in, dq out; q, k, v and the gradient in, dk and dv out. Of either, besides: lse in, and the row sums of
+        // dO ∘ out, which the first writes and the second reads.
+        let first = self.hidden(a.queries + 2 * a.keys + 3 * a.rows) + 2 * statistics;
+        let second = self.hidden(a.queries + 4 * a.keys + a.rows) + 2 * statistics;
+        self.kernel(&format!("{}_backward_dq_d{size}", a.stem), 6 * c * a.pairs, first);
+        self.kernel(&format!("{}_backward_dkv_d{size}", a.stem), 4 * c * a.pairs, second);
     }
 
     /// Bytes of one f32 a row and head.

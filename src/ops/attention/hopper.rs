@@ -4,7 +4,7 @@
 use super::super::gpu::launch;
 use super::gpu::{batch, elements};
 use super::{Backward, Forward, Gradient, Pass, Shape, TILE};
-use crate::device::gpu::Gpu;
+use crate::device::gpu::{Facts, Gpu};
 use crate::device::launch::Shape as Launch;
 use crate::device::{DType, Tensor};
 
@@ -13,7 +13,18 @@ const TILE_BYTES: usize = TILE * 128;
 
 /// Whether the forward of this storage and shape runs here.
 pub(in crate::ops) fn runs(gpu: &Gpu, storage: &Tensor, shape: &Shape<'_>) -> bool {
-    gpu.facts().warpgroups && storage.dtype() == DType::BF16 && shape.head_size == 64
+    has_kernels(gpu.facts(), storage.dtype(), shape.head_size)
+}
+
+/// Whether there are kernels for this GPU, storage and size of heads.
+pub fn has_kernels(facts: &Facts, storage: DType, head_size: usize) -> bool {
+    facts.warpgroups && storage == DType::BF16 && head_size == 64
+}
+
+/// How the backward is cut there for sequences of up to `longest` keys; nothing where it takes two kernels.
+pub fn cut(facts: &Facts, storage: DType, head_size: usize, longest: usize) -> Option<Whole> {
+    let whole = Whole::of(longest).filter(|_| has_kernels(facts, storage, head_size))?;
+    (whole.shared_bytes(longest) <= facts.shared_bytes).then_some(whole)
 }
 
 /// Grid, block and shared memory of the forward: blocks of two warpgroups.
@@ -67,9 +78,7 @@ impl Whole {
 
 /// How the backward of this storage and shape runs here, if it does.
 pub(in crate::ops) fn whole(gpu: &Gpu, storage: &Tensor, shape: &Shape<'_>) -> Option<Whole> {
-    let longest = super::gpu::work(shape).longest;
-    let whole = Whole::of(longest).filter(|_| runs(gpu, storage, shape))?;
-    (whole.shared_bytes(longest) <= gpu.facts().shared_bytes).then_some(whole)
+    cut(gpu.facts(), storage.dtype(), shape.head_size, super::gpu::work(shape).longest)
 }
 
 /// `out` and `lse`.
