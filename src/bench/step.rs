@@ -19,6 +19,7 @@ use super::workload::{self, Model, Workload};
 use super::{Report, Times, flame, pairs};
 use crate::device::trace;
 use crate::error::{Error, IoContext, Result};
+use crate::files;
 use crate::graph::biencoder::Shape;
 use crate::graph::check_gpu;
 use crate::ops::optimizer::AdamW;
@@ -107,7 +108,9 @@ pub fn run(settings: &Settings, target: &Target, report: &Report<'_>) -> Result<
         check_gpu(model.config())?;
     }
     // Better known before the measurement than after it.
-    let picture = settings.svg.as_ref().map(|path| File::create(path).at(path, "cannot create")).transpose()?;
+    if let Some(path) = &settings.svg {
+        File::options().create(true).append(true).open(path).at(path, "cannot create")?;
+    }
     let ceiling = Ceiling::measure(target.device, target.storage, &Random::new(), model.tiny())?;
     report.say(&format!("{} on {}, {}\n", model.name(), target.words, target.precision()))?;
     let mut told = Vec::new();
@@ -133,9 +136,10 @@ pub fn run(settings: &Settings, target: &Target, report: &Report<'_>) -> Result<
     }
     for (case, ms, breakdown) in &told {
         breakdown.tell(case, *ms, &ceiling, report)?;
-        if let (Some(mut file), Some(path)) = (picture.as_ref(), &settings.svg) {
-            let title = format!("{case} on {}: {ms:.2} ms", target.words);
-            file.write_all(flame::svg(&title, &breakdown.frame(&ceiling)).as_bytes()).at(path, "cannot write")?;
+        if let Some(path) = &settings.svg {
+            let frame = breakdown.frame(&ceiling);
+            let title = format!("{case} on {}: {:.2} ms as drawn, {ms:.2} as in training", target.words, frame.ms);
+            files::write_atomic(path, |out| out.write_all(flame::svg(&title, &frame).as_bytes()))?;
         }
     }
     Ok(())
