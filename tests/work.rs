@@ -188,8 +188,8 @@ fn the_totals_of_the_design() {
     for stage in [stages::ROWS, stages::OPTIMIZER] {
         assert_eq!(of(stage), 0, "{stage} is bytes only");
     }
-    // Bytes: the design moves the heads' weight and its gradient once a product, here every chunk of 512 rows does (23 GB more). Without that
-    // the sum is that of the design, whose terms it does not list, within 3 %.
+    // Bytes: the design moves the heads' weight and its gradient once a product, here every chunk of 512 rows does (23 GB more).
+    // Without that the sum is that of the design, whose terms it does not list, within 3 %.
     let again = (masked.div_ceil(512) + labelled.div_ceil(512) - 2) * 12 * V * C;
     let left = (work.bytes() - again) as f64 / 1e9;
     println!("{:.3} TFLOP, {:.1} GB, {left:.1} with one chunk", work.flop() as f64 / 1e12, work.bytes() as f64 / 1e9);

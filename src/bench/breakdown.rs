@@ -1,8 +1,8 @@
 //! Where the time of a step goes: stage by stage beside the least that each could take, kernel by kernel, and as a picture.
 //!
-//! The step is queued piece by piece for this, not replayed: once with events where the stage changes, which the table is of, and once with an
-//! event around every piece, for the kernels. Events and launches cost time, so three totals stand beside each other: the recorded step's
-//! by the clock, and the sums of both. The nearer they are, the more the parts are worth.
+//! The step is queued piece by piece for this, not replayed: once with events where the stage changes, which the table is of, and once
+//! with an event around every piece, for the kernels. Events and launches cost time, so three totals stand beside each other: the
+//! recorded step's by the clock, and the sums of both. The nearer they are, the more the parts are worth.
 
 use std::collections::BTreeMap;
 
@@ -199,7 +199,8 @@ impl Breakdown {
         report.row(&[&["sum".to_string(), launches.to_string()][..], &all].concat())?;
         let [by_stage, by_piece] = self.totals;
         report.say(&format!(
-            "\nstep as in training {recorded:.3} ms; piece by piece {by_stage:.3} ms with times of stages, {by_piece:.3} ms with times of kernels\n"
+            "\nstep as in training {recorded:.3} ms; piece by piece {by_stage:.3} ms with times of stages, {by_piece:.3} ms with \
+             times of kernels\n"
         ))
     }
 
@@ -209,7 +210,8 @@ impl Breakdown {
         let floors: f64 = self.stages.iter().filter_map(|row| row.floor(ceiling)).sum();
         json!({
             "recorded_ms": recorded, "stages_ms": self.totals[0], "kernels_ms": self.totals[1], "sum_ms": self.sum(),
-            "floor_ms": floors, "steps": self.steps, "stages": rows(&self.stages, self.sum()), "kernels": rows(&self.kernels, self.totals[1]),
+            "floor_ms": floors, "steps": self.steps,
+            "stages": rows(&self.stages, self.sum()), "kernels": rows(&self.kernels, self.totals[1]),
         })
     }
 

@@ -105,8 +105,8 @@ pub struct Ceiling {
 }
 
 impl Ceiling {
-    /// Measures them: a product of `n × n` matrices, n being 8,192 on a GPU, 1,024 on the CPU and 64 to try the code, and a copy of rows with
-    /// 8 (on the CPU 16) times as many elements as such a matrix has.
+    /// Measures them: a product of `n × n` matrices, n being 8,192 on a GPU, 1,024 on the CPU and 64 to try the code, and a copy of
+    /// rows with 8 (on the CPU 16) times as many elements as such a matrix has.
     ///
     /// # Errors
     /// A failure of the GPU.

@@ -49,7 +49,8 @@ const LETTER: f64 = 6.7;
 pub fn svg(title: &str, root: &Frame) -> String {
     let height = TOP + root.depth() as f64 * ROW + 8.0;
     let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" font-family=\"ui-monospace, monospace\" font-size=\"11\">\n\
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" \
+         font-family=\"ui-monospace, monospace\" font-size=\"11\">\n\
          <style>\n\
          .back {{ fill: #ffffff }} text {{ fill: #1b1b1b }} rect.f {{ stroke: #ffffff }} .f:hover {{ stroke: #1b1b1b }}\n\
          .c0 {{ fill: #d9d9d9 }} .c1 {{ fill: #a9cdec }} .c2 {{ fill: #f6c98b }} .c3 {{ fill: #b4dcab }} .c4 {{ fill: #d9b8e6 }} \
@@ -78,7 +79,8 @@ fn draw(out: &mut String, frame: &Frame, (x, y): (f64, f64), scale: f64, (whole,
     // Writing to a string does not fail.
     let _ = writeln!(
         out,
-        "<g><title>{name}: {:.3} ms, {share:.1} %{detail}</title><rect class=\"f c{color}\" x=\"{x:.2}\" y=\"{y}\" width=\"{:.2}\" height=\"{}\" \
+        "<g><title>{name}: {:.3} ms, {share:.1} %{detail}</title>\
+         <rect class=\"f c{color}\" x=\"{x:.2}\" y=\"{y}\" width=\"{:.2}\" height=\"{}\" \
          rx=\"2\"/>{}</g>",
         frame.ms,
         width.max(0.1),

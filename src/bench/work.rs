@@ -1,17 +1,18 @@
-//! The work of a training step: for every kernel, and so for every stage, the FLOP that are required, the bytes that must move at least, and
-//! the launches. All rates of `bench step`, and the floors of its breakdown, come from here.
+//! The work of a training step: for every kernel, and so for every stage, the FLOP that are required, the bytes that must move at
+//! least, and the launches. All rates of `bench step`, and the floors of its breakdown, come from here.
 //!
 //! Two counts of FLOP, for two questions:
 //!
-//! - [`Work::flop`]: what the step of this engine requires. Only real tokens and rows with a label; the last layer on the rows that are needed
-//!   of it, the decoder's queries by parts. The backward of a product is two products; that of attention is 2.5 times its forward, since no
-//!   implementation keeps the scores. The padding of the vocabulary to a multiple of 64 is counted (0.02 % of BERT's). A kernel's floor is `max(FLOP / product rate, bytes / copy rate)`.
-//! - [`model`]: what a padded textbook implementation does, three times the forward, the same number for every implementation. TFLOP/s and MFU
-//!   beside PyTorch's are relative to it.
+//! - [`Work::flop`]: what the step of this engine requires. Only real tokens and rows with a label; the last layer on the rows that are
+//!   needed of it, the decoder's queries by parts. The backward of a product is two products; that of attention is 2.5 times its forward,
+//!   since no implementation keeps the scores. The padding of the vocabulary to a multiple of 64 is counted (0.02 % of BERT's). A kernel's
+//!   floor is `max(FLOP / product rate, bytes / copy rate)`.
+//! - [`model`]: what a padded textbook implementation does, three times the forward, the same number for every implementation. TFLOP/s
+//!   and MFU beside PyTorch's are relative to it.
 //!
-//! Formulas of single ops are in `list`, each with what it reads and writes; `graph` lists the ops of a step. Launches and sizes of products are
-//! those that work is laid out for ([`crate::graph::extent`]); FLOP and bytes are of the rows in use. `tests/work.rs` compares both with what
-//! a step queues, and this count with the other to the last FLOP.
+//! Formulas of single ops are in `list`, each with what it reads and writes; `graph` lists the ops of a step. Launches and sizes of
+//! products are those that work is laid out for ([`crate::graph::extent`]); FLOP and bytes are of the rows in use. `tests/work.rs`
+//! compares both with what a step queues, and this count with the other to the last FLOP.
 
 mod graph;
 mod list;
@@ -268,8 +269,8 @@ pub fn pretraining(
     Work::of(sizes, &rows, &laid_out, |list, rows| list.pretraining(objective, rows))
 }
 
-/// A step of a bi-encoder whose towers take all of `batch` at once; [CLS] is the embedding, without projection and normalisation. `capacity` is
-/// the tower's, `sides` the most queries and passages.
+/// A step of a bi-encoder whose towers take all of `batch` at once; [CLS] is the embedding, without projection and normalisation.
+/// `capacity` is the tower's, `sides` the most queries and passages.
 pub fn fine_tuning(
     on: (Device, DType),
     config: &BertConfig,

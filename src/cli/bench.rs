@@ -17,9 +17,9 @@ use crate::train::target::Target;
 
 /// Measure steps, kernels, data, encoding and search, and compare two measurements
 ///
-/// A table on standard output. --json FILE appends a JSON object for every case, with the command, the commit (RETROMAE_COMMIT, else the
-/// checkout's), the device, its driver and cuBLASLt, clocks and load before and after: what it takes to repeat it. Models: base, small, minilm and mini
-/// (next to nothing, to try the command), or a preset as in train --config-name.
+/// A table on standard output. --json FILE appends a JSON object for every case, with the command, the commit (RETROMAE_COMMIT, else
+/// the checkout's), the device, its driver and cuBLASLt, clocks and load before and after: what it takes to repeat it. Models: base,
+/// small, minilm and mini (next to nothing, to try the command), or a preset as in train --config-name.
 #[derive(Debug, Args)]
 #[command(arg_required_else_help = true)]
 pub struct Arguments {

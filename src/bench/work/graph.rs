@@ -1,5 +1,5 @@
-//! The ops of a step in the order of `train/step.rs`, `train/biencoder.rs` and `graph/`, for [`super::list`]: whoever changes one changes the
-//! other, and a test compares the two.
+//! The ops of a step in the order of `train/step.rs`, `train/biencoder.rs` and `graph/`, for [`super::list`]: whoever changes one
+//! changes the other, and a test compares the two.
 
 use super::Rows;
 use super::list::{Attention, Input, List};

@@ -118,7 +118,8 @@ impl List {
         self.product(Product::NT, [rows, n, k], bytes);
     }
 
-    /// Its gradients: `dx = dy w`, `dw += dyᵀ x` in f32, `db` as column sums. Rows past the true number are zeroed where it is on the device.
+    /// Its gradients: `dx = dy w`, `dw += dyᵀ x` in f32, `db` as column sums. Rows past the true number are zeroed where it is on the
+    /// device.
     pub fn linear_backward(&mut self, (rows, k, n): (usize, usize, usize), bias: bool, input: Input, tails: bool) {
         let (s, [rk, nk, rn]) = (self.element(), [rows * k, n * k, rows * n].map(|x| x as u64));
         if tails {
@@ -146,7 +147,8 @@ impl List {
     }
 
     /// Attention's backward: scores again, `dO Vᵀ`, `dS K`, `Pᵀ dO` and `dSᵀ Q`. So 10 C FLOP a pair, 2.5 times the forward (Dao, arXiv
-    /// 2307.08691, section 4.1), in one kernel or in two: the first three and the others, whose repetition of the first two is not required.
+    /// 2307.08691, section 4.1), in one kernel or in two: the first three and the others, whose repetition of the first two is not
+    /// required.
     pub fn attention_backward(&mut self, a: Attention) {
         let (c, size, statistics) = (self.width(), self.sizes.dims.head_size(), self.statistics(a.rows));
         if let Some(whole) = self.sizes.whole() {
@@ -155,8 +157,8 @@ impl List {
             let bytes = self.hidden(a.queries + 4 * a.keys + 3 * a.rows) + statistics;
             return self.kernel(&format!("{}_backward_{form}_d{size}", a.stem), 10 * c * a.pairs, bytes);
         }
-        // q, k, v, out and its gradient in, dq out; q, k, v and the gradient in, dk and dv out. Of either, besides: lse in, and the row sums of
-        // dO ∘ out, which the first writes and the second reads.
+        // q, k, v, out and its gradient in, dq out; q, k, v and the gradient in, dk and dv out. Of either, besides: lse in, and the row
+        // sums of dO ∘ out, which the first writes and the second reads.
         let first = self.hidden(a.queries + 2 * a.keys + 3 * a.rows) + 2 * statistics;
         let second = self.hidden(a.queries + 4 * a.keys + a.rows) + 2 * statistics;
         self.kernel(&format!("{}_backward_dq_d{size}", a.stem), 6 * c * a.pairs, first);
@@ -231,8 +233,9 @@ impl List {
         }
     }
 
-    /// LM head's products with the vocabulary and what `between` queues between them, for `rows` rows at a time. The logits are made to stay
-    /// in the second-level cache: they count for nothing. The weight and its gradient in f32 are too large for that, so every chunk moves them.
+    /// LM head's products with the vocabulary and what `between` queues between them, for `rows` rows at a time. The logits are made to
+    /// stay in the second-level cache: they count for nothing. The weight and its gradient in f32 are too large for that, so every
+    /// chunk moves them.
     pub fn vocabulary(&mut self, rows: usize, between: impl FnOnce(&mut Self, u64)) {
         let (c, v, s) = (self.sizes.dims.hidden, self.sizes.dims.vocabulary, self.element());
         let (h, w) = ((rows * c) as u64 * s, (v * c) as u64 * s);
