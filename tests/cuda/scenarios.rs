@@ -167,7 +167,10 @@ fn records(device: Device) -> Result<String> {
             a.upload(&numbers);
         }
         let mut run = |set: &[Tensor; 3], detail| {
-            let queue = || Ok(records.run(device, (), || work(set)));
+            let queue = || {
+                records.run(device, (), || work(set));
+                Ok(())
+            };
             trace::record(device, detail, queue).map(|((), trace)| trace)
         };
         let (queued, pieces) = (run(&recorded, Detail::Queued)?, run(&direct, Detail::PieceTimes)?);
