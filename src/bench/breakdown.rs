@@ -168,7 +168,7 @@ impl Breakdown {
         self.stages.iter().map(|row| row.ms).sum()
     }
 
-    /// Tells the table, and the totals beside that of the step as it is trained with, `recorded` milliseconds.
+    /// Tells the table, and the totals beside that of the step by the clock, `recorded` milliseconds.
     ///
     /// # Errors
     /// A failed write.
@@ -199,7 +199,7 @@ impl Breakdown {
         report.row(&[&["sum".to_string(), launches.to_string()][..], &all].concat())?;
         let [by_stage, by_piece] = self.totals;
         report.say(&format!(
-            "\nstep as in training {recorded:.3} ms; piece by piece {by_stage:.3} ms with times of stages, {by_piece:.3} ms with \
+            "\nstep by the clock {recorded:.3} ms; piece by piece {by_stage:.3} ms with times of stages, {by_piece:.3} ms with \
              times of kernels\n"
         ))
     }

@@ -138,7 +138,7 @@ pub fn run(settings: &Settings, target: &Target, report: &Report<'_>) -> Result<
         breakdown.tell(case, *ms, &ceiling, report)?;
         if let Some(path) = &settings.svg {
             let frame = breakdown.frame(&ceiling);
-            let title = format!("{case} on {}: {:.2} ms as drawn, {ms:.2} as in training", target.words, frame.ms);
+            let title = format!("{case} on {}: {:.2} ms as drawn, {ms:.2} by the clock", target.words, frame.ms);
             files::write_atomic(path, |out| out.write_all(flame::svg(&title, &frame).as_bytes()))?;
         }
     }

@@ -399,6 +399,7 @@ impl Memory {
     /// Queues a copy of a few bytes at `offset` for [`Self::end_read`].
     pub fn begin_read(&self, offset: usize, count: usize) {
         if self.holds(offset, count) {
+            trace::piece(|| Piece::Download(count));
             // SAFETY: inside this allocation, as just checked.
             self.gpu.keep(|| unsafe { self.gpu.backend.begin_download(self.address + offset as u64, count) });
         }

@@ -34,8 +34,8 @@ impl List {
         let (c, i, dropout) = (self.sizes.dims.hidden, self.sizes.dims.intermediate, self.sizes.dropout);
         self.within(stages::ROWS, |list| list.layernorm_backward(rows, dropout));
         self.linear_backward((rows, i, c), true, Input::Set, true);
-        self.within(stages::ROWS, |list| list.activation_backward(rows, i));
-        self.linear_backward((rows, c, i), true, Input::Add, true);
+        self.within(stages::ROWS, |list| list.activation_backward_sums(rows, i));
+        self.linear_backward((rows, c, i), false, Input::Add, true);
         self.within(stages::ROWS, |list| list.layernorm_backward(rows, dropout));
         self.linear_backward((rows, c, c), true, Input::Set, true);
     }
@@ -90,8 +90,8 @@ impl List {
     fn transform_backward(&mut self, rows: usize) {
         let c = self.sizes.dims.hidden;
         self.layernorm_backward(rows, false);
-        self.activation_backward(rows, c);
-        self.linear_backward((rows, c, c), true, Input::Set, true);
+        self.activation_backward_sums(rows, c);
+        self.linear_backward((rows, c, c), false, Input::Set, true);
     }
 
     /// LM head and cross entropy of `rows` rows.

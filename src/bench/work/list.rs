@@ -218,6 +218,13 @@ impl List {
         self.kernel("activation_backward", 0, bytes);
     }
 
+    /// The same with the bias gradient of the linear layer before, summed on the way.
+    pub fn activation_backward_sums(&mut self, rows: usize, width: usize) {
+        let bytes = 3 * (rows * width) as u64 * self.element();
+        self.kernel("activation_backward_sums", 0, bytes);
+        self.plain("column_sums_add", 0, 8 * width as u64);
+    }
+
     /// Rows that are moved: in and out; added: in twice.
     pub fn moved(&mut self, stem: &str, rows: usize) {
         if rows > 0 {
