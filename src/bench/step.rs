@@ -237,10 +237,13 @@ fn time<T: Trainable>(
     case.trainer.params().load(1, config.initializer_range, |_, _, _| Ok(false))?;
     let (sequences, tokens) = T::size(&case.batches[0]);
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
-    let mut step = |t: u64| {
-        let batch = &case.batches[(t % case.batches.len() as u64) as usize];
+    // As in training the next batch is made ready while the step runs; not where the pieces of a single step are told.
+    let mut step = |t: u64, alone: bool| {
+        let batch = |t: u64| &case.batches[(t % case.batches.len() as u64) as usize];
+        let next = (!alone).then(|| batch(t + 1));
         let start = Instant::now();
-        let out = case.trainer.step(std::slice::from_ref(batch), &AdamW::default(), 1e-5, t + 1, 7)?;
+        let out =
+            case.trainer.step_before(std::slice::from_ref(batch(t)), next, &AdamW::default(), 1e-5, (t + 1, 7))?;
         let milliseconds = start.elapsed().as_secs_f64() * 1e3;
         let loss: f64 = case.trainer.parts(&out.losses).iter().map(|part| part.weight * part.loss()).sum();
         if !loss.is_finite() || out.skipped {
@@ -250,13 +253,13 @@ fn time<T: Trainable>(
         norms.push(out.grad_norm);
         Ok(milliseconds)
     };
-    let first = step(0)?;
+    let first = step(0, false)?;
     for t in 1..args.warmup {
-        step(t)?;
+        step(t, false)?;
     }
     let setup = case.began.elapsed().as_secs_f64();
     let steps = args.warmup..args.warmup + args.steps;
-    let times = Times::new(steps.map(&mut step).collect::<Result<Vec<f64>>>()?);
+    let times = Times::new(steps.map(|t| step(t, false)).collect::<Result<Vec<f64>>>()?);
     let ms = times.median();
     // As many steps piece by piece, but no more than a median needs.
     let (repeats, mut t) = (args.steps.min(10), args.warmup + args.steps);
@@ -264,7 +267,7 @@ fn time<T: Trainable>(
     if args.breakdown {
         for (detail, traces) in DETAILS.into_iter().zip(&mut traces) {
             for _ in 0..repeats {
-                traces.push(trace::record(target.device, detail, || step(t))?.1);
+                traces.push(trace::record(target.device, detail, || step(t, true))?.1);
                 t += 1;
             }
         }

@@ -55,7 +55,7 @@ pub fn resolve_in(model: &str, cache: &Path) -> Result<PathBuf> {
     let commit = if reference.is_file() { read_commit(&reference)? } else { revision.to_string() };
     let snapshot = folder.join("snapshots").join(&commit);
     let has = |name: &&str| snapshot.join(name).is_file();
-    if !has(&"config.json") || !super::weights::WEIGHT_FILES.iter().any(|name| has(name)) {
+    if !has(&"config.json") || !super::weights::WEIGHT_FILES.iter().any(has) {
         let cause = format!("{name} is in the local cache without a complete revision {revision}");
         let remedy = format!("fetch it again: hf download {name} --revision {revision}");
         return Err(Error::refused(cause).path(snapshot).remedy(remedy));

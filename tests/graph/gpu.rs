@@ -11,7 +11,7 @@ use retromae_engine::ops::optimizer::AdamW;
 use retromae_engine::rng::Dropout;
 use retromae_engine::train::step::{Objective, Pretrainer};
 
-use super::common::{CAPACITY, USUAL, assert_close, batch, config, dropout, fill, gradients};
+use super::common::{CAPACITY, Labels, USUAL, assert_close, batch, config, dropout, fill, gradients};
 use retromae_engine::train::updates::Trainable;
 
 /// The device that `RETROMAE_DEVICE` names; one that is named and not there is a failure.
@@ -72,6 +72,21 @@ fn f32_gradients_are_those_of_the_cpu() {
             assert!((a.bow - b.bow).abs() <= 1e-5 * a.bow, "{} and {}", a.bow, b.bow);
             assert_close(&gradients(&gpu), &gradients(&cpu), 1e-4);
         }
+    }
+}
+
+/// Rows with a label and [CLS] rows are then the same ones: more are laid out for than there are tokens.
+#[test]
+fn every_row_labelled() {
+    let all = Labels { encoder: |_, _| true, decoder: |_, _| true };
+    let micro = [batch(0, &[40, 40, 10], all)];
+    for objective in [Objective::RetroMae, Objective::DupMae, Objective::Mlm] {
+        let config = sizes(32, Activation::Gelu);
+        let (mut cpu, mut gpu) =
+            (on(Device::Cpu, &config, objective, DType::F64), on(gpu(), &config, objective, DType::F32));
+        let (a, b) = (cpu.gradients(&micro, dropout()).unwrap(), gpu.gradients(&micro, dropout()).unwrap());
+        assert!((a.total() / b.total() - 1.0).abs() < 1e-5, "{} and {}", a.total(), b.total());
+        assert_close(&gradients(&gpu), &gradients(&cpu), 1e-4);
     }
 }
 

@@ -252,10 +252,9 @@ fn bm25_ranks_texts_and_refuses_those_without_ids() {
             "{\"_id\": \"a\", \"title\": \"Green\", \"text\": \"apple tree\"}\n",
             "{\"_id\": \"b\", \"text\": \"apple apple pie\"}\n",
             "{\"_id\": \"a\", \"text\": \"again\"}\n",
-        )
-        .to_string(),
+        ),
     );
-    dir.write("q.tsv", "q1\tgreen apple\nq2\tpear\nq3\tpie\n".to_string());
+    dir.write("q.tsv", "q1\tgreen apple\nq2\tpear\nq3\tpie\n");
     let [corpus, queries, run] = ["c.jsonl", "q.tsv", "run.txt"].map(|name| dir.arg(name));
     let bm25 = ["bm25", "--queries", &queries, "--corpus", &corpus, "--output", &run];
     let out = ok(&[&bm25[..], &["--top-k", "5", "--json", &dir.arg("bm25.json")]].concat());
@@ -269,7 +268,7 @@ fn bm25_ranks_texts_and_refuses_those_without_ids() {
         (found["queries"].as_u64(), found["passages"].as_u64(), found["hits"].as_u64()),
         (Some(3), Some(2), Some(3))
     );
-    dir.write("bare.txt", "no id here\n".to_string());
+    dir.write("bare.txt", "no id here\n");
     let bare = dir.arg("bare.txt");
     let error = fails(1, &["bm25", "--queries", &queries, "--corpus", &bare, "--output", &run]);
     assert!(error.contains("bare.txt: text 1 has no id; give texts with ids"), "{error}");
