@@ -14,6 +14,7 @@
 //! - [`origin`]: what a run keeps of its beginning; [`export`]: a checkpoint made a model that others load
 //! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
 //! - [`flops`]: the arithmetic that a step must do, for rates
+//! - [`collective`]: many processes that share every step
 //! - [`signals`]: orderly stops; the file operations below all of this are [`crate::files`]
 
 use std::time::Duration;
@@ -25,6 +26,7 @@ pub mod batches;
 pub mod biencoder;
 mod biencoder_loss;
 pub mod checkpoint;
+pub mod collective;
 pub mod contract;
 pub mod cross_encoder;
 pub mod dev;
