@@ -165,7 +165,8 @@ pub struct BiEncoder {
     capacities: Vec<Capacity>,
     head: Head,
     optimizer: Optimizer,
-    /// f64: `[2]` contrastive losses and correct queries, `[2]` the same of distillation, `[1]` ‖g‖².
+    /// f64: `[2]` contrastive losses and correct queries, `[2]` the same of distillation, `[1]` ‖g‖², `[1]` that of this
+    /// rank's own gradients.
     results: Tensor,
     records: Records<Piece>,
 }
@@ -250,7 +251,7 @@ impl BiEncoder {
             capacities: parts.capacities,
             head,
             optimizer: Optimizer::new(device, &params),
-            results: device.zeros(DType::F64, 5),
+            results: device.zeros(DType::F64, 6),
             records: Records::default(),
             params,
         };
@@ -424,8 +425,12 @@ impl Trainable for BiEncoder {
         &self.params
     }
 
-    fn moments(&self) -> (&Tensor, &Tensor) {
-        self.optimizer.moments()
+    fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
+    fn optimizer_mut(&mut self) -> &mut Optimizer {
+        &mut self.optimizer
     }
 
     fn size(batch: &ContrastiveBatch) -> (usize, usize) {
@@ -462,7 +467,9 @@ impl Trainable for BiEncoder {
         update: bool,
     ) -> Result<Losses> {
         let _names = (trace::phase(stages::INPUTS), trace::stage(stages::UPLOADS));
-        let losses = self.terms(micro)?;
+        let team = self.optimizer.team(gradients);
+        let mut losses = self.terms(micro)?;
+        [losses.queries, losses.distill_terms] = team.totals([losses.queries, losses.distill_terms])?;
         self.head.weigh(&losses);
         dropout.announce(self.device);
         let mut records = std::mem::take(&mut self.records);
@@ -472,7 +479,9 @@ impl Trainable for BiEncoder {
         for batch in micro {
             self.batch(&mut records, batch, dropout, gradients);
         }
-        if update {
+        if team.is_shared() {
+            self.optimizer.share(&self.params, &self.results.slice(4..5), &self.results.slice(5..6), update)?;
+        } else if update {
             records.run(self.device, Piece::Update, || {
                 self.optimizer.update(&self.params, &self.results.slice(4..5));
             });
@@ -484,7 +493,7 @@ impl Trainable for BiEncoder {
     fn end(&mut self, mut losses: Losses) -> Result<(Losses, f64)> {
         let x: Vec<f64> = self.results.to_vec();
         self.device.check()?;
-        (losses.contrastive, losses.correct, losses.distill) = (x[0], x[1], x[2]);
+        [losses.contrastive, losses.correct, losses.distill, _] = self.optimizer.losses([x[0], x[1], x[2], x[5]])?;
         Ok((losses, x[4]))
     }
 }

@@ -137,6 +137,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// The gradient was not finite and nothing was updated.
     pub skipped: bool,
+    /// The ranks that it came from, where several share the step.
+    pub culprits: Vec<usize>,
     /// Tokens of the step.
     pub tokens: u64,
     /// Texts of the step.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::data::corpus::Corpus;
 use crate::data::loader::{Ahead, Loader};
-use crate::data::order::{BatchSize, Part, Plan};
+use crate::data::order::{BatchSize, Part, Plan, Share};
 use crate::data::pairs::batch::{ContrastiveBatch, ContrastiveBuilder, CrossBatch, CrossBuilder};
 use crate::data::pairs::groups::Groups;
 use crate::error::Result;
@@ -83,6 +83,7 @@ pub struct PairBatches<B: GroupBuilder> {
     builder: B,
     plan: Plan,
     evaluation: Plan,
+    share: Share,
     ahead: batches::Ahead<B::Batch>,
 }
 
@@ -96,7 +97,7 @@ impl<B: GroupBuilder> PairBatches<B> {
         let size = BatchSize::Sequences(u64::from(settings.batch_size.unwrap_or(32)));
         // Texts are cut by the builder.
         let [plan, evaluation] = batches::plans(settings, order, size, 512)?;
-        Ok(PairBatches { builder, plan, evaluation, ahead: batches::Ahead::default() })
+        Ok(PairBatches { builder, plan, evaluation, share: settings.share, ahead: batches::Ahead::default() })
     }
 
     /// What makes the batches.
@@ -119,7 +120,8 @@ impl<B: GroupBuilder> Batches for PairBatches<B> {
 
     fn next(&mut self) -> Result<Vec<B::Batch>> {
         let micro = self.ahead.next(|cursor| {
-            self.builder.clone().ahead(Ahead { plan: self.plan.clone(), cursor, rank: 0, steps: AHEAD, threads: 1 })
+            let (plan, rank) = (self.plan.clone(), self.share.rank);
+            self.builder.clone().ahead(Ahead { plan, cursor, rank, even: false, steps: AHEAD, threads: 1 })
         })?;
         // At the end of the data a micro-batch may hold no query.
         Ok(micro.into_iter().filter(|batch| !B::rows(batch).is_empty()).collect())

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::data::order::Share;
 use crate::data::pairs::MissingScore;
 use crate::data::pairs::batch::Duplicates;
 use crate::data::pairs::qrels::QrelsFormat;
@@ -245,6 +246,9 @@ pub struct Settings {
     pub patience: Option<u64>,
     /// Whether the checkpoint of the best evaluation is kept and exported; when absent, with a dev set.
     pub keep_best: Option<bool>,
+    /// The ranks that share the run: known from how it was started.
+    #[serde(skip)]
+    pub share: Share,
 }
 
 impl Default for Settings {
@@ -325,6 +329,7 @@ impl Default for Settings {
             best_metric: None,
             patience: None,
             keep_best: None,
+            share: Share::default(),
         }
     }
 }

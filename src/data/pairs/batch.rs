@@ -174,7 +174,7 @@ impl ContrastiveBuilder {
     /// The batches of a plan's steps, built ahead.
     pub fn load(self, ahead: Ahead) -> Result<Loader<ContrastiveBatch>> {
         let (queries, part) = (self.groups.queries_for(&ahead)?, ahead.plan.part());
-        Loader::build_ahead(queries, ahead, move |samples| self.build_of(part, samples))
+        Loader::build_ahead(queries, ahead, move |micro| self.build_of(part, micro.neighbours()))
     }
 }
 
@@ -226,7 +226,7 @@ impl CrossBuilder {
     /// The batches of a plan's steps, built ahead.
     pub fn load(self, ahead: Ahead) -> Result<Loader<CrossBatch>> {
         let (queries, part) = (self.groups.queries_for(&ahead)?, ahead.plan.part());
-        Loader::build_ahead(queries, ahead, move |samples| self.build_of(part, samples))
+        Loader::build_ahead(queries, ahead, move |micro| self.build_of(part, micro.neighbours()))
     }
 }
 

@@ -16,7 +16,7 @@ pub mod launch;
 pub mod links;
 pub mod rendezvous;
 pub mod tcp;
-mod wire;
+pub mod wire;
 pub mod workers;
 
 use std::sync::Arc;

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use toml::Table;
 
-use super::Settings;
 use super::resolve::applies;
+use super::{Objective, Settings};
 use crate::error::{Error, Result};
 use crate::train::About;
 
@@ -56,6 +56,11 @@ impl Settings {
             .filter(|(key, _)| !FREE.contains(&key.as_str()))
             .map(|(key, value)| (key, value.to_string()))
             .collect();
+        let (batch, accumulate) = self.step_shape();
+        identity.insert("accumulate".into(), accumulate.to_string());
+        if let Some(batch) = batch {
+            identity.insert("batch-size".into(), batch.to_string());
+        }
         identity.insert("steps".into(), total.to_string());
         identity.insert("warmup-steps".into(), self.schedule(total).warmup.to_string());
         identity.insert("model".into(), format!("{} [{}]", about.model, about.model_fingerprint));
@@ -63,6 +68,16 @@ impl Settings {
         identity.insert("precision".into(), about.precision.clone());
         identity.insert("eval-size".into(), about.held_out.to_string());
         Ok(identity)
+    }
+
+    /// What a step works on, however many ranks and micro-batches share it: how many texts belong together, and how many such batches
+    /// there are. Only a bi-encoder's texts depend on which others are in the batch.
+    fn step_shape(&self) -> (Option<u64>, u64) {
+        let (all, batch) = (u64::from(self.accumulate) * self.share.ranks, self.batch_size.map(u64::from));
+        match batch {
+            Some(batch) if self.objective != Objective::Contrastive => (Some(batch * all), 1),
+            batch => (batch, all),
+        }
     }
 
     /// The settings that the objective knows.
