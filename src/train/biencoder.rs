@@ -8,6 +8,7 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::data::order::Share;
 use crate::data::pairs::batch::ContrastiveBatch;
 use crate::data::pairs::texts::TextBatch;
 use crate::device::{ALIGNMENT, DType, Device, Tensor, trace};
@@ -24,6 +25,7 @@ use crate::ops::optimizer::AdamW;
 use crate::retrieve::representation::Embedded;
 use crate::train::EvalPart;
 use crate::train::biencoder_loss::Head;
+pub use crate::train::biencoder_loss::Losses;
 use crate::train::step::Footprint;
 use crate::train::updates::{self, Optimizer, Trainable};
 
@@ -100,40 +102,6 @@ impl Room {
     }
 }
 
-/// Sums over the queries of one or more batches.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Losses {
-    /// Queries.
-    pub queries: usize,
-    /// Sum of their contrastive losses.
-    pub contrastive: f64,
-    /// Queries whose own passage scores highest of all.
-    pub correct: f64,
-    /// Weight of the contrastive loss.
-    pub contrastive_weight: f64,
-    /// Sum of the distillation losses, and of how many terms.
-    pub distill: f64,
-    /// Terms of the sum; 0 without a teacher.
-    pub distill_terms: usize,
-}
-
-impl Losses {
-    /// Mean contrastive loss.
-    pub fn contrastive_loss(&self) -> f64 {
-        self.contrastive / self.queries.max(1) as f64
-    }
-
-    /// Mean distillation loss.
-    pub fn distill_loss(&self) -> f64 {
-        self.distill / self.distill_terms.max(1) as f64
-    }
-
-    /// What is minimised.
-    pub fn total(&self) -> f64 {
-        self.distill_loss() + self.contrastive_weight * self.contrastive_loss()
-    }
-}
-
 /// Part of a batch that goes through a tower at once.
 struct Chunk {
     tower: usize,
@@ -148,7 +116,8 @@ enum Piece {
     Zero { gradients: bool },
     Forward { tower: usize, bounds: Bounds, dropout: [u32; 2] },
     Backward { tower: usize, bounds: Bounds, dropout: [u32; 2], again: bool },
-    Loss { gradients: bool, hidden: bool, group: usize, distill: Option<DistillLoss> },
+    Loss { gradients: bool, hidden: bool },
+    Distill { gradients: bool, group: usize, loss: DistillLoss, across: bool },
     Update,
 }
 
@@ -213,12 +182,12 @@ impl BiEncoder {
         (device, storage): (Device, DType),
         config: &BertConfig,
         options: &Options,
-        room: Room,
+        (room, share): (Room, Share),
     ) -> Footprint {
         let mut parts = Parts::new((device, storage), config, options, room);
         let width = options.width(config);
         for name in ["embeddings", "d_embeddings"] {
-            parts.plan.add(name, room.first_passage() + room.passages, width);
+            parts.plan.add(name, room.first_passage() + room.passages * share.ranks as usize, width);
         }
         Footprint::of(&parts.table, &parts.plan, storage)
     }
@@ -228,6 +197,20 @@ impl BiEncoder {
     /// # Errors
     /// Not enough memory, or a model whose sizes the kernels do not have.
     pub fn new(device: Device, config: &BertConfig, options: Options, room: Room, storage: DType) -> Result<Self> {
+        Self::among(device, config, options, (room, Share::default()), storage)
+    }
+
+    /// The same with room for the passages of all ranks that share a run, where they are candidates.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn among(
+        device: Device,
+        config: &BertConfig,
+        options: Options,
+        (room, share): (Room, Share),
+        storage: DType,
+    ) -> Result<Self> {
         let width = options.width(config);
         if device.is_gpu() {
             check_gpu(config)?;
@@ -238,7 +221,7 @@ impl BiEncoder {
                 .remedy("choose another --projection, or --device cpu"));
         }
         let mut parts = Parts::new((device, storage), config, &options, room);
-        let head = Head::new((device, storage), &mut parts.plan, width, options.temperature, room);
+        let head = Head::new((device, storage), &mut parts.plan, width, options.temperature, (room, share));
         let params = parts.table.allocate(device, storage);
         let inputs = parts.capacities.iter();
         let model = BiEncoder {
@@ -333,7 +316,16 @@ impl BiEncoder {
     }
 
     /// Losses and gradients of one batch.
-    fn batch(&mut self, records: &mut Records<Piece>, batch: &ContrastiveBatch, dropout: StepDropout, gradients: bool) {
+    ///
+    /// # Errors
+    /// The failure of a rank.
+    fn batch(
+        &mut self,
+        records: &mut Records<Piece>,
+        batch: &ContrastiveBatch,
+        dropout: StepDropout,
+        gradients: bool,
+    ) -> Result<()> {
         let (device, thresholds) = (self.device, dropout.thresholds());
         let chunks = self.chunks(batch);
         // Activations of the forward are still there for the backward when each tower sees one chunk.
@@ -351,16 +343,31 @@ impl BiEncoder {
         self.head.set(batch, self.buffers.tensor(self.head.teacher));
         let (hidden, group) = (batch.hidden.is_some(), batch.group);
         let distill = self.options.distillation.map(|d| d.loss);
-        records.run(device, Piece::Loss { gradients, hidden, group, distill }, || {
-            let _names = (trace::phase(stages::LOSS), trace::stage(stages::CONTRASTIVE));
-            let p = self.pass(dropout);
-            self.head.contrast(&p, hidden, gradients, &self.results.slice(0..2));
-            if let Some(loss) = distill {
-                self.head.distill(&p, loss, group, gradients, &self.results.slice(2..4));
-            }
-        });
+        let names = || (trace::phase(stages::LOSS), trace::stage(stages::CONTRASTIVE));
+        let team = self.optimizer.team(batch.across.is_some());
+        if team.is_shared() {
+            team.all_gather(self.head.all.tensor(1))?;
+        }
+        if batch.rows.is_empty() {
+            self.head.nothing();
+        } else {
+            records.run(device, Piece::Loss { gradients, hidden }, || {
+                let _names = names();
+                self.head.contrast(&self.pass(dropout), hidden, gradients, &self.results.slice(0..2));
+            });
+        }
+        if team.is_shared() && gradients {
+            team.reduce_scatter(self.head.d_all.tensor(1))?;
+        }
+        if let (Some(loss), false) = (distill, batch.rows.is_empty()) {
+            let across = batch.across.is_some();
+            records.run(device, Piece::Distill { gradients, group, loss, across }, || {
+                let _names = names();
+                self.head.distill(&self.pass(dropout), loss, group, gradients, across, &self.results.slice(2..4));
+            });
+        }
         if !gradients {
-            return;
+            return Ok(());
         }
         for (Chunk { tower, texts, places }, laid_out) in chunks.iter().zip(bounds) {
             let tower = *tower;
@@ -377,6 +384,7 @@ impl BiEncoder {
                 self.towers[tower].backward(&p, &self.inputs[tower], self.head.d_all.whole());
             });
         }
+        Ok(())
     }
 
     fn pass(&self, dropout: StepDropout) -> Pass<'_> {
@@ -387,7 +395,7 @@ impl BiEncoder {
     fn chunks(&self, batch: &ContrastiveBatch) -> Vec<Chunk> {
         let (q, p) = (batch.queries.samples.len(), batch.passages.samples.len());
         let limit = |texts: usize| self.head.room.chunk.unwrap_or(texts).max(1);
-        let first_passage = self.head.room.first_passage();
+        let first_passage = self.head.room.first_passage() + self.head.own_block(batch.across.is_some());
         let mut chunks = Vec::new();
         let mut cut = |tower: usize, texts: &TextBatch, places: &dyn Fn(usize) -> u32, limit: usize| {
             let n = texts.samples.len();
@@ -477,7 +485,7 @@ impl Trainable for BiEncoder {
             updates::zero(self.device, &self.results, &self.params, gradients);
         });
         for batch in micro {
-            self.batch(&mut records, batch, dropout, gradients);
+            self.batch(&mut records, batch, dropout, gradients)?;
         }
         if team.is_shared() {
             self.optimizer.share(&self.params, &self.results.slice(4..5), &self.results.slice(5..6), update)?;

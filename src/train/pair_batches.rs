@@ -36,6 +36,11 @@ pub trait GroupBuilder: Clone {
 
     /// The queries of a batch: rows of its pairs.
     fn rows(batch: &Self::Batch) -> &[u32];
+
+    /// Whether there is nothing to do for a batch, at no rank.
+    fn is_void(batch: &Self::Batch) -> bool {
+        Self::rows(batch).is_empty()
+    }
 }
 
 impl GroupBuilder for ContrastiveBuilder {
@@ -55,6 +60,10 @@ impl GroupBuilder for ContrastiveBuilder {
 
     fn rows(batch: &ContrastiveBatch) -> &[u32] {
         &batch.rows
+    }
+
+    fn is_void(batch: &ContrastiveBatch) -> bool {
+        batch.across.map_or(batch.rows.is_empty(), |across| across.passages == 0)
     }
 }
 
@@ -124,7 +133,7 @@ impl<B: GroupBuilder> Batches for PairBatches<B> {
             self.builder.clone().ahead(Ahead { plan, cursor, rank, even: false, steps: AHEAD, threads: 1 })
         })?;
         // At the end of the data a micro-batch may hold no query.
-        Ok(micro.into_iter().filter(|batch| !B::rows(batch).is_empty()).collect())
+        Ok(micro.into_iter().filter(|batch| !B::is_void(batch)).collect())
     }
 
     fn cursor(&self) -> u64 {

@@ -223,6 +223,8 @@ pub struct Settings {
     pub projection: Option<usize>,
     /// What happens to passages of a batch that are positives of another query of it.
     pub duplicates: Option<Duplicates>,
+    /// Whether the passages of all ranks are candidates of every query.
+    pub cross_device_negatives: Option<bool>,
     /// Texts whose activations exist at a time.
     pub chunk: Option<usize>,
     /// How scores are compared with a teacher's.
@@ -318,6 +320,7 @@ impl Default for Settings {
             untied: None,
             projection: None,
             duplicates: None,
+            cross_device_negatives: None,
             chunk: None,
             distill_loss: None,
             contrastive_loss_weight: None,
@@ -355,6 +358,11 @@ impl Settings {
     pub fn best_metric(&self, dev: &[(Metric, f64)]) -> String {
         let first = || dev.first().map_or_else(|| LOSS.to_string(), |(metric, _)| metric.to_string());
         self.best_metric.clone().unwrap_or_else(first)
+    }
+
+    /// Whether the passages of other ranks are candidates.
+    pub fn across(&self) -> bool {
+        self.cross_device_negatives.unwrap_or(false) && self.share.ranks > 1
     }
 
     /// Whether the checkpoint of the best evaluation is kept and exported.

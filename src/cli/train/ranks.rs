@@ -101,6 +101,11 @@ impl Flags {
     }
 }
 
+/// Whether a run was stopped in an orderly way, which all ranks agree on.
+fn stopped(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Signal(_))
+}
+
 /// A digest of this program, by which ranks know that they are the same.
 fn program() -> Result<String> {
     let path = Path::new("/proc/self/exe");
@@ -151,14 +156,13 @@ impl Member {
         let links = tcp.links();
         // What another rank failed with is the cause of whatever went wrong here since.
         let result = match (result, links.check()) {
-            (Err(_), Err(theirs)) => Err(theirs),
+            (Err(e), Err(theirs)) if !stopped(&e) => Err(theirs),
             (result, _) => result,
         };
-        links.leave(result.as_ref().err());
-        result.map_err(|e| match e.kind() {
-            Kind::Signal(_) => e,
-            _ if e.cause().starts_with("rank ") => e,
-            _ => Failure::of(links.rank(), &e).to_error(),
+        links.leave(result.as_ref().err().filter(|e| !stopped(e)));
+        result.map_err(|e| match stopped(&e) {
+            true => e,
+            false => Failure::of(links.rank(), &e).to_error(),
         })
     }
 }

@@ -66,7 +66,7 @@ impl Shared {
 
     /// How often signs of life are sent.
     fn period(&self) -> Duration {
-        (self.timeout / 5).min(Duration::from_secs(1))
+        (self.timeout / 10).min(Duration::from_secs(1))
     }
 
     /// A rank has failed: the first to tell is believed. Passes it on, and unblocks what is stuck on that rank's connection.

@@ -77,6 +77,10 @@ impl Failure {
     pub fn of(rank: usize, error: &Error) -> Self {
         let (text, remedy) = (error.to_string(), error.advice());
         let cause = text.strip_suffix(remedy).map_or(text.as_str(), |cause| cause.trim_end_matches("; "));
+        // An error that names a rank is that rank's, whoever found it.
+        let named = cause.strip_prefix("rank ").and_then(|rest| rest.split_once(": "));
+        let named = named.and_then(|(number, cause)| Some((number.parse().ok()?, cause)));
+        let (rank, cause) = named.unwrap_or((rank, cause));
         Failure { rank, cause: cause.into(), remedy: remedy.into(), code: error.exit_code() }
     }
 
@@ -162,6 +166,7 @@ mod tests {
         let error = Error::refused("too short").path("a.tsv").line(3).remedy("fix it");
         let failure = Failure::of(2, &error);
         assert_eq!(failure.to_error().to_string(), "rank 2: a.tsv:3: too short; fix it");
+        assert_eq!(Failure::of(1, &failure.to_error()), failure);
         assert_eq!(Failure::of(1, &Error::usage("no")).to_error().exit_code(), 2);
         assert_eq!(Failure::of(1, &Error::usage("no")).to_error().to_string(), "rank 1: no");
         assert_eq!(Failure::of(1, &Error::new(Kind::Signal(15), "x")).to_error().exit_code(), 143);

@@ -18,7 +18,7 @@ use crate::train::signals::Stop;
 /// How often the workers are looked at.
 const POLL: Duration = Duration::from_millis(20);
 /// Time that workers have to end once one has failed; then they are taken to hang.
-const GRACE: Duration = Duration::from_secs(3);
+const GRACE: Duration = Duration::from_millis(2500);
 /// Lines kept of what a worker says on standard error.
 const LINES: usize = 20;
 

@@ -12,7 +12,8 @@ use crate::train::About;
 
 /// Settings that may change between a run and its continuation. `model`, `data` and `precision` are here because what they lead to
 /// is compared instead of how they are written: see [`Settings::identity`].
-pub(super) const FREE: [&str; 31] = [
+pub(super) const FREE: [&str; 32] = [
+    "cross-device-negatives",
     "best-metric",
     "corpus",
     "dev-corpus",
@@ -73,10 +74,11 @@ impl Settings {
     /// What a step works on, however many ranks and micro-batches share it: how many texts belong together, and how many such batches
     /// there are. Only a bi-encoder's texts depend on which others are in the batch.
     fn step_shape(&self) -> (Option<u64>, u64) {
-        let (all, batch) = (u64::from(self.accumulate) * self.share.ranks, self.batch_size.map(u64::from));
-        match batch {
-            Some(batch) if self.objective != Objective::Contrastive => (Some(batch * all), 1),
-            batch => (batch, all),
+        let (accumulate, ranks) = (u64::from(self.accumulate), self.share.ranks);
+        match self.batch_size.map(u64::from) {
+            Some(batch) if self.objective != Objective::Contrastive => (Some(batch * accumulate * ranks), 1),
+            Some(batch) if self.across() => (Some(batch * ranks), accumulate),
+            batch => (batch, accumulate * ranks),
         }
     }
 
