@@ -279,6 +279,7 @@ fn train<J: Job>(mut job: J, args: &Arguments, global: &Global, member: &Member)
         workspace = Some(opened);
     }
     let mut engine = job.engine(&mut |line| progress.say(&line))?;
+    let team = member.team_on(engine.device(), &mut |line| progress.warn(&line))?;
     engine.join(team.clone());
     let run = Run::new(&plan, workspace, team, &mut engine, job.batches(), &stop, &mut progress)?;
     let (summary, workspace) = run.run()?;

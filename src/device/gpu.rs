@@ -170,6 +170,60 @@ pub trait Backend: Send + Sync {
 
     /// Waits for all work.
     fn synchronize(&self) -> Result<()>;
+
+    /// Whether it can be connected with those of other processes; else why not.
+    fn can_ring(&self) -> Result<()> {
+        Err(no_ring())
+    }
+
+    /// What all processes must have to be connected, made by one of them.
+    fn ring_id(&self) -> Result<Vec<u8>> {
+        Err(no_ring())
+    }
+
+    /// Connects this one, number `rank` of `size`; returns when all have come.
+    fn ring(&self, _id: &[u8], _rank: usize, _size: usize) -> Result<Box<dyn Ring>> {
+        Err(no_ring())
+    }
+}
+
+/// What GPUs of several processes do together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Together {
+    /// Everywhere the sum of all.
+    AllReduce,
+    /// Everywhere the parts of all.
+    AllGather,
+    /// The sum of each part at its rank.
+    ReduceScatter,
+    /// Everywhere what rank 0 has.
+    Broadcast,
+}
+
+impl Together {
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Together::AllReduce => "a sum over ranks",
+            Together::AllGather => "a gathering of ranks",
+            Together::ReduceScatter => "a scattered sum over ranks",
+            Together::Broadcast => "a copy to all ranks",
+        }
+    }
+}
+
+/// GPUs of several processes, from one's side.
+pub trait Ring: Send + Sync {
+    /// Queues work on `elements` elements from `at` on, in place; where every rank has a part, they follow each other.
+    ///
+    /// # Safety
+    /// The elements belong to one allocation.
+    unsafe fn run(&self, what: Together, at: u64, elements: usize, dtype: DType) -> Result<()>;
+}
+
+/// The error of a device whose processes cannot be connected.
+fn no_ring() -> Error {
+    Error::device("this device cannot be connected with those of other processes").remedy("use --device cuda")
 }
 
 /// The error of an allocation that does not fit.
@@ -227,6 +281,11 @@ impl Gpu {
     /// A line worth telling about it, although it works.
     pub fn warning(&self) -> Option<&str> {
         self.backend.warning()
+    }
+
+    /// What is behind it.
+    pub(super) fn backend(&self) -> &dyn Backend {
+        &*self.backend
     }
 
     /// The first failure of the work queued so far that is known by now.

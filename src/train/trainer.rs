@@ -1,6 +1,6 @@
 //! [`Engine`] around a [`Trainable`] model: the optimizer's constants, the seed of dropout, and a dev set.
 
-use crate::device::Tensor;
+use crate::device::{Device, Tensor};
 use crate::error::{Error, Result};
 use crate::eval::metrics::Metric;
 use crate::ops::optimizer::AdamW;
@@ -45,6 +45,11 @@ impl<M: Trainable> Trainer<M> {
             Arena::Moment1 => self.model.optimizer().moments().0,
             Arena::Moment2 => self.model.optimizer().moments().1,
         }
+    }
+
+    /// Where it is trained.
+    pub fn device(&self) -> Device {
+        self.model.device()
     }
 
     /// Shares its steps with the ranks of `team` from here on.

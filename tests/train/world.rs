@@ -57,7 +57,8 @@ impl World {
         for (flag, value) in
             [("--learning-rate", "1e-2"), ("--batch-size", "4"), ("--save-every", "4"), ("--eval-every", "8")]
         {
-            if !more.contains(&flag) && !(flag == "--batch-size" && more.contains(&"--tokens-per-batch")) {
+            let instead = if flag == "--batch-size" { "--tokens-per-batch" } else { flag };
+            if !more.contains(&flag) && !more.contains(&instead) {
                 command.args([flag, value]);
             }
         }

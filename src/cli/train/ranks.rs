@@ -9,12 +9,13 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::data::order::Share;
+use crate::device::Device;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::train::collective::launch::{self, Place, Source};
 use crate::train::collective::rendezvous::{self, Patience};
 use crate::train::collective::tcp::Tcp;
 use crate::train::collective::wire::Failure;
-use crate::train::collective::{Team, workers};
+use crate::train::collective::{Team, nccl, workers};
 use crate::train::signals::Stop;
 
 /// Longest time that can be asked for.
@@ -83,6 +84,7 @@ impl Flags {
         if place.source == Source::Ours {
             workers::end_with_launcher();
         }
+        Device::choose_cuda(place.local_rank);
         let links = rendezvous::meet(place, &program()?, self.patience()?)?;
         links.on_failure(|error| {
             // The main thread computes, or waits for what will not come.
@@ -131,6 +133,11 @@ impl Member {
     /// The ranks.
     pub fn team(&self) -> Team {
         self.tcp.as_ref().map_or_else(Team::default, |tcp| Team::new(tcp.clone()))
+    }
+
+    /// The ranks for tensors on `device`.
+    pub fn team_on(&self, device: Device, warn: &mut dyn FnMut(String)) -> Result<Team> {
+        self.tcp.as_ref().map_or_else(|| Ok(Team::default()), |tcp| nccl::team(tcp, device, warn))
     }
 
     /// Which of them this is.

@@ -4,8 +4,8 @@
 //! over ranks make of it what one rank would have found: losses and gradients are scaled by counts over all ranks. Sums are taken in
 //! the order of the ranks, so that a run repeats bit by bit on the same number of ranks.
 //!
-//! [`Collective`] is what ranks do together, and has two users: [`Alone`], one process; [`tcp`], processes over plain TCP, for tests
-//! and machines without a GPU.
+//! [`Collective`] is what ranks do together, and has three users: [`Alone`], one process; [`tcp`], processes over plain TCP, for tests
+//! and machines without a GPU; [`nccl`], GPUs.
 //!
 //! - [`launch`]: which rank this process is, from what the launcher left in the environment; [`workers`]: a launcher of our own
 //! - [`rendezvous`]: how ranks find rank 0; [`links`]: heartbeats, and the end of all ranks when one fails; [`wire`]: the bytes
@@ -14,6 +14,7 @@
 pub mod agreement;
 pub mod launch;
 pub mod links;
+pub mod nccl;
 pub mod rendezvous;
 pub mod tcp;
 pub mod wire;
