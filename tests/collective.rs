@@ -1,5 +1,7 @@
 //! Ranks of one run: what they do together, what they train, and what becomes of all when one fails.
 
+#[path = "collective/encoded.rs"]
+mod encoded;
 #[path = "collective/failures.rs"]
 mod failures;
 #[path = "collective/operations.rs"]
@@ -12,6 +14,8 @@ mod rendezvous;
 mod resumed;
 #[path = "collective/runs.rs"]
 mod runs;
+#[path = "collective/steps.rs"]
+mod steps;
 #[path = "collective/support.rs"]
 mod support;
 #[path = "collective/trained.rs"]

@@ -1,6 +1,7 @@
 //! Ranks as threads of the test, over the real connections.
 
 use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
 use std::time::Duration;
 
 use retromae_engine::Result;
@@ -34,11 +35,11 @@ pub fn connect(port: u16) -> TcpStream {
 }
 
 /// What every rank's `work` gives, in the order of the ranks.
-pub fn ranks<T: Send>(size: usize, work: impl Fn(&Tcp) -> T + Sync) -> Vec<T> {
+pub fn ranks<T: Send>(size: usize, work: impl Fn(&Arc<Tcp>) -> T + Sync) -> Vec<T> {
     let port = free_port();
     let rank = |rank| {
         let links = meet(&place(rank, size, port), "test", PATIENCE).unwrap();
-        let tcp = Tcp::new(links);
+        let tcp = Arc::new(Tcp::new(links));
         let result = work(&tcp);
         tcp.links().leave(None);
         result
