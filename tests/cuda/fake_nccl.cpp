@@ -5,6 +5,7 @@
 //
 //   FAKE_LOG    file to which every call is appended
 //   FAKE_FAIL   function:code
+//   FAKE_RANKS  where the folder is made
 
 #include <dlfcn.h>
 #include <unistd.h>
@@ -118,7 +119,8 @@ API const char* ncclGetErrorString(int code) { return code == 6 ? "remote proces
 API int ncclGetUniqueId(Id* id) {
   CALL(ncclGetUniqueId);
   std::memset(id, 0, sizeof *id);
-  std::strcpy(id->bytes, "/tmp/fake-nccl-XXXXXX");
+  const char* folder = std::getenv("FAKE_RANKS");
+  std::snprintf(id->bytes, sizeof id->bytes, "%s/XXXXXX", folder ? folder : ".");
   return mkdtemp(id->bytes) ? 0 : 2;
 }
 

@@ -50,10 +50,17 @@ fn together(tcp: &Arc<Tcp>, device: Device) -> Result<String> {
 fn both(libraries: [Libraries; 2], failing: [&str; 2]) -> Option<[Said; 2]> {
     let port = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
     let port = port.expect("a free port").port().to_string();
+    let folder = tempfile::tempdir().expect("a folder for the ranks");
+    let meeting = folder.path().to_str().expect("a path in UTF-8");
     let rank = |rank: usize| {
         let number = rank.to_string();
         let mut variables = vec![("RANK", number.as_str()), ("LOCAL_RANK", number.as_str()), ("WORLD_SIZE", "2")];
-        variables.extend([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port.as_str()), ("FAKE_GPUS", "2")]);
+        variables.extend([
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", port.as_str()),
+            ("FAKE_GPUS", "2"),
+            ("FAKE_RANKS", meeting),
+        ]);
         variables.extend((!failing[rank].is_empty()).then_some(("FAKE_FAIL", failing[rank])));
         child("ranks", libraries[rank], &variables)
     };
