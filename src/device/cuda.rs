@@ -21,8 +21,8 @@ mod descriptors;
 mod driver;
 mod library;
 mod modules;
-mod operation;
 mod nccl;
+mod operation;
 mod products;
 mod queue;
 mod staging;
@@ -312,7 +312,7 @@ impl Backend for CudaBackend {
         nccl::id()
     }
 
-    fn ring(&self, id: &[u8], rank: usize, size: usize) -> Result<Box<dyn gpu::Ring>> {
+    fn ring(&self, id: &[u8], rank: usize, size: usize) -> Result<Box<dyn super::ring::Side>> {
         self.not_recording("connecting GPUs")?;
         Ok(Box::new(nccl::Ranks::new(&self.inner.queue, id, rank, size)?))
     }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::launch::{ConstPtr, Kernel, Launcher, MutPtr, Shape, TensorLayout, TensorMap};
+use super::ring::Side;
 use super::trace::{self, Piece};
 use super::{DType, Product};
 use crate::error::{Error, Result};
@@ -182,43 +183,9 @@ pub trait Backend: Send + Sync {
     }
 
     /// Connects this one, number `rank` of `size`; returns when all have come.
-    fn ring(&self, _id: &[u8], _rank: usize, _size: usize) -> Result<Box<dyn Ring>> {
+    fn ring(&self, _id: &[u8], _rank: usize, _size: usize) -> Result<Box<dyn Side>> {
         Err(no_ring())
     }
-}
-
-/// What GPUs of several processes do together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Together {
-    /// Everywhere the sum of all.
-    AllReduce,
-    /// Everywhere the parts of all.
-    AllGather,
-    /// The sum of each part at its rank.
-    ReduceScatter,
-    /// Everywhere what rank 0 has.
-    Broadcast,
-}
-
-impl Together {
-    /// In words.
-    pub fn name(self) -> &'static str {
-        match self {
-            Together::AllReduce => "a sum over ranks",
-            Together::AllGather => "a gathering of ranks",
-            Together::ReduceScatter => "a scattered sum over ranks",
-            Together::Broadcast => "a copy to all ranks",
-        }
-    }
-}
-
-/// GPUs of several processes, from one's side.
-pub trait Ring: Send + Sync {
-    /// Queues work on `elements` elements from `at` on, in place; where every rank has a part, they follow each other.
-    ///
-    /// # Safety
-    /// The elements belong to one allocation.
-    unsafe fn run(&self, what: Together, at: u64, elements: usize, dtype: DType) -> Result<()>;
 }
 
 /// The error of a device whose processes cannot be connected.

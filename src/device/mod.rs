@@ -12,8 +12,8 @@ pub mod kernels;
 pub mod launch;
 mod memory;
 mod recorded;
-pub mod trace;
 pub mod ring;
+pub mod trace;
 
 use std::sync::OnceLock;
 

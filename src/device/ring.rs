@@ -1,13 +1,47 @@
 //! GPUs of several processes that work together on tensors, where the device can connect them.
 
-use super::gpu::{self, Gpu, Together};
+use super::gpu::Gpu;
 use super::{DType, Tensor};
 use crate::error::{Error, Result};
+
+/// What GPUs of several processes do together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Together {
+    /// Everywhere the sum of all.
+    AllReduce,
+    /// Everywhere the parts of all.
+    AllGather,
+    /// The sum of each part at its rank.
+    ReduceScatter,
+    /// Everywhere what rank 0 has.
+    Broadcast,
+}
+
+impl Together {
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Together::AllReduce => "a sum over ranks",
+            Together::AllGather => "a gathering of ranks",
+            Together::ReduceScatter => "a scattered sum over ranks",
+            Together::Broadcast => "a copy to all ranks",
+        }
+    }
+}
+
+/// What a backend has of GPUs of several processes: the side of one.
+pub trait Side: Send + Sync {
+    /// Queues work on `elements` elements from `at` on, in place; where every rank has a part, they follow each other.
+    ///
+    /// # Safety
+    /// The elements belong to one allocation.
+    unsafe fn run(&self, what: Together, at: u64, elements: usize, dtype: DType) -> Result<()>;
+}
 
 /// The GPUs of all ranks, from this one's side. Work is queued like any other.
 pub struct Ring {
     gpu: &'static Gpu,
-    inner: Box<dyn gpu::Ring>,
+    inner: Box<dyn Side>,
     size: usize,
 }
 

@@ -5,9 +5,6 @@
 //! activations for the backward; of several chunks each is embedded again, with the same dropout, so that memory holds the activations of
 //! one chunk only (gradient caching, arXiv 2101.06983) and loss and gradients are those of the undivided batch.
 
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
-
 use crate::data::order::Share;
 use crate::data::pairs::batch::ContrastiveBatch;
 use crate::data::pairs::texts::TextBatch;
@@ -25,7 +22,7 @@ use crate::ops::optimizer::AdamW;
 use crate::retrieve::representation::Embedded;
 use crate::train::EvalPart;
 use crate::train::biencoder_loss::Head;
-pub use crate::train::biencoder_loss::Losses;
+pub use crate::train::biencoder_loss::{DistillLoss, Distillation, Losses};
 use crate::train::step::Footprint;
 use crate::train::updates::{self, Optimizer, Trainable};
 
@@ -54,26 +51,6 @@ impl Options {
     fn needed(&self) -> Needed {
         if self.lexical.is_some() { Needed::All } else { Needed::by(self.shape.pooling) }
     }
-}
-
-/// Learning from a teacher's scores of the passages of each query's own group.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Distillation {
-    /// How scores are compared.
-    pub loss: DistillLoss,
-    /// Weight of the contrastive loss beside it.
-    pub contrastive_weight: f64,
-}
-
-/// How a student's scores are compared with a teacher's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum DistillLoss {
-    /// Kullback-Leibler divergence of the softmax over the group, as mean over all B g scores.
-    #[default]
-    Kl,
-    /// Squared differences of the margins between the positive and each negative, as mean over all B (g − 1).
-    MarginMse,
 }
 
 /// The largest batch, and how it is divided.
@@ -178,7 +155,12 @@ impl Parts {
 
 impl BiEncoder {
     /// Memory that [`Self::new`] would take with `storage`.
-    pub fn footprint(
+    pub fn footprint(on: (Device, DType), config: &BertConfig, options: &Options, room: Room) -> Footprint {
+        Self::footprint_among(on, config, options, (room, Share::default()))
+    }
+
+    /// Memory that [`Self::among`] would take with `storage`.
+    pub fn footprint_among(
         (device, storage): (Device, DType),
         config: &BertConfig,
         options: &Options,

@@ -1,5 +1,8 @@
 //! The loss of a bi-encoder on the embeddings of a whole batch: what it needs, what it leaves.
 
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
 use crate::data::order::Share;
 use crate::data::pairs::batch::ContrastiveBatch;
 use crate::device::{Arena, DType, Device, Tensor};
@@ -9,8 +12,28 @@ use crate::graph::extent::Extent;
 use crate::graph::params::upload_f32;
 use crate::ops::cross_entropy;
 use crate::ops::{contrastive, group_loss, group_scores};
-use crate::train::biencoder::{DistillLoss, Room};
+use crate::train::biencoder::Room;
 use crate::train::updates::{Scales, one_of};
+
+/// Learning from a teacher's scores of the passages of each query's own group.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Distillation {
+    /// How scores are compared.
+    pub loss: DistillLoss,
+    /// Weight of the contrastive loss beside it.
+    pub contrastive_weight: f64,
+}
+
+/// How a student's scores are compared with a teacher's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DistillLoss {
+    /// Kullback-Leibler divergence of the softmax over the group, as mean over all B g scores.
+    #[default]
+    Kl,
+    /// Squared differences of the margins between the positive and each negative, as mean over all B (g − 1).
+    MarginMse,
+}
 
 /// Sums over the queries of one or more batches.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

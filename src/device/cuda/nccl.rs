@@ -11,7 +11,7 @@ use libloading::Library;
 use super::library;
 use super::queue::{Handle, Queue};
 use crate::device::DType;
-use crate::device::gpu::{Ring, Together};
+use crate::device::ring::{Side, Together};
 use crate::error::{Error, Result};
 
 /// Where the loader finds it.
@@ -159,7 +159,7 @@ fn kind(dtype: DType) -> Result<c_int> {
     }
 }
 
-impl Ring for Ranks {
+impl Side for Ranks {
     // SAFETY: what callers owe is written at the trait.
     unsafe fn run(&self, what: Together, at: u64, elements: usize, dtype: DType) -> Result<()> {
         let (stream, kind, comm) = (self.queue.enter()?.cast(), kind(dtype)?, self.comm.0);

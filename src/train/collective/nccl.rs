@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use super::{Collective, Team};
-use crate::device::gpu::Together;
-use crate::device::ring::Ring;
+use crate::device::ring::{Ring, Together};
 use crate::device::{Device, Tensor};
 use crate::error::Result;
 use crate::train::collective::tcp::Tcp;

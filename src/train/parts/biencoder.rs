@@ -101,7 +101,7 @@ impl BiEncoderJob {
             members.iter().try_fold(own, |sum, &passage| Ok(sum + passages.length(passage)?))
         })?;
         let share = if settings.across() { settings.share } else { Share::default() };
-        let footprint = BiEncoder::footprint((target.device, target.storage), &config, &options, (room, share));
+        let footprint = BiEncoder::footprint_among((target.device, target.storage), &config, &options, (room, share));
         if options.untied {
             kind += " for queries, one for passages";
         }
