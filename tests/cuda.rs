@@ -5,6 +5,8 @@
 
 #[path = "cuda/fakes.rs"]
 mod fakes;
+#[path = "cuda/ranks.rs"]
+mod ranks;
 #[path = "cuda/scenarios.rs"]
 mod scenarios;
 #[path = "cuda/tuning.rs"]

@@ -28,6 +28,7 @@ pub fn batches(model: &Model, count: u64) -> Result<(Vec<ContrastiveBatch>, Room
             queries: side(words, (1, batch), &queries, |i| member_name(sample(i), 0))?,
             passages: side(words, (2, batch), &passages, passage)?,
             group,
+            across: None,
             targets: members.clone().step_by(group).collect(),
             hidden: None,
             teacher: None,

@@ -9,6 +9,7 @@ use super::tokenize::{DocSep, FormatArg};
 use super::{Global, Hardware, grouped, say};
 use crate::data::shard::{ShardSet, TitleSep};
 use crate::data::source;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::files::Disk;
 use crate::model::hub;
@@ -19,6 +20,7 @@ use crate::retrieve::encode;
 use crate::retrieve::model::{LEXICAL_TOP_K, Model, Overrides, Reading, Texts};
 use crate::retrieve::npy::Stored;
 use crate::retrieve::representation::Representation;
+use crate::train::collective::launch;
 use crate::train::target::Target;
 
 /// Turn texts into embeddings
@@ -69,8 +71,48 @@ pub struct Arguments {
     /// Rows of a file, after each of which an interrupted run can go on [default: 128 MiB of rows]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     shard_rows: Option<u64>,
+    /// Encode part I of N of the texts of token shards, from 0, for as many processes or machines; or `rank`: as a launcher's variables say
+    /// (torchrun, srun, mpirun), into the folder part-I-of-N of the output. `search --corpus` takes the parts' folders in their order
+    #[arg(long, value_name = "I/N|rank", value_parser = Shard::parse)]
+    shard: Option<Shard>,
     #[command(flatten)]
     hardware: Hardware,
+}
+
+/// A part of the texts.
+#[derive(Clone, Copy, Debug)]
+enum Shard {
+    /// This one of so many.
+    Part(u64, u64),
+    /// That of the rank.
+    Rank,
+}
+
+impl Shard {
+    fn parse(text: &str) -> std::result::Result<Shard, String> {
+        if text == "rank" {
+            return Ok(Shard::Rank);
+        }
+        let numbers = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+        let part = numbers.filter(|(i, n)| i < n).map(|(i, n)| Shard::Part(i, n));
+        part.ok_or_else(|| "give I/N with I from 0 to N - 1, or rank".into())
+    }
+
+    /// Part and parts, and the folder to write: of a rank one inside `output`.
+    fn resolve(self, output: &Path) -> Result<(u64, u64, PathBuf)> {
+        match self {
+            Shard::Part(i, n) => Ok((i, n, output.into())),
+            Shard::Rank => {
+                let place = launch::detect(&|name| std::env::var(name).ok())?.ok_or_else(|| {
+                    Error::usage("--shard rank: there are no launcher's variables")
+                        .remedy("start it with torchrun, srun or mpirun, or give I/N")
+                })?;
+                Device::choose_cuda(place.local_rank);
+                let name = format!("part-{:04}-of-{:04}", place.rank, place.size);
+                Ok((place.rank as u64, place.size as u64, output.join(name)))
+            }
+        }
+    }
 }
 
 /// What is kept of a text.
@@ -130,6 +172,10 @@ impl Hardware {
 
 /// Runs the subcommand.
 pub fn run(args: Arguments, global: &Global) -> Result<()> {
+    let (part, parts, output) = match args.shard {
+        Some(shard) => shard.resolve(&args.output)?,
+        None => (0, 1, args.output.clone()),
+    };
     let model = args.model.open(global)?;
     let target = args.hardware.open(global)?;
     let on = (target.device, target.storage);
@@ -158,9 +204,10 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         n if n == args.input.len() => model.shards(&job, &args.input.iter().map(PathBuf::from).collect::<Vec<_>>())?,
         _ => return Err(Error::usage("--input names token shards and other files").remedy("encode them one by one")),
     };
+    let source = if args.shard.is_some() { source.part(part, parts)? } else { source };
     let mut embedder = model.embedder(on, args.kind, &job)?;
     let progress = Rows::start(global.quiet, "texts");
-    let done = encode::run(&Disk::default(), source, &mut embedder, &job, &args.output, &|at| {
+    let done = encode::run(&Disk::default(), source, &mut embedder, &job, &output, &|at| {
         progress.update(at.rows, at.total);
     });
     progress.finish();
@@ -171,7 +218,7 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         "rows": done.rows, "resumed": done.resumed, "dim": job.spec.dim, "tokens": done.tokens, "empty": done.counts.empty,
         "truncated": done.counts.truncated, "duplicates": done.counts.duplicates, "seconds": done.seconds,
         "representation": job.spec.representation, "lexical_top_k": job.spec.lexical_top_k,
-        "texts_per_second": rate, "model_sha256": job.spec.model_sha256, "output": args.output,
+        "texts_per_second": rate, "model_sha256": job.spec.model_sha256, "output": output,
     }))?;
     let counts = [
         ("rows", done.rows),
@@ -182,7 +229,7 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         ("duplicates", done.counts.duplicates),
     ];
     let lines: Vec<String> = counts.iter().map(|(name, n)| format!("{name:<11}{:>15}", grouped(*n))).collect();
-    let (output, seconds) = (args.output.display(), done.seconds);
+    let (output, seconds) = (output.display(), done.seconds);
     let wide = match (job.spec.dim, job.spec.lexical_top_k) {
         (dim, 0) => format!("{dim} wide"),
         (0, k) => format!("{k} tokens each"),

@@ -2,17 +2,21 @@
 
 mod aliases;
 mod pairs;
+mod ranks;
 
 use std::path::PathBuf;
+use std::process::ExitStatus;
 
 use clap::builder::BoolishValueParser;
 use clap::{ArgMatches, Args, FromArgMatches};
 use serde::Serialize;
 use toml::Table;
 
+use self::ranks::{Member, Part};
 use super::{Global, say};
 use crate::error::{Error, Result};
 use crate::files::Disk;
+use crate::train::collective::agreement;
 use crate::train::export::{Request, export_run};
 use crate::train::parts::biencoder::BiEncoderJob;
 use crate::train::parts::pretrain::Pretraining;
@@ -172,6 +176,8 @@ struct Control {
     /// Print parameters, memory, tokens, steps and disk, and stop
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    ranks: ranks::Flags,
 }
 
 impl Args for Arguments {
@@ -199,20 +205,47 @@ impl FromArgMatches for Arguments {
 /// Runs `train`.
 pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
     (args.flags.seed, args.flags.threads) = (global.seed, global.threads);
+    if args.control.ranks.gpus.is_some() {
+        args.flags.device.get_or_insert_with(|| "cuda".into());
+    }
     let flags = Table::try_from(&args.flags)
         .map_err(|e| Error::usage(format!("a flag cannot be used: {e}")).remedy("see train --help"))?;
-    let settings = Settings::resolve(flags, args.control.config.as_deref())?;
-    start_threads(&settings, global)?;
-    match settings.objective {
-        Objective::Retromae => train(Pretraining::open(&settings, step::Objective::RetroMae)?, &args, global),
-        Objective::Dupmae => train(Pretraining::open(&settings, step::Objective::DupMae)?, &args, global),
-        Objective::Mlm => train(Pretraining::open(&settings, step::Objective::Mlm)?, &args, global),
-        Objective::Contrastive => train(BiEncoderJob::open(&settings)?, &args, global),
-        Objective::CrossEncoder => train(RankerJob::open(&settings)?, &args, global),
+    let mut settings = Settings::resolve(flags, args.control.config.as_deref())?;
+    let member = match args.control.ranks.part()? {
+        Part::Launcher(n) if args.control.dry_run => {
+            settings.share.ranks = n as u64;
+            Member::default()
+        }
+        Part::Launcher(n) => return ended(args.control.ranks.launch(n, global.threads())?),
+        Part::Rank(place) => args.control.ranks.meet(&place)?,
+        Part::Alone => Member::default(),
+    };
+    if !args.control.dry_run {
+        settings.share = member.share();
+    }
+    let result = start_threads(&settings, global).and_then(|()| open(&settings, &args, global, &member));
+    member.leave(result)
+}
+
+/// What workers ended with. Rank 0 has said what there is to say.
+fn ended(status: ExitStatus) -> Result<()> {
+    match status.code() {
+        Some(0) => Ok(()),
+        code => std::process::exit(code.unwrap_or(1)),
     }
 }
 
-fn train<J: Job>(mut job: J, args: &Arguments, global: &Global) -> Result<()> {
+fn open(settings: &Settings, args: &Arguments, global: &Global, member: &Member) -> Result<()> {
+    match settings.objective {
+        Objective::Retromae => train(Pretraining::open(settings, step::Objective::RetroMae)?, args, global, member),
+        Objective::Dupmae => train(Pretraining::open(settings, step::Objective::DupMae)?, args, global, member),
+        Objective::Mlm => train(Pretraining::open(settings, step::Objective::Mlm)?, args, global, member),
+        Objective::Contrastive => train(BiEncoderJob::open(settings)?, args, global, member),
+        Objective::CrossEncoder => train(RankerJob::open(settings)?, args, global, member),
+    }
+}
+
+fn train<J: Job>(mut job: J, args: &Arguments, global: &Global, member: &Member) -> Result<()> {
     let Facts { settings, about, notes } = job.facts().clone();
     let plan = Plan::new(settings, about, job.batches())?;
     let settings = &plan.settings;
@@ -223,22 +256,35 @@ fn train<J: Job>(mut job: J, args: &Arguments, global: &Global) -> Result<()> {
         return global.write_json(&plan.to_json());
     }
 
-    let stop = Stop::install()?;
-    let mut progress = Progress::stderr(global.quiet);
+    let (stop, team) = (Stop::install()?, member.team());
+    let mut progress = match member.is_first() {
+        true => Progress::stderr(global.quiet),
+        false => Progress::lines(Box::new(std::io::sink())),
+    };
     args.notes.iter().chain(&notes).for_each(|note| progress.warn(note));
-    let workspace =
-        Workspace::open(&Disk::default(), &plan, &args.control.overrides, &mut |line| progress.warn(&line))?;
-    progress.say(&plan.to_text());
-    if let Some(line) = plan.room(&out) {
-        progress.warn(&line);
+    agreement::same_run(&team, &plan.identity)?;
+    let mut workspace = None;
+    if member.is_first() {
+        let opened =
+            Workspace::open(&Disk::default(), &plan, &args.control.overrides, &mut |line| progress.warn(&line))?;
+        progress.say(&plan.to_text());
+        member.words().into_iter().for_each(|line| progress.say(&line));
+        if let Some(line) = plan.room(&out) {
+            progress.warn(&line);
+        }
+        if let Some(checkpoint) = &opened.start {
+            progress.say(&format!("resuming from {}", checkpoint.dir.display()));
+        }
+        job.keep_origin(&plan, &opened)?;
+        workspace = Some(opened);
     }
-    if let Some(checkpoint) = &workspace.start {
-        progress.say(&format!("resuming from {}", checkpoint.dir.display()));
-    }
-    job.keep_origin(&plan, &workspace)?;
     let mut engine = job.engine(&mut |line| progress.say(&line))?;
-    let run = Run::new(&plan, workspace, &mut engine, job.batches(), &stop, &mut progress)?;
+    let team = member.team_on(engine.device(), &mut |line| progress.warn(&line))?;
+    engine.join(team.clone());
+    let run = Run::new(&plan, workspace, team, &mut engine, job.batches(), &stop, &mut progress)?;
     let (summary, workspace) = run.run()?;
+    // The others have done their part.
+    let Some(workspace) = workspace else { return Ok(()) };
     let model = out.join(MODEL);
     let checkpoint = chosen(settings, &summary, &workspace, &mut progress)?;
     let request = Request { checkpoint, overwrite: true, ..Request::new(&out, &model) };

@@ -130,8 +130,9 @@ impl Builder {
     }
 
     /// The batch of these samples, in their order.
-    pub fn build(&self, corpus: &dyn Corpus, samples: Range<u64>) -> Result<PretrainBatch> {
-        let texts: Vec<u64> = samples.clone().map(|sample| self.order.text(self.part, sample)).collect();
+    pub fn build(&self, corpus: &dyn Corpus, samples: impl Iterator<Item = u64>) -> Result<PretrainBatch> {
+        let samples: Vec<u64> = samples.collect();
+        let texts: Vec<u64> = samples.iter().map(|&sample| self.order.text(self.part, sample)).collect();
         let mut batch = self.allocate(corpus, samples, &texts)?;
         let mut slots = slots(&mut batch, &texts);
         let done: Vec<Result<()>> = slots
@@ -168,8 +169,8 @@ impl Builder {
     }
 
     /// A batch whose offsets are final and whose token and mask arrays have their sizes.
-    fn allocate(&self, corpus: &dyn Corpus, samples: Range<u64>, texts: &[u64]) -> Result<PretrainBatch> {
-        let mut batch = PretrainBatch { cu_seqlens: vec![0], samples: samples.collect(), ..Default::default() };
+    fn allocate(&self, corpus: &dyn Corpus, samples: Vec<u64>, texts: &[u64]) -> Result<PretrainBatch> {
+        let mut batch = PretrainBatch { cu_seqlens: vec![0], samples, ..Default::default() };
         let mut visibility = Visibility { offsets: vec![0], ..Default::default() };
         let (mut tokens, mut words) = (0u64, 0u64);
         for &text in texts {

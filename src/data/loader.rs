@@ -3,7 +3,6 @@
 //! One thread walks the plan and builds batches in a small pool of its own, so that the threads of the training step never wait for a
 //! mask; a bounded channel keeps it a few steps ahead at most. Dropping the loader stops and joins the thread.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -14,7 +13,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use super::batch::{Builder, PretrainBatch};
 use super::corpus::Corpus;
 use super::masking::MaskRules;
-use super::order::Plan;
+use super::order::{Micro, Plan};
 use crate::error::{Error, Result};
 
 /// The micro-batches of one step of one rank.
@@ -35,6 +34,8 @@ pub struct Ahead {
     pub cursor: u64,
     /// This process among the plan's ranks.
     pub rank: u64,
+    /// Whether ranks get about equal numbers of tokens; else each has neighbouring samples.
+    pub even: bool,
     /// Steps to build ahead, at least 1.
     pub steps: usize,
     /// Threads that build, at least 1.
@@ -73,18 +74,18 @@ impl Loader<PretrainBatch> {
         let LoaderSettings { plan, rules, cursor, rank, ahead: steps, threads } = settings;
         let builder = Builder::new(rules, plan.order().clone(), plan.part(), plan.batching().max_length);
         let texts = corpus.clone();
-        let ahead = Ahead { plan, cursor, rank, steps, threads };
-        Self::build_ahead(corpus, ahead, move |samples| builder.build(&*texts, samples))
+        let ahead = Ahead { plan, cursor, rank, even: true, steps, threads };
+        Self::build_ahead(corpus, ahead, move |micro| builder.build(&*texts, micro.own.iter().copied()))
     }
 }
 
 impl<T: Send + 'static> Loader<T> {
-    /// Starts building with `build`, which gets the samples of a micro-batch; it is called inside a pool of the loader's own.
+    /// Starts building with `build`, which gets what a micro-batch is made of; it is called inside a pool of the loader's own.
     /// `corpus` is what a plan of batches by tokens looks up lengths in.
     pub fn build_ahead(
         corpus: Arc<dyn Corpus>,
         ahead: Ahead,
-        build: impl Fn(Range<u64>) -> Result<T> + Send + Sync + 'static,
+        build: impl Fn(&Micro) -> Result<T> + Send + Sync + 'static,
     ) -> Result<Self> {
         let ranks = ahead.plan.batching().ranks;
         if ahead.rank >= ranks {
@@ -160,7 +161,7 @@ fn produce<T: Send>(
     corpus: &dyn Corpus,
     ahead: &Ahead,
     pool: &ThreadPool,
-    build: &(dyn Fn(Range<u64>) -> Result<T> + Sync),
+    build: &(dyn Fn(&Micro) -> Result<T> + Sync),
     send: &SyncSender<Result<StepBatches<T>>>,
 ) {
     let plan = &ahead.plan;
@@ -174,8 +175,8 @@ fn produce<T: Send>(
                 return;
             }
         };
-        let micro: Result<Vec<T>> =
-            pool.install(|| step.of_rank(ahead.rank, plan.batching().ranks).cloned().map(build).collect());
+        let micro = plan.micro(corpus, &step, ahead.rank, ahead.even);
+        let micro: Result<Vec<T>> = micro.and_then(|all| pool.install(|| all.iter().map(build).collect()));
         cursor = step.next;
         let batches = micro.map(|micro| StepBatches { micro, next: cursor });
         let failed = batches.is_err();

@@ -138,6 +138,37 @@ pub struct Plan {
     end: u64,
 }
 
+/// Which of the ranks that share a run this process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Its number, from 0.
+    pub rank: u64,
+    /// Ranks in all.
+    pub ranks: u64,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Share { rank: 0, ranks: 1 }
+    }
+}
+
+/// What one rank does of a round: of micro-batches one a rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Micro {
+    /// Its samples, ascending.
+    pub own: Vec<u64>,
+    /// The samples of all ranks.
+    pub round: Range<u64>,
+}
+
+impl Micro {
+    /// The samples of a rank that has neighbouring ones.
+    pub fn neighbours(&self) -> Range<u64> {
+        self.own.first().map_or(self.round.end..self.round.end, |&first| first..first + self.own.len() as u64)
+    }
+}
+
 /// The samples of one step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepPlan {
@@ -145,13 +176,6 @@ pub struct StepPlan {
     pub micro: Vec<Range<u64>>,
     /// The cursor after the step.
     pub next: u64,
-}
-
-impl StepPlan {
-    /// The micro-batches of one rank of the plan's `ranks`.
-    pub fn of_rank(&self, rank: u64, ranks: u64) -> impl Iterator<Item = &Range<u64>> {
-        self.micro.iter().skip(rank as usize).step_by(ranks as usize)
-    }
 }
 
 impl Plan {
@@ -198,6 +222,41 @@ impl Plan {
             micro.push(first..next);
         }
         Ok(Some(StepPlan { micro, next }))
+    }
+
+    /// What a rank does of a step, micro-batch by micro-batch. A part of a round that is cut by tokens is one of neighbours. Of one that
+    /// is cut by sequences every rank gets about as many tokens, if `even`: they are dealt out from the longest to the shortest, back
+    /// and forth.
+    pub fn micro(&self, corpus: &dyn Corpus, step: &StepPlan, rank: u64, even: bool) -> Result<Vec<Micro>> {
+        let ranks = self.batching.ranks as usize;
+        let deal = even && ranks > 1 && matches!(self.batching.size, BatchSize::Sequences(_));
+        let part = |round: &[Range<u64>]| {
+            let (Some(first), Some(last)) = (round.first(), round.last()) else {
+                return Ok(Micro { own: Vec::new(), round: 0..0 });
+            };
+            let all = first.start..last.end;
+            let own = match (deal, round.get(rank as usize)) {
+                (true, _) => self.dealt(corpus, all.clone(), rank as usize)?,
+                (false, own) => own.cloned().map_or_else(Vec::new, Iterator::collect),
+            };
+            Ok(Micro { own, round: all })
+        };
+        step.micro.chunks(ranks).map(part).collect()
+    }
+
+    /// The samples of a round that are dealt to a rank.
+    fn dealt(&self, corpus: &dyn Corpus, round: Range<u64>, rank: usize) -> Result<Vec<u64>> {
+        let ranks = self.batching.ranks as usize;
+        let length = |sample| Ok(corpus.length(self.order.text(self.part, sample))?.min(self.batching.max_length));
+        let mut cards = round.map(|sample| Ok((length(sample)?, sample))).collect::<Result<Vec<(usize, u64)>>>()?;
+        cards.sort_unstable_by_key(|&(length, sample)| (std::cmp::Reverse(length), sample));
+        let taken = cards.chunks(ranks).enumerate().filter_map(|(turn, cards)| {
+            let seat = if turn % 2 == 0 { rank } else { ranks - 1 - rank };
+            cards.get(seat).map(|card| card.1)
+        });
+        let mut own: Vec<u64> = taken.collect();
+        own.sort_unstable();
+        Ok(own)
     }
 
     /// Number of steps from `cursor` to the end. With [`BatchSize::Tokens`] this looks at the length of every sample, a fraction

@@ -10,6 +10,7 @@
 //! | `products` | matrix products |
 //! | `operation`, `descriptors` | what cuBLASLt is told and asked of them |
 //! | `tuning`, `algorithms` | which of its algorithms is fastest, and the file that remembers it |
+//! | `nccl` | GPUs of several processes |
 //! | `tensor_map` | what TMA must know of a matrix |
 //!
 //! cudarc loads both libraries when they are first used and panics when something is missing. So everything is looked for before: a
@@ -20,6 +21,7 @@ mod descriptors;
 mod driver;
 mod library;
 mod modules;
+mod nccl;
 mod operation;
 mod products;
 mod queue;
@@ -100,7 +102,9 @@ impl CudaBackend {
             return Err(no_kernels());
         }
         let version = driver::load()?;
-        let (device, mut facts) = driver::gpu(ordinal, version)?;
+        // A launcher may let each process see its own GPU only.
+        let narrowed = std::env::var_os("CUDA_VISIBLE_DEVICES").is_some() && driver::count()? == 1;
+        let (device, mut facts) = driver::gpu(if narrowed { 0 } else { ordinal }, version)?;
         let library = library::load(version)?;
         facts.software = format!("{}, cuBLASLt {}", facts.software, library::in_words(library));
         let (algorithms, warning) = Algorithms::open(Owner::new(&facts, library), &|name| std::env::var_os(name))?;
@@ -299,6 +303,19 @@ impl Backend for CudaBackend {
         self.inner.products.settle();
         self.inner.queue.wait(&"waiting for the GPU")
     }
+
+    fn can_ring(&self) -> Result<()> {
+        nccl::is_possible()
+    }
+
+    fn ring_id(&self) -> Result<Vec<u8>> {
+        nccl::id()
+    }
+
+    fn ring(&self, id: &[u8], rank: usize, size: usize) -> Result<Box<dyn super::ring::Side>> {
+        self.not_recording("connecting GPUs")?;
+        Ok(Box::new(nccl::Ranks::new(&self.inner.queue, id, rank, size)?))
+    }
 }
 
 /// A record that is a list.
@@ -352,6 +369,10 @@ pub(super) fn findings() -> Vec<Finding> {
     if let (Some(facts), Ok(library)) = (gpu_found, library) {
         list.push(algorithms_found(&Owner::new(&facts, library)));
     }
+    list.push(match nccl::is_possible() {
+        Ok(()) => found("NCCL", "libnccl.so.2".into(), "connects the GPUs of train --gpus"),
+        Err(e) => missing("NCCL", &e),
+    });
     list.push(match NVCC_MISSING {
         None => found(
             "GPU kernels",

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::launch::{ConstPtr, Kernel, Launcher, MutPtr, Shape, TensorLayout, TensorMap};
+use super::ring::Side;
 use super::trace::{self, Piece};
 use super::{DType, Product};
 use crate::error::{Error, Result};
@@ -170,6 +171,26 @@ pub trait Backend: Send + Sync {
 
     /// Waits for all work.
     fn synchronize(&self) -> Result<()>;
+
+    /// Whether it can be connected with those of other processes; else why not.
+    fn can_ring(&self) -> Result<()> {
+        Err(no_ring())
+    }
+
+    /// What all processes must have to be connected, made by one of them.
+    fn ring_id(&self) -> Result<Vec<u8>> {
+        Err(no_ring())
+    }
+
+    /// Connects this one, number `rank` of `size`; returns when all have come.
+    fn ring(&self, _id: &[u8], _rank: usize, _size: usize) -> Result<Box<dyn Side>> {
+        Err(no_ring())
+    }
+}
+
+/// The error of a device whose processes cannot be connected.
+fn no_ring() -> Error {
+    Error::device("this device cannot be connected with those of other processes").remedy("use --device cuda")
 }
 
 /// The error of an allocation that does not fit.
@@ -227,6 +248,11 @@ impl Gpu {
     /// A line worth telling about it, although it works.
     pub fn warning(&self) -> Option<&str> {
         self.backend.warning()
+    }
+
+    /// What is behind it.
+    pub(super) fn backend(&self) -> &dyn Backend {
+        &*self.backend
     }
 
     /// The first failure of the work queued so far that is known by now.

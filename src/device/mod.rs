@@ -12,6 +12,7 @@ pub mod kernels;
 pub mod launch;
 mod memory;
 mod recorded;
+pub mod ring;
 pub mod trace;
 
 use std::sync::OnceLock;
@@ -38,6 +39,9 @@ impl std::fmt::Debug for Device {
         }
     }
 }
+
+/// The GPU of this process among those of its machine.
+static CHOSEN: OnceLock<usize> = OnceLock::new();
 
 /// Element type of a [`Tensor`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -145,11 +149,17 @@ impl Device {
         Gpu::new(Box::new(emulator_backend::EmulatorBackend::new(options)?)).map(Device::Gpu)
     }
 
-    /// The first NVIDIA GPU that is visible (`CUDA_VISIBLE_DEVICES`). It is opened once; later calls give the same one, or the same
-    /// error.
+    /// Makes [`Device::cuda`] open the GPU that is a process' own on its machine: that of this number, unless the launcher lets each
+    /// process see one only. Without effect once a GPU is open.
+    pub fn choose_cuda(local_rank: usize) {
+        let _ = CHOSEN.set(local_rank);
+    }
+
+    /// The first NVIDIA GPU that is visible (`CUDA_VISIBLE_DEVICES`), or the one that was chosen. It is opened once; later calls give the
+    /// same one, or the same error.
     pub fn cuda() -> Result<Device> {
         static OPENED: OnceLock<Result<&'static Gpu>> = OnceLock::new();
-        let open = || Gpu::new(Box::new(cuda::CudaBackend::new(0)?));
+        let open = || Gpu::new(Box::new(cuda::CudaBackend::new(CHOSEN.get().copied().unwrap_or(0))?));
         OPENED.get_or_init(open).clone().map(Device::Gpu)
     }
 

@@ -8,7 +8,7 @@ use crate::data::batch::{Builder, PretrainBatch};
 use crate::data::corpus::Corpus;
 use crate::data::loader::{Loader, LoaderSettings};
 use crate::data::masking::MaskRules;
-use crate::data::order::{BatchSize, Batching, Order, Part, Plan};
+use crate::data::order::{BatchSize, Batching, Order, Part, Plan, Share};
 use crate::error::{Error, Result};
 use crate::train::Batches;
 use crate::train::settings::Settings;
@@ -93,13 +93,15 @@ pub(super) fn all<'a, T: 'a>(
 
 /// The steps of training under `settings`, and the batches of what is held out.
 pub(super) fn plans(settings: &Settings, order: Order, size: BatchSize, max_length: usize) -> Result<[Plan; 2]> {
-    let batching = Batching { size, accumulation: u64::from(settings.accumulate), ranks: 1, max_length };
+    let batching =
+        Batching { size, accumulation: u64::from(settings.accumulate), ranks: settings.share.ranks, max_length };
     let end = match (settings.steps, settings.epochs) {
         (None, Some(epochs)) => order.samples(epochs),
         _ => u64::MAX,
     };
     let held_out = order.texts(Part::HeldOut);
-    let evaluation = Plan::new(order.clone(), Part::HeldOut, Batching { accumulation: 1, ..batching }, held_out)?;
+    let evaluation =
+        Plan::new(order.clone(), Part::HeldOut, Batching { accumulation: 1, ranks: 1, ..batching }, held_out)?;
     Ok([Plan::new(order, Part::Train, batching, end)?, evaluation])
 }
 
@@ -116,6 +118,7 @@ pub struct CorpusBatches {
     plan: Plan,
     evaluation: Plan,
     rules: MaskRules,
+    share: Share,
     threads: usize,
     names: Names,
     ahead: Ahead<PretrainBatch>,
@@ -138,7 +141,8 @@ impl CorpusBatches {
             (None, sequences) => BatchSize::Sequences(u64::from(sequences.unwrap_or(32))),
         };
         let [plan, evaluation] = plans(settings, order, size, max_length)?;
-        Ok(CorpusBatches { corpus, plan, evaluation, rules, threads, names, ahead: Ahead::default() })
+        let share = settings.share;
+        Ok(CorpusBatches { corpus, plan, evaluation, rules, share, threads, names, ahead: Ahead::default() })
     }
 
     /// Texts held out.
@@ -156,7 +160,7 @@ impl Batches for CorpusBatches {
                 plan: self.plan.clone(),
                 rules: self.rules,
                 cursor,
-                rank: 0,
+                rank: self.share.rank,
                 ahead: AHEAD,
                 threads: self.threads,
             };

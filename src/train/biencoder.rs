@@ -5,9 +5,7 @@
 //! activations for the backward; of several chunks each is embedded again, with the same dropout, so that memory holds the activations of
 //! one chunk only (gradient caching, arXiv 2101.06983) and loss and gradients are those of the undivided batch.
 
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
-
+use crate::data::order::Share;
 use crate::data::pairs::batch::ContrastiveBatch;
 use crate::data::pairs::texts::TextBatch;
 use crate::device::{ALIGNMENT, DType, Device, Tensor, trace};
@@ -24,6 +22,7 @@ use crate::ops::optimizer::AdamW;
 use crate::retrieve::representation::Embedded;
 use crate::train::EvalPart;
 use crate::train::biencoder_loss::Head;
+pub use crate::train::biencoder_loss::{DistillLoss, Distillation, Losses};
 use crate::train::step::Footprint;
 use crate::train::updates::{self, Optimizer, Trainable};
 
@@ -54,26 +53,6 @@ impl Options {
     }
 }
 
-/// Learning from a teacher's scores of the passages of each query's own group.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Distillation {
-    /// How scores are compared.
-    pub loss: DistillLoss,
-    /// Weight of the contrastive loss beside it.
-    pub contrastive_weight: f64,
-}
-
-/// How a student's scores are compared with a teacher's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum DistillLoss {
-    /// Kullback-Leibler divergence of the softmax over the group, as mean over all B g scores.
-    #[default]
-    Kl,
-    /// Squared differences of the margins between the positive and each negative, as mean over all B (g − 1).
-    MarginMse,
-}
-
 /// The largest batch, and how it is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
@@ -100,40 +79,6 @@ impl Room {
     }
 }
 
-/// Sums over the queries of one or more batches.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Losses {
-    /// Queries.
-    pub queries: usize,
-    /// Sum of their contrastive losses.
-    pub contrastive: f64,
-    /// Queries whose own passage scores highest of all.
-    pub correct: f64,
-    /// Weight of the contrastive loss.
-    pub contrastive_weight: f64,
-    /// Sum of the distillation losses, and of how many terms.
-    pub distill: f64,
-    /// Terms of the sum; 0 without a teacher.
-    pub distill_terms: usize,
-}
-
-impl Losses {
-    /// Mean contrastive loss.
-    pub fn contrastive_loss(&self) -> f64 {
-        self.contrastive / self.queries.max(1) as f64
-    }
-
-    /// Mean distillation loss.
-    pub fn distill_loss(&self) -> f64 {
-        self.distill / self.distill_terms.max(1) as f64
-    }
-
-    /// What is minimised.
-    pub fn total(&self) -> f64 {
-        self.distill_loss() + self.contrastive_weight * self.contrastive_loss()
-    }
-}
-
 /// Part of a batch that goes through a tower at once.
 struct Chunk {
     tower: usize,
@@ -148,7 +93,8 @@ enum Piece {
     Zero { gradients: bool },
     Forward { tower: usize, bounds: Bounds, dropout: [u32; 2] },
     Backward { tower: usize, bounds: Bounds, dropout: [u32; 2], again: bool },
-    Loss { gradients: bool, hidden: bool, group: usize, distill: Option<DistillLoss> },
+    Loss { gradients: bool, hidden: bool },
+    Distill { gradients: bool, group: usize, loss: DistillLoss, across: bool },
     Update,
 }
 
@@ -165,7 +111,8 @@ pub struct BiEncoder {
     capacities: Vec<Capacity>,
     head: Head,
     optimizer: Optimizer,
-    /// f64: `[2]` contrastive losses and correct queries, `[2]` the same of distillation, `[1]` ‖g‖².
+    /// f64: `[2]` contrastive losses and correct queries, `[2]` the same of distillation, `[1]` ‖g‖², `[1]` that of this
+    /// rank's own gradients.
     results: Tensor,
     records: Records<Piece>,
 }
@@ -208,16 +155,21 @@ impl Parts {
 
 impl BiEncoder {
     /// Memory that [`Self::new`] would take with `storage`.
-    pub fn footprint(
+    pub fn footprint(on: (Device, DType), config: &BertConfig, options: &Options, room: Room) -> Footprint {
+        Self::footprint_among(on, config, options, (room, Share::default()))
+    }
+
+    /// Memory that [`Self::among`] would take with `storage`.
+    pub fn footprint_among(
         (device, storage): (Device, DType),
         config: &BertConfig,
         options: &Options,
-        room: Room,
+        (room, share): (Room, Share),
     ) -> Footprint {
         let mut parts = Parts::new((device, storage), config, options, room);
         let width = options.width(config);
         for name in ["embeddings", "d_embeddings"] {
-            parts.plan.add(name, room.first_passage() + room.passages, width);
+            parts.plan.add(name, room.first_passage() + room.passages * share.ranks as usize, width);
         }
         Footprint::of(&parts.table, &parts.plan, storage)
     }
@@ -227,6 +179,20 @@ impl BiEncoder {
     /// # Errors
     /// Not enough memory, or a model whose sizes the kernels do not have.
     pub fn new(device: Device, config: &BertConfig, options: Options, room: Room, storage: DType) -> Result<Self> {
+        Self::among(device, config, options, (room, Share::default()), storage)
+    }
+
+    /// The same with room for the passages of all ranks that share a run, where they are candidates.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn among(
+        device: Device,
+        config: &BertConfig,
+        options: Options,
+        (room, share): (Room, Share),
+        storage: DType,
+    ) -> Result<Self> {
         let width = options.width(config);
         if device.is_gpu() {
             check_gpu(config)?;
@@ -237,7 +203,7 @@ impl BiEncoder {
                 .remedy("choose another --projection, or --device cpu"));
         }
         let mut parts = Parts::new((device, storage), config, &options, room);
-        let head = Head::new((device, storage), &mut parts.plan, width, options.temperature, room);
+        let head = Head::new((device, storage), &mut parts.plan, width, options.temperature, (room, share));
         let params = parts.table.allocate(device, storage);
         let inputs = parts.capacities.iter();
         let model = BiEncoder {
@@ -250,7 +216,7 @@ impl BiEncoder {
             capacities: parts.capacities,
             head,
             optimizer: Optimizer::new(device, &params),
-            results: device.zeros(DType::F64, 5),
+            results: device.zeros(DType::F64, 6),
             records: Records::default(),
             params,
         };
@@ -332,7 +298,16 @@ impl BiEncoder {
     }
 
     /// Losses and gradients of one batch.
-    fn batch(&mut self, records: &mut Records<Piece>, batch: &ContrastiveBatch, dropout: StepDropout, gradients: bool) {
+    ///
+    /// # Errors
+    /// The failure of a rank.
+    fn batch(
+        &mut self,
+        records: &mut Records<Piece>,
+        batch: &ContrastiveBatch,
+        dropout: StepDropout,
+        gradients: bool,
+    ) -> Result<()> {
         let (device, thresholds) = (self.device, dropout.thresholds());
         let chunks = self.chunks(batch);
         // Activations of the forward are still there for the backward when each tower sees one chunk.
@@ -350,16 +325,31 @@ impl BiEncoder {
         self.head.set(batch, self.buffers.tensor(self.head.teacher));
         let (hidden, group) = (batch.hidden.is_some(), batch.group);
         let distill = self.options.distillation.map(|d| d.loss);
-        records.run(device, Piece::Loss { gradients, hidden, group, distill }, || {
-            let _names = (trace::phase(stages::LOSS), trace::stage(stages::CONTRASTIVE));
-            let p = self.pass(dropout);
-            self.head.contrast(&p, hidden, gradients, &self.results.slice(0..2));
-            if let Some(loss) = distill {
-                self.head.distill(&p, loss, group, gradients, &self.results.slice(2..4));
-            }
-        });
+        let names = || (trace::phase(stages::LOSS), trace::stage(stages::CONTRASTIVE));
+        let team = self.optimizer.team(batch.across.is_some());
+        if team.is_shared() {
+            team.all_gather(self.head.all.tensor(1))?;
+        }
+        if batch.rows.is_empty() {
+            self.head.nothing();
+        } else {
+            records.run(device, Piece::Loss { gradients, hidden }, || {
+                let _names = names();
+                self.head.contrast(&self.pass(dropout), hidden, gradients, &self.results.slice(0..2));
+            });
+        }
+        if team.is_shared() && gradients {
+            team.reduce_scatter(self.head.d_all.tensor(1))?;
+        }
+        if let (Some(loss), false) = (distill, batch.rows.is_empty()) {
+            let across = batch.across.is_some();
+            records.run(device, Piece::Distill { gradients, group, loss, across }, || {
+                let _names = names();
+                self.head.distill(&self.pass(dropout), loss, group, gradients, across, &self.results.slice(2..4));
+            });
+        }
         if !gradients {
-            return;
+            return Ok(());
         }
         for (Chunk { tower, texts, places }, laid_out) in chunks.iter().zip(bounds) {
             let tower = *tower;
@@ -376,6 +366,7 @@ impl BiEncoder {
                 self.towers[tower].backward(&p, &self.inputs[tower], self.head.d_all.whole());
             });
         }
+        Ok(())
     }
 
     fn pass(&self, dropout: StepDropout) -> Pass<'_> {
@@ -386,7 +377,7 @@ impl BiEncoder {
     fn chunks(&self, batch: &ContrastiveBatch) -> Vec<Chunk> {
         let (q, p) = (batch.queries.samples.len(), batch.passages.samples.len());
         let limit = |texts: usize| self.head.room.chunk.unwrap_or(texts).max(1);
-        let first_passage = self.head.room.first_passage();
+        let first_passage = self.head.room.first_passage() + self.head.own_block(batch.across.is_some());
         let mut chunks = Vec::new();
         let mut cut = |tower: usize, texts: &TextBatch, places: &dyn Fn(usize) -> u32, limit: usize| {
             let n = texts.samples.len();
@@ -424,8 +415,12 @@ impl Trainable for BiEncoder {
         &self.params
     }
 
-    fn moments(&self) -> (&Tensor, &Tensor) {
-        self.optimizer.moments()
+    fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
+    fn optimizer_mut(&mut self) -> &mut Optimizer {
+        &mut self.optimizer
     }
 
     fn size(batch: &ContrastiveBatch) -> (usize, usize) {
@@ -462,7 +457,9 @@ impl Trainable for BiEncoder {
         update: bool,
     ) -> Result<Losses> {
         let _names = (trace::phase(stages::INPUTS), trace::stage(stages::UPLOADS));
-        let losses = self.terms(micro)?;
+        let team = self.optimizer.team(gradients);
+        let mut losses = self.terms(micro)?;
+        [losses.queries, losses.distill_terms] = team.totals([losses.queries, losses.distill_terms])?;
         self.head.weigh(&losses);
         dropout.announce(self.device);
         let mut records = std::mem::take(&mut self.records);
@@ -470,9 +467,11 @@ impl Trainable for BiEncoder {
             updates::zero(self.device, &self.results, &self.params, gradients);
         });
         for batch in micro {
-            self.batch(&mut records, batch, dropout, gradients);
+            self.batch(&mut records, batch, dropout, gradients)?;
         }
-        if update {
+        if team.is_shared() {
+            self.optimizer.share(&self.params, &self.results.slice(4..5), &self.results.slice(5..6), update)?;
+        } else if update {
             records.run(self.device, Piece::Update, || {
                 self.optimizer.update(&self.params, &self.results.slice(4..5));
             });
@@ -484,7 +483,7 @@ impl Trainable for BiEncoder {
     fn end(&mut self, mut losses: Losses) -> Result<(Losses, f64)> {
         let x: Vec<f64> = self.results.to_vec();
         self.device.check()?;
-        (losses.contrastive, losses.correct, losses.distill) = (x[0], x[1], x[2]);
+        [losses.contrastive, losses.correct, losses.distill, _] = self.optimizer.losses([x[0], x[1], x[2], x[5]])?;
         Ok((losses, x[4]))
     }
 }

@@ -1,5 +1,9 @@
 //! The loss of a bi-encoder on the embeddings of a whole batch: what it needs, what it leaves.
 
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::data::order::Share;
 use crate::data::pairs::batch::ContrastiveBatch;
 use crate::device::{Arena, DType, Device, Tensor};
 use crate::graph::Pass;
@@ -8,14 +12,70 @@ use crate::graph::extent::Extent;
 use crate::graph::params::upload_f32;
 use crate::ops::cross_entropy;
 use crate::ops::{contrastive, group_loss, group_scores};
-use crate::train::biencoder::{DistillLoss, Losses, Room};
+use crate::train::biencoder::Room;
 use crate::train::updates::{Scales, one_of};
+
+/// Learning from a teacher's scores of the passages of each query's own group.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Distillation {
+    /// How scores are compared.
+    pub loss: DistillLoss,
+    /// Weight of the contrastive loss beside it.
+    pub contrastive_weight: f64,
+}
+
+/// How a student's scores are compared with a teacher's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DistillLoss {
+    /// Kullback-Leibler divergence of the softmax over the group, as mean over all B g scores.
+    #[default]
+    Kl,
+    /// Squared differences of the margins between the positive and each negative, as mean over all B (g − 1).
+    MarginMse,
+}
+
+/// Sums over the queries of one or more batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Losses {
+    /// Queries.
+    pub queries: usize,
+    /// Sum of their contrastive losses.
+    pub contrastive: f64,
+    /// Queries whose own passage scores highest of all.
+    pub correct: f64,
+    /// Weight of the contrastive loss.
+    pub contrastive_weight: f64,
+    /// Sum of the distillation losses, and of how many terms.
+    pub distill: f64,
+    /// Terms of the sum; 0 without a teacher.
+    pub distill_terms: usize,
+}
+
+impl Losses {
+    /// Mean contrastive loss.
+    pub fn contrastive_loss(&self) -> f64 {
+        self.contrastive / self.queries.max(1) as f64
+    }
+
+    /// Mean distillation loss.
+    pub fn distill_loss(&self) -> f64 {
+        self.distill / self.distill_terms.max(1) as f64
+    }
+
+    /// What is minimised.
+    pub fn total(&self) -> f64 {
+        self.distill_loss() + self.contrastive_weight * self.contrastive_loss()
+    }
+}
 
 /// The loss's inputs and buffers.
 pub(super) struct Head {
     pub width: usize,
     temperature: f32,
     pub room: Room,
+    /// The ranks whose passages are candidates.
+    share: Share,
     queries: Extent,
     passages: Extent,
     targets: Tensor,
@@ -23,7 +83,8 @@ pub(super) struct Head {
     correct: Tensor,
     /// Of a query's contrastive loss and of a term of the distillation loss.
     scales: Scales<2>,
-    /// `[Q', W]` embeddings of queries and `[P, W]` of passages behind them, and their gradients; Q' is Q rounded up.
+    /// `[Q', W]` embeddings of queries and `[P, W]` of passages behind them, and their gradients; Q' is Q rounded up. Passages of all ranks
+    /// are one block a rank.
     pub all: Arena,
     pub d_all: Arena,
     loss: Slot,
@@ -40,19 +101,20 @@ impl Head {
         plan: &mut Plan,
         width: usize,
         temperature: f32,
-        room: Room,
+        (room, share): (Room, Share),
     ) -> Self {
         let u32s = |len| device.zeros(DType::U32, len);
-        let q = room.queries;
-        let sides = [room.first_passage(), room.passages].map(|rows| rows * width);
+        let (q, candidates) = (room.queries, room.passages * share.ranks as usize);
+        let sides = [room.first_passage(), candidates].map(|rows| rows * width);
         Head {
             width,
             temperature,
             room,
+            share,
             queries: Extent::new(device),
             passages: Extent::new(device),
             targets: u32s(q),
-            hidden: u32s(q * room.passages.div_ceil(32)),
+            hidden: u32s(q * candidates.div_ceil(32)),
             correct: u32s(q),
             scales: Scales::new(device),
             all: Arena::zeros(device, storage, sides),
@@ -70,11 +132,22 @@ impl Head {
         self.scales.set([losses.contrastive_weight * one_of(losses.queries), one_of(losses.distill_terms)]);
     }
 
+    /// Row of this rank's first passage among those of all ranks, where they are candidates.
+    pub fn own_block(&self, across: bool) -> usize {
+        if across { self.share.rank as usize * self.room.passages } else { 0 }
+    }
+
+    /// The gradients of a rank without queries.
+    pub fn nothing(&self) {
+        self.d_all.whole().clear(self.d_all.whole().len());
+    }
+
     /// Uploads what the loss of a batch needs besides the embeddings.
     pub fn set(&mut self, batch: &ContrastiveBatch, teacher: &Tensor) {
-        let (q, p) = (batch.queries.samples.len(), batch.passages.samples.len());
+        let (q, own) = (batch.queries.samples.len(), batch.passages.samples.len());
+        let p = batch.across.map_or(own, |across| across.passages);
         self.queries.set(q, self.room.queries);
-        self.passages.set(p, self.room.passages);
+        self.passages.set(p, self.room.passages * self.share.ranks as usize);
         self.targets.upload(&batch.targets);
         if let Some(bits) = &batch.hidden {
             // Rows of bits are as long as the work is laid out for.
@@ -113,8 +186,17 @@ impl Head {
     }
 
     /// The same for the distillation loss, whose gradients are added.
-    pub fn distill(&self, p: &Pass<'_>, loss: DistillLoss, group: usize, gradients: bool, sums_acc: &Tensor) {
-        let (q, passages, queries) = (self.all.tensor(0), self.all.tensor(1), self.queries.get());
+    pub fn distill(
+        &self,
+        p: &Pass<'_>,
+        loss: DistillLoss,
+        group: usize,
+        gradients: bool,
+        across: bool,
+        sums_acc: &Tensor,
+    ) {
+        let own = self.own_block(across) * self.width..(self.own_block(across) + self.room.passages) * self.width;
+        let (q, passages, queries) = (self.all.tensor(0), &self.all.tensor(1).slice(own.clone()), self.queries.get());
         let shape = group_scores::Shape { queries, group, width: self.width, temperature: self.temperature };
         let (scores, ds, teacher) = (p.b(self.scores), p.b(self.d_scores), p.b(self.teacher));
         group_scores::forward(p.device, &group_scores::Forward { shape, q, p: passages, s: scores });
@@ -136,7 +218,7 @@ impl Head {
             },
         );
         if gradients {
-            let (dq_acc, dp_acc) = (self.d_all.tensor(0), self.d_all.tensor(1));
+            let (dq_acc, dp_acc) = (self.d_all.tensor(0), &self.d_all.tensor(1).slice(own));
             let backward = group_scores::Backward { shape, q, p: passages, ds, dq_acc, dp_acc };
             group_scores::backward(p.device, &backward);
         }

@@ -186,7 +186,7 @@ impl BatchFile {
         };
         let targets = (0..q).map(|b| (b * group) as u32).collect();
         let (rows, members) = ((0..q as u32).collect(), (0..p as u32).collect());
-        Ok(ContrastiveBatch { queries, passages, group, targets, hidden: None, teacher, rows, members })
+        Ok(ContrastiveBatch { queries, passages, group, across: None, targets, hidden: None, teacher, rows, members })
     }
 
     /// The batch of a cross-encoder whose queries have `group` pairs each.

@@ -68,7 +68,7 @@ pub struct Ranker {
     /// Of a query.
     scales: Scales<1>,
     optimizer: Optimizer,
-    /// f64: `[2]` losses and correct queries, `[1]` ‖g‖².
+    /// f64: `[2]` losses and correct queries, `[1]` ‖g‖², `[1]` that of this rank's own gradients.
     results: Tensor,
     records: Records<Segment>,
 }
@@ -118,7 +118,7 @@ impl Ranker {
             correct: device.zeros(DType::U32, capacity.sequences),
             scales: Scales::new(device),
             optimizer: Optimizer::new(device, &params),
-            results: device.zeros(DType::F64, 3),
+            results: device.zeros(DType::F64, 4),
             records: Records::default(),
             params,
         };
@@ -212,8 +212,12 @@ impl Trainable for Ranker {
         &self.params
     }
 
-    fn moments(&self) -> (&Tensor, &Tensor) {
-        self.optimizer.moments()
+    fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
+    fn optimizer_mut(&mut self) -> &mut Optimizer {
+        &mut self.optimizer
     }
 
     fn size(batch: &CrossBatch) -> (usize, usize) {
@@ -233,9 +237,14 @@ impl Trainable for Ranker {
 
     fn begin(&mut self, micro: &[CrossBatch], dropout: StepDropout, gradients: bool, update: bool) -> Result<Losses> {
         let queries = |batch: &CrossBatch| batch.pairs.samples.len() / batch.group;
-        let total: usize = micro.iter().map(queries).sum();
+        let team = self.optimizer.team(gradients);
+        let [total] = team.totals([micro.iter().map(queries).sum()])?;
         self.scales.set([one_of(total)]);
         dropout.announce(self.device);
+        if micro.is_empty() {
+            // The last step's queries were too few for every rank.
+            updates::zero(self.device, &self.results, &self.params, gradients);
+        }
         let mut records = std::mem::take(&mut self.records);
         for (i, batch) in micro.iter().enumerate() {
             let bounds = self.set(&batch.pairs, gradients);
@@ -246,19 +255,23 @@ impl Trainable for Ranker {
                 group: batch.group,
                 first: i == 0,
                 gradients,
-                update: update && i + 1 == micro.len(),
+                update: update && i + 1 == micro.len() && !team.is_shared(),
                 scores: false,
                 dropout: dropout.thresholds(),
             };
             records.run(self.device, segment, || self.segment(segment, dropout));
         }
         self.records = records;
+        if team.is_shared() {
+            self.optimizer.share(&self.params, &self.results.slice(2..3), &self.results.slice(3..4), update)?;
+        }
         Ok(Losses { queries: total, sum: 0.0, correct: 0.0 })
     }
 
     fn end(&mut self, losses: Losses) -> Result<(Losses, f64)> {
         let x: Vec<f64> = self.results.to_vec();
         self.device.check()?;
-        Ok((Losses { sum: x[0], correct: x[1], ..losses }, x[2]))
+        let [sum, correct, _] = self.optimizer.losses([x[0], x[1], x[3]])?;
+        Ok((Losses { sum, correct, ..losses }, x[2]))
     }
 }

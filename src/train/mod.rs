@@ -14,6 +14,7 @@
 //! - [`origin`]: what a run keeps of its beginning; [`export`]: a checkpoint made a model that others load
 //! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
 //! - [`flops`]: the arithmetic that a step must do, for rates
+//! - [`collective`]: many processes that share every step
 //! - [`signals`]: orderly stops; the file operations below all of this are [`crate::files`]
 
 use std::time::Duration;
@@ -25,6 +26,7 @@ pub mod batches;
 pub mod biencoder;
 mod biencoder_loss;
 pub mod checkpoint;
+pub mod collective;
 pub mod contract;
 pub mod cross_encoder;
 pub mod dev;
@@ -135,6 +137,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// The gradient was not finite and nothing was updated.
     pub skipped: bool,
+    /// The ranks that it came from, where several share the step.
+    pub culprits: Vec<usize>,
     /// Tokens of the step.
     pub tokens: u64,
     /// Texts of the step.

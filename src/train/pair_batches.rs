@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::data::corpus::Corpus;
 use crate::data::loader::{Ahead, Loader};
-use crate::data::order::{BatchSize, Part, Plan};
+use crate::data::order::{BatchSize, Part, Plan, Share};
 use crate::data::pairs::batch::{ContrastiveBatch, ContrastiveBuilder, CrossBatch, CrossBuilder};
 use crate::data::pairs::groups::Groups;
 use crate::error::Result;
@@ -36,6 +36,11 @@ pub trait GroupBuilder: Clone {
 
     /// The queries of a batch: rows of its pairs.
     fn rows(batch: &Self::Batch) -> &[u32];
+
+    /// Whether there is nothing to do for a batch, at no rank.
+    fn is_void(batch: &Self::Batch) -> bool {
+        Self::rows(batch).is_empty()
+    }
 }
 
 impl GroupBuilder for ContrastiveBuilder {
@@ -55,6 +60,10 @@ impl GroupBuilder for ContrastiveBuilder {
 
     fn rows(batch: &ContrastiveBatch) -> &[u32] {
         &batch.rows
+    }
+
+    fn is_void(batch: &ContrastiveBatch) -> bool {
+        batch.across.map_or(batch.rows.is_empty(), |across| across.passages == 0)
     }
 }
 
@@ -83,6 +92,7 @@ pub struct PairBatches<B: GroupBuilder> {
     builder: B,
     plan: Plan,
     evaluation: Plan,
+    share: Share,
     ahead: batches::Ahead<B::Batch>,
 }
 
@@ -96,7 +106,7 @@ impl<B: GroupBuilder> PairBatches<B> {
         let size = BatchSize::Sequences(u64::from(settings.batch_size.unwrap_or(32)));
         // Texts are cut by the builder.
         let [plan, evaluation] = batches::plans(settings, order, size, 512)?;
-        Ok(PairBatches { builder, plan, evaluation, ahead: batches::Ahead::default() })
+        Ok(PairBatches { builder, plan, evaluation, share: settings.share, ahead: batches::Ahead::default() })
     }
 
     /// What makes the batches.
@@ -119,10 +129,11 @@ impl<B: GroupBuilder> Batches for PairBatches<B> {
 
     fn next(&mut self) -> Result<Vec<B::Batch>> {
         let micro = self.ahead.next(|cursor| {
-            self.builder.clone().ahead(Ahead { plan: self.plan.clone(), cursor, rank: 0, steps: AHEAD, threads: 1 })
+            let (plan, rank) = (self.plan.clone(), self.share.rank);
+            self.builder.clone().ahead(Ahead { plan, cursor, rank, even: false, steps: AHEAD, threads: 1 })
         })?;
         // At the end of the data a micro-batch may hold no query.
-        Ok(micro.into_iter().filter(|batch| !B::rows(batch).is_empty()).collect())
+        Ok(micro.into_iter().filter(|batch| !B::is_void(batch)).collect())
     }
 
     fn cursor(&self) -> u64 {

@@ -57,7 +57,7 @@ impl Plan {
             Some(tokens) => (f64::from(tokens) - 0.5 * mean).max(mean),
             None => mean * f64::from(s.batch_size.unwrap_or(1)),
         };
-        let by_steps = self.total as f64 * per_micro * f64::from(s.accumulate);
+        let by_steps = self.total as f64 * per_micro * f64::from(s.accumulate) * s.share.ranks as f64;
         s.epochs.map_or(by_steps, |epochs| about.tokens as f64 * epochs) as u64
     }
 
@@ -92,6 +92,9 @@ impl Plan {
         };
         if s.accumulate > 1 {
             batch += &format!(" × {} micro-batches", s.accumulate);
+        }
+        if s.share.ranks > 1 {
+            batch += &format!(" × {} ranks", s.share.ranks);
         }
         let schedule = s.schedule(self.total);
         [

@@ -1,6 +1,7 @@
 //! The loop of a run: evaluate, save, stop, step — each due or not as a pure function of the step and the restored state, so that
 //! a run that was killed and resumed does and logs exactly what an undisturbed one does.
 
+use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
@@ -8,6 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Kind, Result};
 use crate::eval::metrics::Metric;
 use crate::train::checkpoint::{Best, LOSS, State, bits};
+use crate::train::collective::{Team, agreement};
 use crate::train::metrics::Metrics;
 use crate::train::plan::Plan;
 use crate::train::progress::{self, Progress};
@@ -16,7 +18,7 @@ use crate::train::settings::Settings;
 use crate::train::signals::{self, Stop};
 use crate::train::tfevents::Events;
 use crate::train::workspace::Workspace;
-use crate::train::{Batches, Engine, EvalPart, StepReport};
+use crate::train::{Arena, Batches, Engine, EvalPart, StepReport};
 
 /// What a finished run reports.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,7 +40,9 @@ pub struct Summary {
 /// A run about to start.
 pub struct Run<'a, B> {
     settings: &'a Settings,
-    workspace: Workspace,
+    /// At rank 0.
+    workspace: Option<Workspace>,
+    team: Team,
     engine: &'a mut dyn Engine<Batch = B>,
     batches: &'a mut dyn Batches<Batch = B>,
     stop: &'a Stop,
@@ -47,38 +51,50 @@ pub struct Run<'a, B> {
     state: State,
     /// Step of the newest checkpoint on disk.
     saved: Option<u64>,
-    metrics: Metrics,
+    /// At rank 0.
+    metrics: Option<Metrics>,
     events: Option<Events>,
     summary: Summary,
 }
 
 impl<'a, B> Run<'a, B> {
-    /// Restores what `workspace` found, or starts at step 0.
+    /// Restores what `workspace` found, or starts at step 0. Of the ranks of `team` only rank 0 has a workspace; the others begin with
+    /// what it found there.
     pub fn new(
         plan: &'a Plan,
-        workspace: Workspace,
+        workspace: Option<Workspace>,
+        team: Team,
         engine: &'a mut dyn Engine<Batch = B>,
         batches: &'a mut dyn Batches<Batch = B>,
         stop: &'a Stop,
         progress: &'a mut Progress,
     ) -> Result<Self> {
         let mut state = State::default();
-        if let Some(checkpoint) = &workspace.start {
-            checkpoint.restore(&workspace.disk, engine)?;
+        let start = workspace.as_ref().and_then(|workspace| Some((&workspace.disk, workspace.start.as_ref()?)));
+        if let Some((disk, checkpoint)) = start {
+            checkpoint.restore(disk, engine)?;
             state = checkpoint.state.clone();
-            batches.seek(state.cursor)?;
         }
         // Overridden settings are those of the run from here on.
         let settings = &plan.settings;
         (state.settings, state.total_steps, state.seed) = (plan.identity.clone(), plan.total, settings.seed);
         state.engine = env!("CARGO_PKG_VERSION").into();
-        let restored = workspace.start.as_ref().map(|_| state.step);
-        // A checkpoint of another folder is not yet a checkpoint of this one.
-        let saved = workspace.store.list()?.last().map(|(step, _)| *step).filter(|step| Some(*step) == restored);
-        let metrics = Metrics::open(&workspace.disk, &workspace.out, restored)?;
-        let mut events = None;
-        if settings.tensorboard {
-            events = Some(Events::create(&workspace.disk, &workspace.out, state.step + 1)?);
+        let restored = start.map(|_| state.step);
+        let (mut saved, mut metrics, mut events) = (None, None, None);
+        if let Some(Workspace { out, store, disk, .. }) = &workspace {
+            // A checkpoint of another folder is not yet a checkpoint of this one.
+            saved = store.list()?.last().map(|(step, _)| *step).filter(|step| Some(*step) == restored);
+            metrics = Some(Metrics::open(disk, out, restored)?);
+            if settings.tensorboard {
+                events = Some(Events::create(disk, out, state.step + 1)?);
+            }
+        }
+        let (restored, saved, state) = agreement::told(&team, (restored, saved, state))?;
+        if restored.is_some() {
+            batches.seek(state.cursor)?;
+            if team.is_shared() {
+                agreement::spread(&team, engine)?;
+            }
         }
         let summary =
             Summary { state: state.clone(), loss: None, held_out: Vec::new(), dev: Vec::new(), seconds: 0.0, steps: 0 };
@@ -86,6 +102,7 @@ impl<'a, B> Run<'a, B> {
         Ok(Run {
             settings,
             workspace,
+            team,
             engine,
             batches,
             stop,
@@ -100,7 +117,7 @@ impl<'a, B> Run<'a, B> {
     }
 
     /// Runs to the last step, or to the first reason to stop. Gives the workspace back still locked, for what follows the run.
-    pub fn run(mut self) -> Result<(Summary, Workspace)> {
+    pub fn run(mut self) -> Result<(Summary, Option<Workspace>)> {
         let began = Instant::now();
         if let Some(events) = &mut self.events {
             let settings = self.settings.to_toml()?;
@@ -119,10 +136,11 @@ impl<'a, B> Run<'a, B> {
         loop {
             let step = self.state.step;
             let evaluation_due = self.evaluation_due(step, step >= self.state.total_steps);
-            if self.stop.requested().is_none() && self.state.evaluated != Some(step) && evaluation_due {
+            let mut stop = agreement::stop(&self.team, self.stop.requested())?;
+            if stop.is_none() && self.state.evaluated != Some(step) && evaluation_due {
                 self.evaluate()?;
+                stop = agreement::stop(&self.team, self.stop.requested())?;
             }
-            let stop = self.stop.requested();
             let patience = self.settings.patience.filter(|most| self.state.since_best >= *most);
             let last = step >= self.state.total_steps || patience.is_some();
             let due = last
@@ -135,7 +153,7 @@ impl<'a, B> Run<'a, B> {
             if let Some(signal) = stop {
                 let cause = format!("stopped by {} and saved at step {step}", signals::name(signal));
                 return Err(Error::new(Kind::Signal(signal), cause)
-                    .path(&self.workspace.out)
+                    .path(self.out())
                     .remedy("run the same command to go on"));
             }
             if let Some(most) = patience {
@@ -147,6 +165,11 @@ impl<'a, B> Run<'a, B> {
             }
             self.step()?;
         }
+    }
+
+    /// The output folder.
+    fn out(&self) -> &Path {
+        self.settings.output.as_deref().unwrap_or(Path::new(""))
     }
 
     fn evaluation_due(&self, step: u64, last: bool) -> bool {
@@ -178,16 +201,21 @@ impl<'a, B> Run<'a, B> {
 
         let step = self.state.step;
         let due = step == 1 || step == self.state.total_steps || step.is_multiple_of(self.settings.log_every);
+        let mut texts = Vec::new();
+        if report.skipped {
+            let own = micro.iter().flat_map(|batch| self.batches.names(batch)).collect();
+            texts = agreement::joined(&self.team, own)?;
+        }
         if due || report.skipped {
-            self.log(&micro, lr, &report, waited.as_secs_f64())?;
+            self.log(&texts, lr, &report, waited.as_secs_f64())?;
         }
         if self.state.skipped_in_a_row >= self.settings.max_skipped {
-            return Err(self.diverged(&micro, cursor));
+            return Err(self.diverged(&texts, &report, cursor));
         }
         Ok(())
     }
 
-    fn log(&mut self, micro: &[B], lr: f64, report: &StepReport, waited: f64) -> Result<()> {
+    fn log(&mut self, texts: &[String], lr: f64, report: &StepReport, waited: f64) -> Result<()> {
         let step = self.state.step;
         let rate = self.progress.rate();
         let mut line = self.line("train");
@@ -201,12 +229,15 @@ impl<'a, B> Run<'a, B> {
         line.insert("grad_norm_bits".into(), json!(bits(report.grad_norm)));
         line.insert("labels".into(), json!(report.labels));
         if report.skipped {
-            line.insert("texts".into(), json!(self.names(micro)));
+            line.insert("texts".into(), json!(texts));
+        }
+        if !report.culprits.is_empty() {
+            line.insert("ranks".into(), json!(report.culprits));
         }
         line.insert("tps".into(), json!(rate.round()));
         line.insert("data_wait_s".into(), json!(waited));
         line.insert("mem_gib".into(), json!(resident_gib()));
-        self.metrics.write(line)?;
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(line))?;
         if let Some(events) = &mut self.events {
             let parts: Vec<_> =
                 report.parts.iter().map(|(name, x)| (format!("train/loss_{}", short(name)), *x)).collect();
@@ -221,7 +252,8 @@ impl<'a, B> Run<'a, B> {
         }
         if report.skipped {
             self.progress.warn(&format!(
-                "step {step}: the gradient is not finite, nothing was updated ({} in a row)",
+                "step {step}: the gradient{} is not finite, nothing was updated ({} in a row)",
+                of_ranks(&report.culprits),
                 self.state.skipped_in_a_row
             ));
         }
@@ -244,27 +276,9 @@ impl<'a, B> Run<'a, B> {
     /// Evaluates on what is held out and on the dev set; a signal breaks it off, and the resumed run does it again from its beginning.
     fn evaluate(&mut self) -> Result<()> {
         let step = self.state.step;
-        let mut parts: Vec<EvalPart> = Vec::new();
-        for batch in self.batches.held_out() {
-            if self.stop.requested().is_some() {
-                return Ok(());
-            }
-            for part in self.engine.evaluate(&batch?)?.parts {
-                match parts.iter_mut().find(|sum| sum.name == part.name) {
-                    Some(sum) => {
-                        sum.loss_sum += part.loss_sum;
-                        sum.correct = sum.correct.zip(part.correct).map(|(a, b)| a + b);
-                        sum.labels += part.labels;
-                    }
-                    None => parts.push(part),
-                }
-            }
-        }
-        let stop = self.stop;
-        let dev = self.engine.judge(&|| stop.requested().is_none())?;
-        if self.stop.requested().is_some() {
-            return Ok(());
-        }
+        let own = self.held_out()?;
+        let Some(mut parts) = agreement::evaluation(&self.team, own)? else { return Ok(()) };
+        let Some(dev) = self.judge()? else { return Ok(()) };
         self.state.evaluated = Some(step);
         parts.retain(|part| part.labels > 0);
         if parts.is_empty() && dev.is_empty() {
@@ -275,6 +289,31 @@ impl<'a, B> Run<'a, B> {
         self.log_evaluation(loss, &parts, &dev)?;
         (self.summary.held_out, self.summary.dev) = (parts, dev);
         Ok(())
+    }
+
+    /// Sums over this rank's share of the batches that are held out; none when a signal broke it off.
+    fn held_out(&mut self) -> Result<Option<Vec<EvalPart>>> {
+        let mut parts = Vec::new();
+        for batch in self.batches.held_out().skip(self.team.rank()).step_by(self.team.size()) {
+            if self.stop.requested().is_some() {
+                return Ok(None);
+            }
+            self.engine.evaluate(&batch?)?.parts.into_iter().for_each(|part| agreement::add(&mut parts, part));
+        }
+        Ok(Some(parts))
+    }
+
+    /// Figures on the dev set, which rank 0 finds; none when a signal broke it off.
+    fn judge(&mut self) -> Result<Option<Vec<(Metric, f64)>>> {
+        let (stop, mut found) = (self.stop, None);
+        if self.team.rank() == 0 {
+            let dev = self.engine.judge(&|| stop.requested().is_none())?;
+            found = stop.requested().is_none().then_some(dev);
+        }
+        let words = |dev: Vec<(Metric, f64)>| dev.iter().map(|(m, x)| (m.to_string(), x.to_bits())).collect::<Vec<_>>();
+        let told = agreement::told(&self.team, found.map(words))?;
+        let figure = |(name, x): (String, u64)| Ok((name.parse()?, f64::from_bits(x)));
+        told.map(|dev| dev.into_iter().map(figure).collect()).transpose()
     }
 
     /// Whether this evaluation is the best so far.
@@ -316,7 +355,7 @@ impl<'a, B> Run<'a, B> {
             values.push((format!("eval/dev/{metric}"), *value));
             text += &format!("  {metric} {value:.4}");
         }
-        self.metrics.write(line)?;
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(line))?;
         if let Some(events) = &mut self.events {
             events.scalars(step, values.iter().map(|(tag, x)| (tag.as_str(), *x)))?;
         }
@@ -325,22 +364,25 @@ impl<'a, B> Run<'a, B> {
     }
 
     fn save(&mut self) -> Result<()> {
-        self.metrics.sync()?;
-        let began = Instant::now();
-        let dir = self.workspace.store.save(&self.state, self.engine)?;
+        if self.team.is_shared() {
+            let mut weights = Vec::new();
+            self.engine.read_arena(Arena::Weights, &mut weights)?;
+            agreement::same_weights(&self.team, self.state.step, &weights)?;
+        }
         self.saved = Some(self.state.step);
-        self.progress.say(&format!("saved {} in {:.1} s", dir.display(), began.elapsed().as_secs_f64()));
-        let best = self.state.best.as_ref().filter(|_| self.settings.keeps_best());
-        self.workspace.store.prune(best.map(|best| best.step))
+        if let (Some(workspace), Some(metrics)) = (&self.workspace, &mut self.metrics) {
+            metrics.sync()?;
+            let began = Instant::now();
+            let dir = workspace.store.save(&self.state, self.engine)?;
+            self.progress.say(&format!("saved {} in {:.1} s", dir.display(), began.elapsed().as_secs_f64()));
+            let best = self.state.best.as_ref().filter(|_| self.settings.keeps_best());
+            workspace.store.prune(best.map(|best| best.step))?;
+        }
+        // No rank goes on, or ends, before the checkpoint is safe.
+        self.team.barrier()
     }
 
-    /// Ids of the texts of a step.
-    fn names(&self, micro: &[B]) -> Vec<String> {
-        micro.iter().flat_map(|batch| self.batches.names(batch)).collect()
-    }
-
-    fn diverged(&self, micro: &[B], cursor: u64) -> Error {
-        let names = self.names(micro);
+    fn diverged(&self, names: &[String], report: &StepReport, cursor: u64) -> Error {
         let shown = names.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ");
         let more = names.len().saturating_sub(8);
         let more = if more > 0 { format!(" and {more} more, all in metrics.jsonl") } else { String::new() };
@@ -351,10 +393,21 @@ impl<'a, B> Run<'a, B> {
             None => "nothing was saved yet; start again with a lower learning rate".into(),
         };
         let cause = format!(
-            "the gradient was not finite in {} steps in a row, up to step {}; the last batch begins at sample {cursor}: {shown}{more}",
-            self.state.skipped_in_a_row, self.state.step
+            "the gradient{} was not finite in {} steps in a row, up to step {}; the last batch begins at sample {cursor}: {shown}{more}",
+            of_ranks(&report.culprits),
+            self.state.skipped_in_a_row,
+            self.state.step
         );
-        Error::refused(cause).path(&self.workspace.out).remedy(remedy)
+        Error::refused(cause).path(self.out()).remedy(remedy)
+    }
+}
+
+/// Whose gradient: that of these ranks, or of all.
+fn of_ranks(ranks: &[usize]) -> String {
+    match ranks {
+        [] => String::new(),
+        [one] => format!(" of rank {one}"),
+        all => format!(" of ranks {}", all.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")),
     }
 }
 

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::data::order::Share;
 use crate::data::pairs::MissingScore;
 use crate::data::pairs::batch::Duplicates;
 use crate::data::pairs::qrels::QrelsFormat;
@@ -222,6 +223,8 @@ pub struct Settings {
     pub projection: Option<usize>,
     /// What happens to passages of a batch that are positives of another query of it.
     pub duplicates: Option<Duplicates>,
+    /// Whether the passages of all ranks are candidates of every query.
+    pub cross_device_negatives: Option<bool>,
     /// Texts whose activations exist at a time.
     pub chunk: Option<usize>,
     /// How scores are compared with a teacher's.
@@ -245,6 +248,9 @@ pub struct Settings {
     pub patience: Option<u64>,
     /// Whether the checkpoint of the best evaluation is kept and exported; when absent, with a dev set.
     pub keep_best: Option<bool>,
+    /// The ranks that share the run: known from how it was started.
+    #[serde(skip)]
+    pub share: Share,
 }
 
 impl Default for Settings {
@@ -314,6 +320,7 @@ impl Default for Settings {
             untied: None,
             projection: None,
             duplicates: None,
+            cross_device_negatives: None,
             chunk: None,
             distill_loss: None,
             contrastive_loss_weight: None,
@@ -325,6 +332,7 @@ impl Default for Settings {
             best_metric: None,
             patience: None,
             keep_best: None,
+            share: Share::default(),
         }
     }
 }
@@ -350,6 +358,11 @@ impl Settings {
     pub fn best_metric(&self, dev: &[(Metric, f64)]) -> String {
         let first = || dev.first().map_or_else(|| LOSS.to_string(), |(metric, _)| metric.to_string());
         self.best_metric.clone().unwrap_or_else(first)
+    }
+
+    /// Whether the passages of other ranks are candidates.
+    pub fn across(&self) -> bool {
+        self.cross_device_negatives.unwrap_or(false) && self.share.ranks > 1
     }
 
     /// Whether the checkpoint of the best evaluation is kept and exported.

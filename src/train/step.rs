@@ -25,6 +25,7 @@ use crate::model::config::BertConfig;
 use crate::ops::gather;
 use crate::ops::optimizer::AdamW;
 use crate::train::EvalPart;
+use crate::train::collective::Team;
 use crate::train::updates::{self, Optimizer, Scales, Trainable, one_of};
 
 /// What is pre-trained.
@@ -88,6 +89,13 @@ impl Losses {
         self.encoder_loss() + self.decoder_loss() + self.bow_weight * self.bow_loss()
     }
 
+    /// With the labels and texts of all ranks.
+    fn of_all(self, team: &Team) -> Result<Self> {
+        let [encoder_labels, decoder_labels, bow_texts] =
+            team.totals([self.encoder_labels, self.decoder_labels, self.bow_texts])?;
+        Ok(Losses { encoder_labels, decoder_labels, bow_texts, ..self })
+    }
+
     /// The labels and texts of `micro` under an objective, no losses yet.
     fn labels(micro: &[PretrainBatch], objective: Objective, bow_weight: f64) -> Self {
         let decoder = |b: &PretrainBatch| b.decoder.as_ref().map_or(0, |d| d.label_ids.len());
@@ -109,23 +117,23 @@ struct Results {
     decoder: Tensor,
     /// `[2]`: losses of the bags of words, and nothing.
     bags: Tensor,
-    /// `[1]` ‖g‖².
+    /// `[1]` ‖g‖², and where ranks share the step that of this rank's own gradients.
     norm: Tensor,
+    own_norm: Tensor,
 }
 
 impl Results {
     fn new(device: Device) -> Self {
-        let all = device.zeros(DType::F64, 7);
+        let all = device.zeros(DType::F64, 8);
         let [encoder, decoder, bags] = [0, 2, 4].map(|at| all.slice(at..at + 2));
-        Results { encoder, decoder, bags, norm: all.slice(6..7), all }
+        Results { encoder, decoder, bags, norm: all.slice(6..7), own_norm: all.slice(7..8), all }
     }
 
-    /// Waits for them: losses, ‖g‖².
-    fn read(&self, device: Device, labels: Losses) -> Result<(Losses, f64)> {
+    /// Waits for them.
+    fn read(&self, device: Device) -> Result<[f64; 8]> {
         let x: Vec<f64> = self.all.end_read();
-        let sums = |at: usize| LossSums { loss: x[at], correct: x[at + 1] };
         device.check()?;
-        Ok((Losses { encoder: sums(0), decoder: sums(2), bow: x[4], ..labels }, x[6]))
+        Ok(std::array::from_fn(|i| x[i]))
     }
 }
 
@@ -387,8 +395,12 @@ impl Trainable for Pretrainer {
         &self.params
     }
 
-    fn moments(&self) -> (&Tensor, &Tensor) {
-        self.optimizer.moments()
+    fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
+    fn optimizer_mut(&mut self) -> &mut Optimizer {
+        &mut self.optimizer
     }
 
     fn size(batch: &PretrainBatch) -> (usize, usize) {
@@ -428,28 +440,39 @@ impl Trainable for Pretrainer {
         update: bool,
     ) -> Result<Losses> {
         let _names = (trace::phase(stages::INPUTS), trace::stage(stages::UPLOADS));
-        let labels = Losses::labels(micro, self.objective, self.bow_loss_weight);
+        let team = self.optimizer.team(gradients);
+        let labels = Losses::labels(micro, self.objective, self.bow_loss_weight).of_all(&team)?;
         let [encoder, decoder, bow] = [labels.encoder_labels, labels.decoder_labels, labels.bow_texts].map(one_of);
         self.scales.set([encoder, decoder, labels.bow_weight * bow]);
         dropout.announce(self.device);
+        if micro.is_empty() {
+            // The last step's texts were too few for every rank.
+            updates::zero(self.device, &self.results.all, &self.params, gradients);
+        }
         let mut records = std::mem::take(&mut self.records);
         for (i, batch) in micro.iter().enumerate() {
             let segment = Segment {
                 bounds: self.inputs.set(batch),
                 first: i == 0,
                 gradients,
-                update: update && i + 1 == micro.len(),
+                update: update && i + 1 == micro.len() && !team.is_shared(),
                 dropout: dropout.thresholds(),
             };
             records.run(self.device, segment, || self.segment(segment, dropout));
         }
         self.records = records;
+        if team.is_shared() {
+            self.optimizer.share(&self.params, &self.results.norm, &self.results.own_norm, update)?;
+        }
         self.results.all.begin_read();
         Ok(labels)
     }
 
     fn end(&mut self, labels: Losses) -> Result<(Losses, f64)> {
-        self.results.read(self.device, labels)
+        let [e, ec, d, dc, bow, _, norm, own_norm] = self.results.read(self.device)?;
+        let [e, ec, d, dc, bow, _] = self.optimizer.losses([e, ec, d, dc, bow, own_norm])?;
+        let sums = |loss, correct| LossSums { loss, correct };
+        Ok((Losses { encoder: sums(e, ec), decoder: sums(d, dc), bow, ..labels }, norm))
     }
 
     fn make_ready(&mut self, next: &PretrainBatch) {

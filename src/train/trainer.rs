@@ -1,9 +1,10 @@
 //! [`Engine`] around a [`Trainable`] model: the optimizer's constants, the seed of dropout, and a dev set.
 
-use crate::device::Tensor;
+use crate::device::{Device, Tensor};
 use crate::error::{Error, Result};
 use crate::eval::metrics::Metric;
 use crate::ops::optimizer::AdamW;
+use crate::train::collective::Team;
 use crate::train::settings::Settings;
 use crate::train::updates::Trainable;
 use crate::train::{Arena, Arenas, Engine, EvalPart, EvalReport, ParamInfo, StepReport};
@@ -41,9 +42,19 @@ impl<M: Trainable> Trainer<M> {
     fn arena(&self, which: Arena) -> &Tensor {
         match which {
             Arena::Weights => self.model.params().weights(),
-            Arena::Moment1 => self.model.moments().0,
-            Arena::Moment2 => self.model.moments().1,
+            Arena::Moment1 => self.model.optimizer().moments().0,
+            Arena::Moment2 => self.model.optimizer().moments().1,
         }
+    }
+
+    /// Where it is trained.
+    pub fn device(&self) -> Device {
+        self.model.device()
+    }
+
+    /// Shares its steps with the ranks of `team` from here on.
+    pub fn join(&mut self, team: Team) {
+        self.model.optimizer_mut().join(team);
     }
 }
 
@@ -57,7 +68,8 @@ impl<M: Trainable> Engine for Trainer<M> {
     fn step_before(&mut self, micro: &[M::Batch], next: Option<&M::Batch>, step: u64, lr: f32) -> Result<StepReport> {
         let done = self.model.step_before(micro, next, &self.adamw, f64::from(lr), (step + 1, self.seed))?;
         let parts = self.model.parts(&done.losses);
-        let sizes = || micro.iter().map(M::size);
+        let sizes = micro.iter().map(M::size).fold([0; 2], |sum, (texts, tokens)| [sum[0] + texts, sum[1] + tokens]);
+        let [sequences, tokens] = self.model.optimizer().team(true).totals(sizes)?;
         Ok(StepReport {
             loss: parts.iter().map(|part| part.weight * part.loss()).sum(),
             accuracy: parts.iter().filter_map(|part| Some((part.name, part.accuracy()?))).collect(),
@@ -65,8 +77,9 @@ impl<M: Trainable> Engine for Trainer<M> {
             parts: parts.iter().map(|part| (part.name, part.loss())).collect(),
             grad_norm: done.grad_norm,
             skipped: done.skipped,
-            tokens: sizes().map(|(_, tokens)| tokens as u64).sum(),
-            sequences: sizes().map(|(sequences, _)| sequences as u64).sum(),
+            culprits: if done.skipped { self.model.optimizer().culprits().to_vec() } else { Vec::new() },
+            tokens: tokens as u64,
+            sequences: sequences as u64,
         })
     }
 

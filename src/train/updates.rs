@@ -1,4 +1,5 @@
-//! What every objective's step does around its forward and backward: dropout of the step, clipping, AdamW over the flat arenas.
+//! What every objective's step does around its forward and backward: dropout of the step, sums over ranks, clipping, AdamW over the
+//! flat arenas.
 
 use crate::device::{Arena, DType, Device, Tensor, trace};
 use crate::error::Result;
@@ -10,6 +11,7 @@ use crate::ops::gather;
 use crate::ops::optimizer::{self, AdamW};
 use crate::rng::Dropout;
 use crate::train::EvalPart;
+use crate::train::collective::Team;
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -38,8 +40,11 @@ pub trait Trainable {
     /// Weights and gradients.
     fn params(&self) -> &Params;
 
-    /// The flat first and second moments.
-    fn moments(&self) -> (&Tensor, &Tensor);
+    /// AdamW and its state.
+    fn optimizer(&self) -> &Optimizer;
+
+    /// The same, to change.
+    fn optimizer_mut(&mut self) -> &mut Optimizer;
 
     /// Sequences and tokens of a micro-batch.
     fn size(batch: &Self::Batch) -> (usize, usize);
@@ -51,10 +56,11 @@ pub trait Trainable {
     fn prepare(&mut self, adamw: &AdamW, lr: f64, t: u64);
 
     /// Queues the work of all micro-batches together, with gradients of their mean and the prepared update if asked for. Gives the
-    /// losses without their sums.
+    /// losses without their sums. With gradients the mean is that over all ranks that share the step; every rank must call this, perhaps
+    /// without a micro-batch.
     ///
     /// # Errors
-    /// Batches that do not fit, or a failure of the GPU.
+    /// Batches that do not fit, or a failure of the GPU or of a rank.
     fn begin(
         &mut self,
         micro: &[Self::Batch],
@@ -63,7 +69,7 @@ pub trait Trainable {
         update: bool,
     ) -> Result<Self::Losses>;
 
-    /// Waits for what was begun: its losses, and ‖g‖².
+    /// Waits for what was begun: its losses, and ‖g‖², of all ranks that share the step.
     ///
     /// # Errors
     /// A failure of the GPU.
@@ -91,7 +97,7 @@ pub trait Trainable {
     /// of (`seed`, `t`).
     ///
     /// # Errors
-    /// A failure of the GPU. The step is then lost.
+    /// A failure of the GPU, or of a rank. The step is then lost.
     fn step(
         &mut self,
         micro: &[Self::Batch],
@@ -191,6 +197,11 @@ pub fn zero(device: Device, results: &Tensor, params: &Params, gradients: bool) 
 /// AdamW and its state.
 pub struct Optimizer {
     device: Device,
+    team: Team,
+    /// The work that was begun last is shared.
+    shared: bool,
+    /// Ranks whose own losses or gradients were not finite in the last step.
+    culprits: Vec<usize>,
     first: Arena,
     second: Arena,
     /// `[3]`, see [`AdamW::schedule`].
@@ -207,7 +218,62 @@ impl Optimizer {
         let weights = params.weights();
         let arena = || Arena::zeros(device, weights.dtype(), [weights.len()]);
         let schedule = device.zeros(DType::F32, 3);
-        Optimizer { device, first: arena(), second: arena(), schedule, adamw: AdamW::default(), lr: 0.0, t: 0 }
+        Optimizer {
+            device,
+            team: Team::default(),
+            shared: false,
+            culprits: Vec::new(),
+            first: arena(),
+            second: arena(),
+            schedule,
+            adamw: AdamW::default(),
+            lr: 0.0,
+            t: 0,
+        }
+    }
+
+    /// Steps are shared with the ranks of `team` from here on.
+    pub fn join(&mut self, team: Team) {
+        self.team = team;
+    }
+
+    /// The ranks that share work with gradients; without, every rank is alone.
+    pub fn team(&self, gradients: bool) -> Team {
+        if gradients { self.team.clone() } else { Team::default() }
+    }
+
+    /// The end of a step that ranks share: `own[0]` becomes ‖g‖² of this rank's gradients, these the sums over all ranks; then the update,
+    /// if asked for, as in [`Self::update`].
+    ///
+    /// # Errors
+    /// A failure of the GPU, or of a rank.
+    pub fn share(&mut self, params: &Params, norm: &Tensor, own: &Tensor, update: bool) -> Result<()> {
+        optimizer::squared_norm(self.device, params.gradients(), own);
+        self.team.all_reduce(params.gradients())?;
+        self.shared = true;
+        if update {
+            self.update(params, norm);
+        }
+        Ok(())
+    }
+
+    /// The sums over all ranks of a step's losses, which end with ‖g‖² of each; of work that was not shared, its own. Ranks whose own
+    /// are not finite are kept.
+    ///
+    /// # Errors
+    /// The failure of a rank.
+    pub fn losses<const N: usize>(&mut self, own: [f64; N]) -> Result<[f64; N]> {
+        if !std::mem::take(&mut self.shared) {
+            return Ok(own);
+        }
+        let (sums, culprits) = self.team.sums(own)?;
+        self.culprits = culprits;
+        Ok(sums)
+    }
+
+    /// Ranks whose own losses or gradients were not finite in the last shared step.
+    pub fn culprits(&self) -> &[usize] {
+        &self.culprits
     }
 
     /// The flat first and second moments.

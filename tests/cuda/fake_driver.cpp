@@ -143,7 +143,7 @@ API int cuDeviceGetCount(int* count) {
   return 0;
 }
 
-API int cuDeviceGet(int* device, int ordinal) { CALL(cuDeviceGet); *device = ordinal; return 0; }
+API int cuDeviceGet(int* device, int ordinal) { CALL_WITH(cuDeviceGet, "%d", ordinal); *device = ordinal; return 0; }
 
 API int cuDeviceGetName(char* name, int length, int) {
   CALL(cuDeviceGetName);

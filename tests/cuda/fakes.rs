@@ -19,6 +19,8 @@ pub enum Libraries {
     None,
     Driver,
     Both,
+    /// Both, and NCCL.
+    All,
     /// Both, the driver without one function.
     Lacking,
 }
@@ -35,17 +37,19 @@ const DRIVER: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 const CUBLASLT: [&str; 5] =
     ["libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so.11", "libcublasLt.so.10"];
 
+const NCCL: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
+
 fn tmp() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
-/// The fake, and one that lacks a function and calls itself cuBLASLt.
-fn fakes() -> &'static [PathBuf; 2] {
-    static BUILT: OnceLock<[PathBuf; 2]> = OnceLock::new();
+/// The fake, one that lacks a function and calls itself cuBLASLt, and the fake NCCL.
+fn fakes() -> &'static [PathBuf; 3] {
+    static BUILT: OnceLock<[PathBuf; 3]> = OnceLock::new();
     BUILT.get_or_init(|| {
-        let build = |name: &str, flags: &[&str]| {
+        let build = |name: &str, source: &str, flags: &[&str]| {
             let output = tmp().join(name);
-            let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda/fake_driver.cpp");
+            let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda").join(source);
             let mut command = Command::new(env!("RETROMAE_BUILD_CXX"));
             command.args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-fPIC", "-shared"]).args(flags);
             let done = command.arg(source).arg("-o").arg(&output).output().expect("the C++ compiler runs");
@@ -53,7 +57,11 @@ fn fakes() -> &'static [PathBuf; 2] {
             output
         };
         let lacking = ["-DcuGraphLaunch=cuGraphLaunchThatIsMissing", "-Wl,-soname,libcublasLt.so.13"];
-        [build("fake-driver.so", &[]), build("fake-driver-lacking.so", &lacking)]
+        [
+            build("fake-driver.so", "fake_driver.cpp", &[]),
+            build("fake-driver-lacking.so", "fake_driver.cpp", &lacking),
+            build("fake-nccl.so", "fake_nccl.cpp", &["-ldl"]),
+        ]
     })
 }
 
@@ -68,15 +76,16 @@ fn lay_out(libraries: Libraries) -> TempDir {
             }
         }
     };
-    let [fake, lacking] = fakes();
+    let [fake, lacking, nccl] = fakes();
     let (driver, cublaslt) = match libraries {
         Libraries::None => (None, None),
         Libraries::Driver => (Some(fake), None),
-        Libraries::Both => (Some(fake), Some(fake)),
+        Libraries::Both | Libraries::All => (Some(fake), Some(fake)),
         Libraries::Lacking => (Some(lacking), Some(fake)),
     };
     put(&DRIVER, driver);
     put(&CUBLASLT, cublaslt);
+    put(&NCCL, (libraries == Libraries::All).then_some(nccl));
     folder
 }
 

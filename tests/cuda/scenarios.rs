@@ -10,9 +10,13 @@ use retromae_engine::device::trace::{self, Detail, Piece};
 use retromae_engine::device::{DType, Device, Matmul, Matrix, Output, Product, Tensor};
 use retromae_engine::error::Result;
 use retromae_engine::graph::records::Records;
+use retromae_engine::train::collective::launch;
 
 /// Runs the scenario of this name and says how it went.
 pub fn run(name: &str) {
+    if let Ok(Some(place)) = launch::detect(&|name| std::env::var(name).ok()) {
+        Device::choose_cuda(place.local_rank);
+    }
     let said = match name {
         "auto" => Device::open("auto").map(|(device, told)| match told {
             Some(told) => format!("{device:?}, {told}"),
@@ -49,6 +53,7 @@ fn on(name: &str, device: Device) -> Result<String> {
         }
         "results" => return results(device, gpu),
         "records" => return records(device),
+        "ranks" => return crate::ranks::scenario(device),
         "memory" => drop(gpu.memory(3 << 30, 0)),
         "launch" => reductions(device, gpu, Shape::linear(1, 32)),
         "shared" => reductions(device, gpu, Shape::linear(1, 32).shared(200_000)),

@@ -57,6 +57,7 @@ pub(super) fn batch(first: u64) -> ContrastiveBatch {
         queries,
         passages,
         group: 2,
+        across: None,
         targets: vec![0, 2, 4, 6, 8],
         hidden: Some(vec![0b10_0000_1000, 0, 0b1, 0b11_0000_0000, 0]),
         teacher: Some((0..10).map(|i| ((i * 7) % 5) as f32 - 2.0).collect()),

@@ -37,7 +37,7 @@ fn small(device: Device, storage: DType) -> Pretrainer {
 
 /// Bits of weights and moments.
 fn bits(model: &Pretrainer) -> Vec<u32> {
-    let (first, second) = model.moments();
+    let (first, second) = model.optimizer().moments();
     [model.params().weights(), first, second].iter().flat_map(|t| t.to_vec::<f32>()).map(f32::to_bits).collect()
 }
 

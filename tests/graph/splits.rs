@@ -50,7 +50,7 @@ fn train(model: &mut Pretrainer) -> Vec<u32> {
         let outcome = model.step(&micro, &AdamW::default(), 1e-3, t, 9).unwrap();
         assert!(!outcome.skipped && outcome.losses.total().is_finite());
     }
-    let (first, second) = model.moments();
+    let (first, second) = model.optimizer().moments();
     [model.params().weights(), first, second].iter().flat_map(|t| t.to_vec::<f32>()).map(f32::to_bits).collect()
 }
 

@@ -111,10 +111,48 @@ fn ranks_share_the_micro_batches_that_one_rank_would_accumulate() {
             assert_eq!(all_steps(&plan(40, size, accumulation, ranks, 100), &corpus, 0), alone);
         }
         for step in &alone {
-            let shares: Vec<Vec<_>> = (0..2).map(|rank| step.of_rank(rank, 2).cloned().collect()).collect();
-            assert_eq!(shares[0], [step.micro[0].clone(), step.micro[2].clone()]);
-            assert_eq!(shares[1], [step.micro[1].clone(), step.micro[3].clone()]);
+            let shared = plan(40, size, 2, 2, 100);
+            for rank in 0..2 {
+                let own: Vec<_> = shared.micro(&corpus, step, rank as u64, false).unwrap();
+                let expected = [rank, rank + 2].map(|i| step.micro[i].clone());
+                assert_eq!([0, 1].map(|i| own[i].neighbours()), expected);
+                assert!(
+                    own.iter().all(|micro| micro.own.is_empty() || micro.own == micro.neighbours().collect::<Vec<_>>())
+                );
+                assert_eq!(own[1].round, step.micro[2].start..step.micro[3].end);
+            }
         }
+    }
+}
+
+#[test]
+fn ranks_get_equal_shares_of_texts_and_about_equal_ones_of_tokens() {
+    let corpus = corpus((0..400).map(|i| 2 + (i * i * 31 + 17 * i) % 120));
+    for ranks in [2u64, 3, 8] {
+        let plan = plan(400, BatchSize::Sequences(8), 2, ranks, 1000);
+        let (mut widest, mut neighbours) = (0, 0);
+        for step in all_steps(&plan, &corpus, 0) {
+            let shares: Vec<_> = (0..ranks).map(|rank| plan.micro(&corpus, &step, rank, true).unwrap()).collect();
+            for (turn, round) in step.micro.chunks(ranks as usize).enumerate() {
+                let mut all: Vec<u64> = shares.iter().flat_map(|share| share[turn].own.clone()).collect();
+                all.sort_unstable();
+                assert_eq!(all, (round[0].start..round[round.len() - 1].end).collect::<Vec<_>>());
+                let sizes: Vec<usize> = shares.iter().map(|share| share[turn].own.len()).collect();
+                assert!(
+                    sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1 && sizes.iter().all(|n| *n <= 8)
+                );
+                let tokens = |samples: &mut dyn Iterator<Item = u64>| -> usize {
+                    samples.map(|sample| corpus.length(plan.order().text(Part::Train, sample)).unwrap()).sum()
+                };
+                let spread = |of: Vec<usize>| of.iter().max().unwrap() - of.iter().min().unwrap();
+                if all.len() as u64 == 8 * ranks {
+                    let dealt = shares.iter().map(|share| tokens(&mut share[turn].own.iter().copied())).collect();
+                    widest += spread(dealt);
+                    neighbours += spread(round.iter().map(|part| tokens(&mut part.clone())).collect());
+                }
+            }
+        }
+        assert!(widest * 5 < neighbours, "{ranks} ranks: {widest} of {neighbours}");
     }
 }
 

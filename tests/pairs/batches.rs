@@ -195,7 +195,7 @@ fn the_loader_gives_the_builders_batches() {
         let batching = Batching { size, accumulation: 2, ranks: 1, max_length: 16 };
         Plan::new(builder.groups().order().clone(), Part::Train, batching, 70).unwrap()
     };
-    let ahead = |plan, cursor| Ahead { plan, cursor, rank: 0, steps: 2, threads: 2 };
+    let ahead = |plan, cursor| Ahead { plan, cursor, rank: 0, even: false, steps: 2, threads: 2 };
     let load = |cursor| {
         let loader = builder.clone().load(ahead(plan(BatchSize::Sequences(8)), cursor)).unwrap();
         loader.collect::<retromae_engine::Result<Vec<_>>>().unwrap()

@@ -12,6 +12,7 @@ use retromae_engine::data::corpus::{MemoryCorpus, Tokens};
 use retromae_engine::data::masking::{MaskRules, Vocabulary};
 use retromae_engine::files::disk::Disk;
 use retromae_engine::train::batches::CorpusBatches;
+use retromae_engine::train::collective::Team;
 use retromae_engine::train::plan::Plan;
 use retromae_engine::train::progress::Progress;
 use retromae_engine::train::run::{Run, Summary};
@@ -129,6 +130,7 @@ impl Engine for Toy {
             accuracy: vec![("encoder", 0.5), ("decoder", 0.25)],
             grad_norm: if skipped { f64::INFINITY } else { norm },
             skipped,
+            culprits: Vec::new(),
             tokens: n,
             sequences: micro.iter().map(|b| b.sequences() as u64).sum(),
             labels: n,
@@ -295,7 +297,7 @@ impl Job {
         let plan = Plan::new(settings, about, &batches)?;
         let mut progress = Progress::lines(Box::new(self.told.clone()));
         let workspace = Workspace::open(&self.disk, &plan, &self.overrides, &mut |text| progress.warn(&text))?;
-        Run::new(&plan, workspace, &mut self.toy, &mut batches, &self.stop, &mut progress)?
+        Run::new(&plan, Some(workspace), Team::default(), &mut self.toy, &mut batches, &self.stop, &mut progress)?
             .run()
             .map(|(summary, _)| summary)
     }

@@ -53,20 +53,16 @@ impl World {
     /// `train` into `out` for 16 steps.
     pub fn train(&self, out: &str, more: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
-        command.args([
-            "train",
-            "--threads",
-            "1",
-            "--learning-rate",
-            "1e-2",
-            "--batch-size",
-            "4",
-            "--log-every",
-            "1",
-            "--save-every",
-            "4",
-        ]);
-        command.args(["--eval-size", "5", "--eval-every", "8", "--config-file"]).arg(self.path("config.json"));
+        command.args(["train", "--threads", "1", "--log-every", "1", "--eval-size", "5"]);
+        for (flag, value) in
+            [("--learning-rate", "1e-2"), ("--batch-size", "4"), ("--save-every", "4"), ("--eval-every", "8")]
+        {
+            let instead = if flag == "--batch-size" { "--tokens-per-batch" } else { flag };
+            if !more.contains(&flag) && !more.contains(&instead) {
+                command.args([flag, value]);
+            }
+        }
+        command.arg("--config-file").arg(self.path("config.json"));
         // What a run computes must not depend on what the machine has.
         if !more.contains(&"--device") {
             command.args(["--device", "cpu"]);

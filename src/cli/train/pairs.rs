@@ -109,6 +109,9 @@ pub(super) struct Flags {
     /// What happens to passages of a batch that answer another of its queries, too [default: mask]
     #[arg(long, value_enum)]
     duplicates: Option<Duplicates>,
+    /// Many devices: every query against the passages of all of them, as in one batch of all [default: those of its own device]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    cross_device_negatives: Option<bool>,
     /// Keep the activations of this many texts at a time, so that large batches need little memory [default: all]
     #[arg(long, value_name = "N")]
     chunk: Option<usize>,

@@ -36,6 +36,8 @@ pub struct ContrastiveBatch {
     pub passages: TextBatch,
     /// Passages of a query.
     pub group: usize,
+    /// The passages of all ranks, where they are candidates, too. Then P and the numbers of passages below are of all.
+    pub across: Option<Across>,
     /// `[B]` index of each query's own positive among the passages.
     pub targets: Vec<u32>,
     /// `[B, ⌈P / 32⌉]` bit `p % 32` of word `p / 32` of row b: passage p is no candidate of query b, since it is another of its
@@ -47,6 +49,13 @@ pub struct ContrastiveBatch {
     pub rows: Vec<u32>,
     /// `[B, group]` numbers of the passages' texts, for messages.
     pub members: Vec<u32>,
+}
+
+/// A batch's passages among those of all ranks, which follow each other in the order of the ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Across {
+    /// Passages of all ranks.
+    pub passages: usize,
 }
 
 /// One batch of a cross-encoder: B queries, each with the passages of its group.
@@ -76,6 +85,7 @@ pub struct ContrastiveBuilder {
     queries: Arc<Texts>,
     passages: Arc<Texts>,
     duplicates: Duplicates,
+    across: bool,
 }
 
 impl ContrastiveBuilder {
@@ -95,7 +105,7 @@ impl ContrastiveBuilder {
         let queries = Arc::new(Texts::new(pairs.queries().corpus.clone(), queries)?);
         let passages = Arc::new(Texts::new(pairs.passages().corpus.clone(), passages)?);
         let groups = Groups::new(seed, pairs, passages.clone())?;
-        Ok(ContrastiveBuilder { groups, queries, passages, duplicates })
+        Ok(ContrastiveBuilder { groups, queries, passages, duplicates, across: false })
     }
 
     /// What the samples are.
@@ -108,6 +118,11 @@ impl ContrastiveBuilder {
         self.groups.hold_out(queries).map(|()| self)
     }
 
+    /// The same whose batches of training have the passages of all ranks as candidates.
+    pub fn across(self, across: bool) -> Self {
+        ContrastiveBuilder { across, ..self }
+    }
+
     /// The batch of these samples of training, in their order.
     pub fn build(&self, samples: Range<u64>) -> Result<ContrastiveBatch> {
         self.build_of(Part::Train, samples)
@@ -115,19 +130,30 @@ impl ContrastiveBuilder {
 
     /// The batch of these samples of a part, in their order.
     pub fn build_of(&self, part: Part, samples: Range<u64>) -> Result<ContrastiveBatch> {
-        let chosen = Chosen::of(&self.groups, part, samples)?;
+        self.build_among(part, samples.clone(), samples)
+    }
+
+    /// The batch of these samples of a part with the passages of `all` as candidates, among which the samples are.
+    fn build_among(&self, part: Part, samples: Range<u64>, all: Range<u64>) -> Result<ContrastiveBatch> {
+        let across = samples != all;
+        let chosen = Chosen::of(&self.groups, part, samples.clone())?;
         let queries: Vec<(u64, u32)> =
             chosen.groups.iter().map(|(sample, g)| (member_name(*sample, 0), g.query)).collect();
         let queries = self.queries.pack(&queries)?;
         let passages: Vec<(u64, u32)> = chosen.members().map(|(name, _, passage)| (name, passage)).collect();
         let passages = self.passages.pack(&passages)?;
         let (group, members) = (chosen.size, chosen.passages());
+        let first = (samples.start - all.start) as usize;
         let hidden = match self.duplicates {
-            Duplicates::Mask => self.hidden(&chosen, &members)?,
+            Duplicates::Mask if across => {
+                self.hidden(&chosen, first, &Chosen::of(&self.groups, part, all.clone())?.passages())?
+            }
+            Duplicates::Mask => self.hidden(&chosen, first, &members)?,
             Duplicates::Keep => None,
         };
         Ok(ContrastiveBatch {
-            targets: (0..chosen.groups.len()).map(|b| (b * group) as u32).collect(),
+            across: None,
+            targets: (0..chosen.groups.len()).map(|b| ((first + b) * group) as u32).collect(),
             hidden,
             teacher: chosen.teacher(),
             rows: chosen.rows(),
@@ -139,8 +165,8 @@ impl ContrastiveBuilder {
     }
 
     /// The bits of passages that are no candidates. A positive of a query and any text equal to it have one hash, so that the
-    /// hashes of the query's positives find all of them.
-    fn hidden(&self, chosen: &Chosen, members: &[u32]) -> Result<Option<Vec<u32>>> {
+    /// hashes of the query's positives find all of them. `members` are all candidates, those of the chosen from group `before` on.
+    fn hidden(&self, chosen: &Chosen, before: usize, members: &[u32]) -> Result<Option<Vec<u32>>> {
         let hash = |scratch: &mut Scratch, &passage: &u32| self.passages.hash_with(passage, scratch);
         let hashes: Vec<Result<u64>> = members.par_iter().map_init(Scratch::default, hash).collect();
         let mut places = Vec::with_capacity(members.len());
@@ -158,7 +184,7 @@ impl ContrastiveBuilder {
                     bits[place / 32] |= 1 << (place % 32);
                 }
             }
-            let target = b * chosen.size;
+            let target = (before + b) * chosen.size;
             bits[target / 32] &= !(1 << (target % 32));
             Ok(bits)
         };
@@ -174,7 +200,14 @@ impl ContrastiveBuilder {
     /// The batches of a plan's steps, built ahead.
     pub fn load(self, ahead: Ahead) -> Result<Loader<ContrastiveBatch>> {
         let (queries, part) = (self.groups.queries_for(&ahead)?, ahead.plan.part());
-        Loader::build_ahead(queries, ahead, move |samples| self.build_of(part, samples))
+        Loader::build_ahead(queries, ahead, move |micro| match self.across {
+            true => {
+                let passages = (micro.round.end - micro.round.start) as usize * self.groups.pairs().settings().group;
+                let batch = self.build_among(part, micro.neighbours(), micro.round.clone())?;
+                Ok(ContrastiveBatch { across: Some(Across { passages }), ..batch })
+            }
+            false => self.build_of(part, micro.neighbours()),
+        })
     }
 }
 
@@ -226,7 +259,7 @@ impl CrossBuilder {
     /// The batches of a plan's steps, built ahead.
     pub fn load(self, ahead: Ahead) -> Result<Loader<CrossBatch>> {
         let (queries, part) = (self.groups.queries_for(&ahead)?, ahead.plan.part());
-        Loader::build_ahead(queries, ahead, move |samples| self.build_of(part, samples))
+        Loader::build_ahead(queries, ahead, move |micro| self.build_of(part, micro.neighbours()))
     }
 }
 

@@ -115,7 +115,7 @@ fn open(path: &Path) -> std::result::Result<(), String> {
 
 /// Folders that may hold the library: of the active Python environment, of the Python whose folder of programs is on the path, and of
 /// the CUDA toolkit.
-fn folders(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> Vec<PathBuf> {
+pub fn folders(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> Vec<PathBuf> {
     let named = |name: &str| variable(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let mut roots: Vec<PathBuf> = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(named).collect();
     let programs = variable("PATH").unwrap_or_default();
@@ -134,7 +134,7 @@ fn folders(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> Vec<PathBuf
             pythons.filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("python"))).collect();
         pythons.sort();
         for packages in pythons.iter().flat_map(|p| [p.join("site-packages"), p.join("dist-packages")]) {
-            found.extend(["cu13", "cublas"].map(|part| packages.join("nvidia").join(part).join("lib")));
+            found.extend(["cu13", "cublas", "nccl"].map(|part| packages.join("nvidia").join(part).join("lib")));
         }
         found.extend([lib, root.join("lib64")]);
     }

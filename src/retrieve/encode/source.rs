@@ -1,5 +1,6 @@
 //! What is encoded: raw text, tokenized on the way, or token shards.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use sha2::{Digest, Sha256};
@@ -41,8 +42,33 @@ impl Source {
     pub fn total(&self) -> Option<u64> {
         match self {
             Source::Texts(_) => None,
-            Source::Shards(shards) => Some(shards.sets.iter().map(ShardSet::len).sum()),
+            Source::Shards(shards) => Some(shards.texts.end - shards.texts.start),
         }
+    }
+
+    /// Part `part` of `parts`, from 0: neighbouring texts, about as many in each. The parts one after the other are the whole.
+    ///
+    /// # Errors
+    /// Raw text, whose number nobody knows, or fewer texts than parts.
+    pub fn part(self, part: u64, parts: u64) -> Result<Source> {
+        let Source::Shards(mut shards) = self else {
+            return Err(Error::usage("--shard: of raw text nobody knows where its parts begin")
+                .remedy("tokenize it first, and give the folder of shards"));
+        };
+        let total = shards.texts.end;
+        let cut = |i: u64| (u128::from(total) * u128::from(i) / u128::from(parts.max(1))) as u64;
+        shards.texts = cut(part)..cut(part + 1);
+        if shards.texts.is_empty() {
+            return Err(
+                Error::usage(format!("--shard {part}/{parts}: there are {total} texts")).remedy("use fewer shards")
+            );
+        }
+        shards.at = shards.texts.start;
+        if parts > 1 {
+            let text = format!("{} part {part} of {parts}", shards.digest);
+            shards.digest = hex(&Sha256::digest(text));
+        }
+        Ok(Source::Shards(shards))
     }
 
     /// The next texts, at most `count`; none at the end.
@@ -65,7 +91,7 @@ impl Source {
             Source::Texts(stream) => stream.skip(count),
             Source::Shards(shards) => {
                 shards.at += count;
-                Ok(shards.at <= shards.sets.iter().map(ShardSet::len).sum())
+                Ok(shards.at <= shards.texts.end)
             }
         }
     }
@@ -95,6 +121,8 @@ pub struct ShardTexts {
     sets: Vec<ShardSet>,
     /// Tokens kept of a text, [CLS] and [SEP] not counted.
     room: usize,
+    /// Which of all.
+    texts: Range<u64>,
     at: u64,
     counts: SourceCounts,
     digest: String,
@@ -111,7 +139,8 @@ impl ShardTexts {
         for set in &sets {
             hash.update(set.description()?);
         }
-        Ok(ShardTexts { sets, room, at: 0, counts: SourceCounts::default(), digest: hex(&hash.finalize()) })
+        let texts = 0..sets.iter().map(ShardSet::len).sum();
+        Ok(ShardTexts { sets, room, texts, at: 0, counts: SourceCounts::default(), digest: hex(&hash.finalize()) })
     }
 
     /// The sets.
@@ -121,7 +150,7 @@ impl ShardTexts {
 
     fn next(&mut self, count: usize) -> Result<Option<Documented>> {
         let (mut out, mut ids) = (Documented::default(), Vec::new());
-        while out.ids.len() < count {
+        while out.ids.len() < count && self.at < self.texts.end {
             let (mut set, mut i) = (0, self.at);
             while set < self.sets.len() && i >= self.sets[set].len() {
                 (set, i) = (set + 1, i - self.sets[set].len());

@@ -5,6 +5,7 @@ use std::fmt::Display;
 
 use super::pairs::{self, PairData};
 use super::{Facts, Job, configuration, fit, keep_origin, tell_fresh, words};
+use crate::data::order::Share;
 use crate::data::pairs::batch::ContrastiveBuilder;
 use crate::data::pairs::texts::{TextRules, Texts};
 use crate::error::{Error, Result};
@@ -42,6 +43,8 @@ pub struct BiEncoderJob {
     start: Option<Start>,
     options: Options,
     room: Room,
+    /// Whose passages are candidates.
+    share: Share,
     data: PairData,
     dev: Option<DevSearch>,
 }
@@ -75,7 +78,7 @@ impl BiEncoderJob {
         let [queries, passages] = rules.clone();
         let duplicates = settings.duplicates.unwrap_or_default();
         let builder = ContrastiveBuilder::new(settings.seed, data.pairs.clone(), queries, passages, duplicates)?;
-        let builder = builder.hold_out(settings.eval_size.unwrap_or(0))?;
+        let builder = builder.hold_out(settings.eval_size.unwrap_or(0))?.across(settings.across());
         let batches = PairBatches::new(builder, &settings)?;
         let dev = match DevSet::open(&settings)? {
             Some(dev) => Some(open_dev(dev, &settings, &rules, &data, &mut notes)?),
@@ -97,7 +100,8 @@ impl BiEncoderJob {
             let own = queries.length(query)?;
             members.iter().try_fold(own, |sum, &passage| Ok(sum + passages.length(passage)?))
         })?;
-        let footprint = BiEncoder::footprint((target.device, target.storage), &config, &options, room);
+        let share = if settings.across() { settings.share } else { Share::default() };
+        let footprint = BiEncoder::footprint_among((target.device, target.storage), &config, &options, (room, share));
         if options.untied {
             kind += " for queries, one for passages";
         }
@@ -115,7 +119,8 @@ impl BiEncoderJob {
             memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
         };
         let facts = Facts { settings, about, notes };
-        Ok(BiEncoderJob { facts, batches, target, config, start: towers.map(Start), options, room, data, dev })
+        let start = towers.map(Start);
+        Ok(BiEncoderJob { facts, batches, target, config, start, options, room, share, data, dev })
     }
 }
 
@@ -226,7 +231,7 @@ impl Job for BiEncoderJob {
 
     fn engine(&mut self, say: &mut dyn FnMut(String)) -> Result<Trainer<BiEncoder>> {
         let (device, storage) = (self.target.device, self.target.storage);
-        let model = BiEncoder::new(device, &self.config, self.options, self.room, storage)?;
+        let model = BiEncoder::among(device, &self.config, self.options, (self.room, self.share), storage)?;
         let fresh =
             model.params().load(self.facts.settings.seed, self.config.initializer_range, |name, shape, out| {
                 self.start.as_ref().map_or(Ok(false), |start| start.read(name, shape, out))

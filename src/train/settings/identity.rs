@@ -5,14 +5,15 @@ use std::path::Path;
 
 use toml::Table;
 
-use super::Settings;
 use super::resolve::applies;
+use super::{Objective, Settings};
 use crate::error::{Error, Result};
 use crate::train::About;
 
 /// Settings that may change between a run and its continuation. `model`, `data` and `precision` are here because what they lead to
 /// is compared instead of how they are written: see [`Settings::identity`].
-pub(super) const FREE: [&str; 31] = [
+pub(super) const FREE: [&str; 32] = [
+    "cross-device-negatives",
     "best-metric",
     "corpus",
     "dev-corpus",
@@ -56,6 +57,11 @@ impl Settings {
             .filter(|(key, _)| !FREE.contains(&key.as_str()))
             .map(|(key, value)| (key, value.to_string()))
             .collect();
+        let (batch, accumulate) = self.step_shape();
+        identity.insert("accumulate".into(), accumulate.to_string());
+        if let Some(batch) = batch {
+            identity.insert("batch-size".into(), batch.to_string());
+        }
         identity.insert("steps".into(), total.to_string());
         identity.insert("warmup-steps".into(), self.schedule(total).warmup.to_string());
         identity.insert("model".into(), format!("{} [{}]", about.model, about.model_fingerprint));
@@ -63,6 +69,17 @@ impl Settings {
         identity.insert("precision".into(), about.precision.clone());
         identity.insert("eval-size".into(), about.held_out.to_string());
         Ok(identity)
+    }
+
+    /// What a step works on, however many ranks and micro-batches share it: how many texts belong together, and how many such batches
+    /// there are. Only a bi-encoder's texts depend on which others are in the batch.
+    fn step_shape(&self) -> (Option<u64>, u64) {
+        let (accumulate, ranks) = (u64::from(self.accumulate), self.share.ranks);
+        match self.batch_size.map(u64::from) {
+            Some(batch) if self.objective != Objective::Contrastive => (Some(batch * accumulate * ranks), 1),
+            Some(batch) if self.across() => (Some(batch * ranks), accumulate),
+            batch => (batch, accumulate * ranks),
+        }
     }
 
     /// The settings that the objective knows.

@@ -50,7 +50,8 @@ const FINE_TUNING: [&str; 23] = [
     "dev-run",
 ];
 /// Those of a bi-encoder alone.
-const BI_ENCODER: [&str; 13] = [
+const BI_ENCODER: [&str; 14] = [
+    "cross-device-negatives",
     "passage-length",
     "pooling",
     "representation",
