@@ -174,6 +174,27 @@ fn every_subcommand_has_help_and_a_row_in_the_readme() {
 }
 
 #[test]
+fn completions_and_manual_pages_name_every_command() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = text(&run(&["completions", shell]).stdout);
+        for name in subcommands() {
+            assert!(script.contains(&name), "{shell}: {name}");
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let pages = folder.path().join("man1");
+    let done = run(&["man", "--output", pages.to_str().unwrap()]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    for name in subcommands() {
+        let page = std::fs::read_to_string(pages.join(format!("retromae-engine-{name}.1"))).unwrap();
+        assert!(page.contains(".SH OPTIONS") && page.contains(&format!("retromae\\-engine\\-{name}")), "{name}");
+    }
+    assert!(pages.join("retromae-engine.1").is_file());
+    let refused = run(&["completions", "tcsh"]);
+    assert_eq!((refused.status.code(), text(&refused.stderr).lines().count()), (Some(2), 1));
+}
+
+#[test]
 fn the_readme_has_two_commands_and_ci_runs_them() {
     let (readme, ci) = (file("README.md"), file(".ci/run"));
     let section = readme.split("\n## ").find(|s| s.starts_with("Two commands\n")).unwrap();

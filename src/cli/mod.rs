@@ -6,6 +6,7 @@
 mod beir;
 mod bench;
 mod bm25;
+mod completions;
 mod demo;
 mod doctor;
 mod encode;
@@ -105,6 +106,10 @@ enum Command {
     Bench(Box<bench::Arguments>),
     /// Check every digest of what this program wrote
     Verify(verify::Arguments),
+    /// Print what a shell needs to complete commands and options
+    Completions(completions::Completions),
+    /// Write manual pages, one a command
+    Man(completions::Man),
 }
 
 /// Runs the subcommand.
@@ -128,6 +133,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Rerank(args) => rerank::run(args, global),
         Command::Bench(args) => bench::run(*args, global),
         Command::Verify(args) => verify::run(args, global),
+        Command::Completions(args) => completions::completions(&args),
+        Command::Man(args) => completions::man(&args),
     }
 }
 
