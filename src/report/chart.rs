@@ -60,7 +60,7 @@ pub struct Chart<'a> {
 }
 
 /// Dashes, from the second on.
-const DASHES: [&str; 4] = ["", "7 3", "2 3", "9 3 2 3"];
+const DASHES: [&str; 4] = ["", "6 6", "1 5", "10 5 1 5"];
 /// Colours of the page's style, which has one class each.
 pub const COLORS: usize = 8;
 

@@ -120,7 +120,7 @@ impl Masks {
         if let Some(visible) = &self.visible {
             let _ = writeln!(
                 out,
-                "<text x=\"{left}\" y=\"{:.1}\">decoder: hidden from each position, row by row</text>",
+                "<text x=\"{left}\" y=\"{:.1}\">decoder: hidden from each position; red: itself</text>",
                 matrix - 8.0
             );
             let mut hidden = String::new();
