@@ -42,6 +42,8 @@ pub struct Skipped {
     pub texts: Vec<String>,
     /// Texts it had.
     pub count: usize,
+    /// Ranks whose gradient was to blame, where there are several.
+    pub ranks: Vec<u64>,
 }
 
 /// Time in which a run did not run, as far as its rates tell.
@@ -126,7 +128,8 @@ impl History {
         if line.get("skipped") == Some(&Value::Bool(true)) {
             let texts = line.get("texts").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
             let shown = texts.iter().take(SHOWN).map(|id| id.as_str().map_or(id.to_string(), str::to_string));
-            self.skipped.push(Skipped { step, texts: shown.collect(), count: texts.len() });
+            let ranks = line.get("ranks").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_u64);
+            self.skipped.push(Skipped { step, texts: shown.collect(), count: texts.len(), ranks: ranks.collect() });
         }
         if train {
             self.pause(mark, real("tps").unwrap_or(0.0));

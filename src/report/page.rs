@@ -9,10 +9,10 @@ use serde_json::{Map, Value, json};
 use super::breakdown::Breakdown;
 use super::chart::{Chart, Curve, Kind};
 use super::history::{History, Series};
-use super::html::{escaped, figure, moment, table, whole};
+use super::html::{escaped, figure, moment, shortened, table, whole};
 use super::masks::Masks;
 use super::run::{Run, Status};
-use crate::train::checkpoint::LOSS;
+use crate::train::checkpoint::{Best, LOSS};
 use crate::train::progress::{bytes, human};
 
 /// The page's style.
@@ -29,7 +29,7 @@ const PICTURES: usize = 3;
 /// The whole page of `runs`, with the stages of steps that were measured.
 pub fn page(runs: &[Run], breakdowns: &[Breakdown]) -> String {
     let names = runs.iter().map(|run| run.name.as_str()).collect::<Vec<_>>().join(", ");
-    let title = escaped(&super::html::shortened(&names, 120));
+    let title = escaped(&shortened(&names, 120));
     let mut out = format!(
         "<!DOCTYPE html>\n<html lang=\"en\" xmlns=\"http://www.w3.org/1999/xhtml\">\n<head>\n<meta charset=\"utf-8\"/>\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n\
@@ -125,22 +125,12 @@ fn charts(runs: &[Run], panels: &[Panel]) -> String {
     for (number, panel) in panels.iter().enumerate() {
         let mut curves = Vec::new();
         for (i, run) in runs.iter().enumerate() {
-            let label =
-                |what: &str| if several && what.is_empty() { run.name.clone() } else { named(run, several, what) };
-            let series = |all: &'_ BTreeMap<String, Series>, key: &Option<String>| {
-                key.as_ref().is_some_and(|key| {
-                    all.get(key).is_some_and(|series| series.iter().any(|point| point.1.is_finite()))
-                })
-            };
-            if series(&run.history.train, &panel.train)
-                && let Some(points) = panel.train.as_ref().and_then(|key| run.history.train.get(key))
-            {
+            let label = |what: &str| named(run, several, what);
+            if let Some(points) = drawable(&run.history.train, panel.train.as_deref()) {
                 let kind = if panel.train.as_deref() == Some("lr") { Kind::Exact } else { Kind::Steps };
                 curves.push(Curve { label: label(""), color: i, dash: i, kind, points });
             }
-            if series(&run.history.eval, &panel.eval)
-                && let Some(points) = panel.eval.as_ref().and_then(|key| run.history.eval.get(key))
-            {
+            if let Some(points) = drawable(&run.history.eval, panel.eval.as_deref()) {
                 // Of one run the held-out figures have a colour of their own; of several, each keeps its own and is told by its marks.
                 let color = if several || panel.train.is_none() { i } else { 1 };
                 let label = label(if panel.train.is_some() { "held out" } else { "" });
@@ -162,17 +152,24 @@ fn charts(runs: &[Run], panels: &[Panel]) -> String {
     let drawn: String = found.iter().map(|chart| chart.figure(columns)).collect();
     let smooth = match panels.iter().any(|panel| panel.train.is_some()) {
         true => {
-            "<p class=\"soft\">Thin: logged steps. Thick: their exponential mean. Marks: evaluations on held-out texts.</p>\n"
+            "<p class=\"soft\">Lines: logged steps; of many, the thick one is their exponential mean. Marks: evaluations on held-out texts.</p>\n"
         }
         false => "",
     };
     format!("{smooth}<div class=\"charts\">\n{drawn}</div>\n")
 }
 
+/// A series that has anything to draw.
+fn drawable<'a>(all: &'a BTreeMap<String, Series>, key: Option<&str>) -> Option<&'a Series> {
+    all.get(key?).filter(|series| series.iter().any(|point| point.1.is_finite()))
+}
+
+/// The label of a curve.
 fn named(run: &Run, several: bool, what: &str) -> String {
     match (several, what) {
+        (true, "") => run.name.clone(),
         (true, what) => format!("{}, {what}", run.name),
-        (false, "") => "training".into(),
+        (false, "") => "this run".into(),
         (false, what) => what.into(),
     }
 }
@@ -244,7 +241,7 @@ fn summary(runs: &[Run]) -> String {
     out
 }
 
-fn best(best: &crate::train::checkpoint::Best) -> String {
+fn best(best: &Best) -> String {
     let name = if best.metric == LOSS { "held-out loss" } else { &best.metric };
     format!("{name} {} (step {})", figure(best.value), best.step)
 }
@@ -368,10 +365,13 @@ fn interruptions(runs: &[Run]) -> String {
         for step in all.iter().take(SKIPPED) {
             let more = step.count.saturating_sub(step.texts.len());
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            skipped.push(vec![step.step.to_string(), run.name.clone(), format!("{}{more}", step.texts.join(", "))]);
+            let ranks = step.ranks.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+            let texts = format!("{}{more}", step.texts.join(", "));
+            skipped.push(vec![step.step.to_string(), run.name.clone(), ranks, texts]);
         }
         if all.len() > SKIPPED {
-            skipped.push(vec!["…".into(), run.name.clone(), format!("{} more steps", all.len() - SKIPPED)]);
+            let more = format!("{} more steps", all.len() - SKIPPED);
+            skipped.push(vec!["…".into(), run.name.clone(), String::new(), more]);
         }
     }
     let mut out = String::new();
@@ -380,7 +380,7 @@ fn interruptions(runs: &[Run]) -> String {
     }
     if !skipped.is_empty() {
         out.push_str("<h3>Steps whose gradient was not finite</h3>\n");
-        out += &table(&["step", "run", "texts"].map(String::from), &skipped);
+        out += &table(&["step", "run", "ranks", "texts"].map(String::from), &skipped);
     }
     out
 }

@@ -75,7 +75,7 @@ pub struct Run {
 }
 
 impl Facts {
-    /// Reads them.
+    /// Reads them, but for [`Facts::origin`].
     ///
     /// # Errors
     /// A failure of the system.
@@ -94,21 +94,25 @@ impl Facts {
         for name in disk.list(&dir.join(store::DIR))?.iter().filter(|name| name.starts_with("damaged-")) {
             notes.push(format!("{name} was found to be damaged and is set aside"));
         }
-        let mut origin = None;
-        if dir.join(origin::DIR).is_dir() {
-            match origin::open(&disk, dir) {
-                Ok(kept) => origin = Some((kept.about, kept.config)),
-                Err(e) => notes.push(e.to_string()),
-            }
-        }
         let beginnings = tfevents::beginnings(&disk, dir)?;
-        let mut facts = Facts { settings, parsed, checkpoints, origin, beginnings, status: Status::Stopped, notes };
+        let mut facts =
+            Facts { settings, parsed, checkpoints, origin: None, beginnings, status: Status::Stopped, notes };
         facts.status = match lock::holder(dir) {
             Some(pid) => Status::Running(pid),
             None if facts.ended() => Status::Finished,
             None => Status::Stopped,
         };
         Ok(facts)
+    }
+
+    /// Reads what the run began from, every digest checked: too much for each look at a run that goes on.
+    fn read_origin(&mut self, dir: &Path) {
+        if dir.join(origin::DIR).is_dir() {
+            match origin::open(&Disk::default(), dir) {
+                Ok(kept) => self.origin = Some((kept.about, kept.config)),
+                Err(e) => self.notes.push(e.to_string()),
+            }
+        }
     }
 
     /// The state of the newest checkpoint that can be read.
@@ -146,7 +150,9 @@ impl Run {
     /// No run there, metrics that are empty or damaged, or a failure of the system.
     pub fn read(dir: &Path) -> Result<Run> {
         let history = History::read(dir)?;
-        Ok(Run { dir: dir.to_path_buf(), name: name(dir), history, facts: Facts::read(dir)? })
+        let mut facts = Facts::read(dir)?;
+        facts.read_origin(dir);
+        Ok(Run { dir: dir.to_path_buf(), name: name(dir), history, facts })
     }
 
     /// Reads several runs; those of equal name get their paths for names.

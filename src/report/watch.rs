@@ -1,9 +1,10 @@
 //! A run in a few lines for a terminal, as wide as it is.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::history::{Follower, History};
+use super::history::{Follower, History, Series};
 use super::html::{figure, whole};
 use super::run::{self, Facts, Status};
 use crate::error::{Error, Result};
@@ -106,7 +107,8 @@ impl Watched {
         let loss =
             History::newest(&history.train, "loss").map_or(String::new(), |(_, x)| format!("  loss {}", figure(*x)));
         let held_out = self.evaluation().next().map_or(String::new(), |line| format!("  {line}"));
-        format!("{}{loss}{}{held_out}", self.progress(), parts(&history.train))
+        let stopped = if self.facts.status == Status::Stopped { "  (no process of this machine is at it)" } else { "" };
+        format!("{}{loss}{}{held_out}{stopped}", self.progress(), parts(&history.train))
     }
 
     fn progress(&self) -> String {
@@ -159,7 +161,7 @@ impl Watched {
 }
 
 /// The newest parts of a loss, where it has several.
-fn parts(series: &std::collections::BTreeMap<String, super::history::Series>) -> String {
+fn parts(series: &BTreeMap<String, Series>) -> String {
     let all: Vec<String> = series
         .iter()
         .filter_map(|(name, points)| Some(format!("{} {}", name.strip_prefix("loss_")?, figure(points.last()?.1))))

@@ -29,9 +29,10 @@ fn framed(page: &str, widths: &[u32]) -> String {
         .iter()
         .map(|w| format!("<iframe width=\"{w}\" height=\"3000\" style=\"border:0\" srcdoc=\"{page}\"></iframe>"))
         .collect();
+    let measured = "f.contentDocument.documentElement.scrollWidth + '/' + f.width";
     format!(
-        "<!DOCTYPE html><meta charset=\"utf-8\"><body style=\"margin:0\">{frames}<p id=\"widths\"></p><script>onload = () => {{\
-         widths.textContent = [...document.querySelectorAll('iframe')].map(f => f.contentDocument.documentElement.scrollWidth + '/' + f.width).join(' ') }}</script>"
+        "<!DOCTYPE html><meta charset=\"utf-8\"><body style=\"margin:0\">{frames}<p id=\"widths\"></p><script>onload = () => {{ \
+         widths.textContent = [...document.querySelectorAll('iframe')].map(f => {measured}).join(' ') }}</script>"
     )
 }
 

@@ -157,7 +157,7 @@ fn what_files_say_is_text() {
     let run = dir.path().join("<b>&'\"bold");
     let mut lines = metrics(3, |step| 3.0 / step as f64);
     lines += &serde_json::json!({
-        "ts": 0.0, "step": 4, "split": "train", "loss": null, format!("loss_{evil}"): 1.0, "skipped": true,
+        "ts": 0.0, "step": 4, "split": "train", "loss": null, format!("loss_{evil}"): 1.0, "skipped": true, "ranks": [1, 3],
         "texts": [evil, "]]>", "\u{0}\u{202e}", "a", "b", "c", "d", "e", "f", "g"],
     })
     .to_string();
@@ -182,6 +182,7 @@ fn what_files_say_is_text() {
         "mrr@10</svg><script>",
         "</style><script>alert(2)</script>",
         "and 2 more",
+        "1, 3",
         "not a manifest",
     ] {
         assert!(told.contains(fact), "{fact}");

@@ -53,14 +53,12 @@ pub fn written(dir: &Path, metrics: &str, settings: &str) {
 pub fn metrics(steps: u64, loss: impl Fn(u64) -> f64) -> String {
     let mut out = String::new();
     for step in 1..=steps {
-        let x = serde_json::json!(loss(step));
-        writeln!(
-            out,
-            r#"{{"ts":{},"step":{step},"epoch":0.5,"split":"train","tokens":{},"loss":{x},"loss_enc":{x},"loss_dec":{x},"acc_enc":0.25,"lr":0.001,"grad_norm":{x},"skipped":false,"loss_bits":"00","tps":1000.0,"mem_gib":0.5}}"#,
-            1_795_854_519 + step,
-            1000 * step
-        )
-        .unwrap();
+        let x = loss(step);
+        let line = serde_json::json!({
+            "ts": 1_795_854_519 + step, "step": step, "epoch": 0.5, "split": "train", "tokens": 1000 * step, "loss": x, "loss_enc": x,
+            "loss_dec": x, "acc_enc": 0.25, "lr": 0.001, "grad_norm": x, "skipped": false, "loss_bits": "00", "tps": 1000.0, "mem_gib": 0.5,
+        });
+        writeln!(out, "{line}").unwrap();
     }
     out
 }
