@@ -152,7 +152,8 @@ fn charts(runs: &[Run], panels: &[Panel]) -> String {
     let drawn: String = found.iter().map(|chart| chart.figure(columns)).collect();
     let smooth = match panels.iter().any(|panel| panel.train.is_some()) {
         true => {
-            "<p class=\"soft\">Lines: logged steps; of many, the thick one is their exponential mean. Marks: evaluations on held-out texts.</p>\n"
+            "<p class=\"soft\">Lines: logged steps; of many, the thick one is their exponential mean. Marks: evaluations on \
+             held-out texts.</p>\n"
         }
         false => "",
     };
