@@ -26,7 +26,8 @@
 //! | 5 | [`retrieve`]: encode, search, mine, rerank |
 //! | 6 | [`train`]: the step, and the run around it, which judges a dev set by what lies below |
 //! | 7 | [`bench`]: measurements of all of it |
-//! | 8 | [`cli`]: one file for each subcommand |
+//! | 8 | [`report`]: runs as a page, and in a terminal |
+//! | 9 | [`cli`]: one file for each subcommand |
 //!
 //! # Invariants
 //!
@@ -61,6 +62,7 @@ pub mod files;
 pub mod graph;
 pub mod model;
 pub mod ops;
+pub mod report;
 pub mod retrieve;
 pub mod rng;
 pub mod train;

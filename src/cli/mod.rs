@@ -15,12 +15,14 @@ mod export;
 mod inspect;
 mod mine;
 mod progress;
+mod report;
 mod rerank;
 mod search;
 mod step;
 mod tokenize;
 mod train;
 mod verify;
+mod watch;
 
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -86,6 +88,10 @@ enum Command {
     Inspect(inspect::Arguments),
     /// Pre-train an encoder
     Train(Box<train::Arguments>),
+    /// Draw one or several runs on a page: curves, settings, checkpoints, masks
+    Report(report::Arguments),
+    /// Show a run while it goes on: steps, losses, rates, evaluations
+    Watch(watch::Arguments),
     /// Make a checkpoint of a run a model that others load
     Export(export::Arguments),
     /// Turn texts into embeddings
@@ -123,6 +129,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Inspect(args) => inspect::run(args, global),
         Command::Train(args) => train::run(*args, global),
+        Command::Report(args) => report::run(args, global),
+        Command::Watch(args) => watch::run(args, global),
         Command::Export(args) => export::run(args, global),
         Command::Encode(args) => encode::run(*args, global),
         Command::Search(args) => search::run(args, global),

@@ -53,13 +53,32 @@ impl Lock {
     }
 }
 
-fn held(dir: &Path, file: &mut File) -> Error {
+/// The process of this machine that holds the lock of `dir`, if one does. Only looks: taking the lock to find out could refuse a run
+/// that begins at this instant.
+pub fn holder(dir: &Path) -> Option<u32> {
+    let pid = written(&mut File::open(dir.join(FILE)).ok()?)?;
+    match std::fs::read_to_string("/proc/locks") {
+        Ok(locks) => locks.lines().any(|line| is_write_lock(line, pid)).then_some(pid),
+        // Without that list a process of this id is all there is to go by.
+        Err(_) => Path::new("/proc").join(pid.to_string()).exists().then_some(pid),
+    }
+}
+
+/// Whether a line of `/proc/locks` is an exclusive `flock` of process `pid`: `1: FLOCK  ADVISORY  WRITE 15620 fe:00:6086670 0 EOF`.
+fn is_write_lock(line: &str, pid: u32) -> bool {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    matches!(fields.as_slice(), [_, "FLOCK", _, "WRITE", owner, ..] if owner.parse() == Ok(pid))
+}
+
+/// The process id in a lock file.
+fn written(file: &mut File) -> Option<u32> {
     let mut text = String::new();
-    let read = file.seek(SeekFrom::Start(0)).and_then(|_| file.take(64).read_to_string(&mut text));
-    let holder = match (read, text.trim().parse::<u32>()) {
-        (Ok(_), Ok(pid)) => format!("process {pid}"),
-        _ => "another process".to_string(),
-    };
+    file.seek(SeekFrom::Start(0)).and_then(|_| file.take(64).read_to_string(&mut text)).ok()?;
+    text.trim().parse().ok()
+}
+
+fn held(dir: &Path, file: &mut File) -> Error {
+    let holder = written(file).map_or("another process".to_string(), |pid| format!("process {pid}"));
     Error::refused(format!("{holder} is writing to this output folder"))
         .path(dir)
         .remedy("wait for it, stop it, or choose another --output")
@@ -76,6 +95,7 @@ mod tests {
         let refused = Lock::acquire(dir.path()).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(refused.contains(&format!("process {} is writing", std::process::id())), "{refused}");
         assert!(first.is_of(dir.path()));
+        assert_eq!(holder(dir.path()), Some(std::process::id()));
         drop(first);
         Lock::acquire(dir.path()).map(drop)
     }

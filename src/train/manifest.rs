@@ -96,6 +96,14 @@ pub(super) fn check(disk: &Disk, dir: &Path, layout: Layout) -> std::result::Res
     Ok(files)
 }
 
+/// Reads the manifest of `dir` and checks the file `name`, which it must list.
+pub(super) fn check_one(disk: &Disk, dir: &Path, name: &str, layout: Layout) -> std::result::Result<(), Trouble> {
+    match read(disk, &dir.join(FILE), layout)?.get(name) {
+        Some(entry) => check_file(disk, &dir.join(name), entry, layout),
+        None => Err(layout.damage(&dir.join(FILE), format!("does not list {name}"))),
+    }
+}
+
 impl Layout {
     /// Something in the folder has changed.
     pub fn damage(self, path: &Path, cause: impl Into<String>) -> Trouble {

@@ -4,10 +4,11 @@
 //! Each process writes a file of its own. One that resumes from step n begins with a session mark at n + 1, at which TensorBoard
 //! forgets what an earlier process logged past n.
 
+use std::io::Read;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::error::Result;
+use crate::error::{IoContext, Result};
 use crate::files::disk::{Disk, File};
 
 /// Name of the folder of event files in the output folder.
@@ -81,6 +82,49 @@ impl Events {
         record.extend_from_slice(&masked_crc(payload).to_le_bytes());
         self.file.put(&record)
     }
+}
+
+/// A process that ran a run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Beginning {
+    /// When it began, in seconds since 1970.
+    pub ts: f64,
+    /// The step it went on from; 0 at the start.
+    pub step: u64,
+}
+
+/// The processes that ran the run in `out`, oldest first, by the first records of their event files. A file that is no event file of the
+/// engine tells nothing.
+pub fn beginnings(disk: &Disk, out: &Path) -> Result<Vec<Beginning>> {
+    let dir = out.join(DIR);
+    let mut found = Vec::new();
+    for name in disk.list(&dir)?.iter().filter(|name| name.contains(".tfevents.")) {
+        let mut head = Vec::new();
+        let file = std::fs::File::open(dir.join(name)).at(dir.join(name), "cannot open")?;
+        file.take(256).read_to_end(&mut head).at(dir.join(name), "cannot read")?;
+        found.extend(beginning(&head));
+    }
+    found.sort_by(|a: &Beginning, b| a.ts.total_cmp(&b.ts));
+    Ok(found)
+}
+
+/// Of the session mark, which is the second record: `1: double ts`, `2: varint step`.
+fn beginning(head: &[u8]) -> Option<Beginning> {
+    let length = |at: usize| Some(u64::from_le_bytes(head.get(at..at + 8)?.try_into().ok()?) as usize);
+    let second = length(0)?.checked_add(16)?;
+    let end = second.checked_add(12)?.checked_add(length(second)?)?;
+    let payload = head.get(second + 12..end)?;
+    let [9, rest @ ..] = payload else { return None };
+    let ts = f64::from_le_bytes(rest.get(..8)?.try_into().ok()?);
+    let [16, rest @ ..] = rest.get(8..)? else { return None };
+    let mut first = 0u64;
+    for (i, byte) in rest.iter().take(9).enumerate() {
+        first |= u64::from(byte & 0x7f) << (7 * i);
+        if byte & 0x80 == 0 {
+            return Some(Beginning { ts, step: first.checked_sub(1)? });
+        }
+    }
+    None
 }
 
 fn now() -> f64 {
