@@ -6,6 +6,8 @@ mod encoded;
 mod failures;
 #[path = "collective/judged.rs"]
 mod judged;
+#[path = "collective/memory.rs"]
+mod memory;
 #[path = "collective/operations.rs"]
 mod operations;
 #[path = "train/pair_world.rs"]
