@@ -9,10 +9,16 @@ use clap::Parser;
 use clap::error::ErrorKind;
 
 use retromae_engine::cli::{self, Cli};
+use retromae_engine::device::on_exhausted;
 
 fn main() -> ExitCode {
     // A file size limit is then a failed write, with a message, and not a signal that kills. Nothing is lost if this fails.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::new(AtomicBool::new(false)));
+    // Tensors are taken anywhere in a run, and what has no memory cannot go on.
+    on_exhausted(|e| {
+        complain(&e.to_string());
+        std::process::exit(e.exit_code());
+    });
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return usage(&e),

@@ -4,6 +4,10 @@
 mod encoded;
 #[path = "collective/failures.rs"]
 mod failures;
+#[path = "collective/judged.rs"]
+mod judged;
+#[path = "collective/memory.rs"]
+mod memory;
 #[path = "collective/operations.rs"]
 mod operations;
 #[path = "train/pair_world.rs"]

@@ -7,12 +7,13 @@
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicIsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::gpu::Memory as GpuMemory;
 use super::launch::{ConstPtr, MutPtr};
 use super::{DType, Device, trace};
+use crate::error::Error;
 
 /// A type that tensors can hold.
 pub trait Element: bytemuck::Pod + Send + Sync {
@@ -36,6 +37,26 @@ enum Memory {
     Gpu(GpuMemory),
 }
 
+/// What a process does when the host has no memory left for a tensor.
+type Hook = Box<dyn Fn(Error) + Send + Sync>;
+
+static ON_EXHAUSTED: Mutex<Option<Hook>> = Mutex::new(None);
+
+/// Calls `hook` when the host has no memory left for a tensor, in place of one named before: it says so and ends the process, which
+/// else aborts.
+pub fn on_exhausted(hook: impl Fn(Error) + Send + Sync + 'static) {
+    *ON_EXHAUSTED.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(hook));
+}
+
+fn exhausted(bytes: usize) {
+    let gib = bytes as f64 / f64::from(1 << 30);
+    let error = Error::device(format!("out of memory: the system has no {gib:.2} GiB for a tensor"))
+        .remedy("use a smaller batch or model, or raise the limit (ulimit -v); train --dry-run tells what a run needs");
+    if let Some(hook) = &*ON_EXHAUSTED.lock().unwrap_or_else(PoisonError::into_inner) {
+        hook(error);
+    }
+}
+
 /// A host allocation, reached only through borrowed ranges.
 struct HostMemory {
     start: *mut u8,
@@ -54,6 +75,7 @@ impl HostMemory {
         // SAFETY: the layout has a positive size; all-zero bytes are valid for every `Element`.
         let start = unsafe { std::alloc::alloc_zeroed(layout) };
         if start.is_null() {
+            exhausted(bytes);
             std::alloc::handle_alloc_error(layout);
         }
         HostMemory { start, lines }

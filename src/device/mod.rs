@@ -18,7 +18,7 @@ pub mod trace;
 use std::sync::OnceLock;
 
 use gpu::{Gpu, GpuProduct, Operand};
-pub use memory::{ALIGNMENT, Arena, Element, Read, Tensor, Write};
+pub use memory::{ALIGNMENT, Arena, Element, Read, Tensor, Write, on_exhausted};
 
 use crate::error::{Error, Result};
 

@@ -1,5 +1,6 @@
 //! Embeddings by parts: each process has its own texts, and a search over the parts is one over the whole.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -61,4 +62,58 @@ fn a_search_over_parts_is_one_over_the_whole() {
         refused(&mut raw)
             .starts_with("error: --shard: of raw text nobody knows where its parts begin; tokenize it first")
     );
+}
+
+/// Scores of a run by query, best first: `query passage score`.
+fn lists(text: &str) -> BTreeMap<String, Vec<(String, f64)>> {
+    let mut all: BTreeMap<String, Vec<(String, f64)>> = BTreeMap::new();
+    for line in text.lines() {
+        let [query, passage, score] = line.split_whitespace().collect::<Vec<_>>()[..] else { panic!("{line}") };
+        all.entry(query.into()).or_default().push((passage.into(), score.parse().unwrap()));
+    }
+    all
+}
+
+/// A distributed engine takes the parts as they are: faiss's shards find what `search` finds.
+#[test]
+fn faiss_shards_find_what_search_finds() {
+    let python = std::env::var("RETROMAE_PYTHON").unwrap_or_else(|_| "python3".into());
+    if !Command::new(&python).args(["-c", "import faiss"]).output().is_ok_and(|done| done.status.success()) {
+        eprintln!("left out: no Python with faiss-cpu (set RETROMAE_PYTHON)");
+        return;
+    }
+    let world = World::new();
+    // Of smaller weights all embeddings of this model are all but equal.
+    let config = std::fs::read_to_string(world.path("config.json")).unwrap();
+    let larger = config.replace(r#""initializer_range":0.02"#, r#""initializer_range":0.2"#);
+    assert_ne!(larger, config);
+    std::fs::write(world.path("config.json"), larger).unwrap();
+    good(&mut world.train("out", &["--steps", "2"]));
+    let encode = |output: &str, more: &[&str]| {
+        let mut command = Command::new(BINARY);
+        command.args(["encode", "--device", "cpu", "--threads", "1", "--format", "faiss-flat", "--input"]);
+        command.arg(world.path("shards")).arg("--model").arg(world.path("out/model"));
+        good(command.arg("--output").arg(world.path(output)).args(more));
+        world.path(output)
+    };
+    let whole = encode("whole", &[]);
+    let parts: Vec<PathBuf> = (0..3).map(|i| encode(&format!("part{i}"), &["--shard", &format!("{i}/3")])).collect();
+    let mut search = Command::new(BINARY);
+    search.args(["search", "--device", "cpu", "--top-k", "40", "--format", "tevatron", "--queries"]).arg(&whole);
+    good(search.arg("--corpus").args(&parts).arg("--output").arg(world.path("run.tsv")));
+    let ours = lists(&std::fs::read_to_string(world.path("run.tsv")).unwrap());
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python/faiss_shards.py");
+    let theirs = good(Command::new(&python).arg(script).arg(&whole).arg("10").args(&parts));
+    let theirs = lists(&String::from_utf8_lossy(&theirs.stdout));
+    assert_eq!((ours.len(), theirs.len()), (40, 40));
+    for (query, found) in &theirs {
+        let own = &ours[query];
+        assert_eq!((own.len(), found.len()), (40, 10));
+        for ((passage, score), (expected, best)) in found.iter().zip(own) {
+            // Where faiss has another passage in a place, its score by `search` is that of the place up to rounding.
+            let known = own.iter().find(|(name, _)| name == passage).unwrap().1;
+            let close = |a: f64| (a - best).abs() <= 1e-6 * best.abs();
+            assert!(close(*score) && close(known), "{query}: {passage} {score} {known}, {expected} {best}");
+        }
+    }
 }

@@ -11,17 +11,17 @@ use crate::support::{connect, free_port};
 use crate::world::{BINARY, World, stderr};
 
 /// The processes that `parent` has started, in the order of their start.
-fn children(parent: u32) -> Vec<u32> {
+pub fn children(parent: u32) -> Vec<u32> {
     let text = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
     text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
 }
 
-fn signal(pid: u32, name: &str) {
+pub fn signal(pid: u32, name: &str) {
     assert!(Command::new("kill").args([name, &pid.to_string()]).status().unwrap().success());
 }
 
 #[track_caller]
-fn wait_for(what: &str, mut there: impl FnMut() -> bool) {
+pub fn wait_for(what: &str, mut there: impl FnMut() -> bool) {
     let began = Instant::now();
     while !there() {
         assert!(began.elapsed() < Duration::from_secs(60), "{what}");
@@ -29,7 +29,7 @@ fn wait_for(what: &str, mut there: impl FnMut() -> bool) {
     }
 }
 
-fn started(command: &mut Command) -> Child {
+pub fn started(command: &mut Command) -> Child {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
@@ -100,7 +100,7 @@ fn ranks_end_with_their_launcher() {
 }
 
 /// A rank as torchrun would start it.
-fn rank(mut command: Command, rank: usize, size: usize, port: u16) -> Command {
+pub fn rank(mut command: Command, rank: usize, size: usize, port: u16) -> Command {
     command.env("RANK", rank.to_string()).env("WORLD_SIZE", size.to_string()).env("LOCAL_RANK", rank.to_string());
     command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
     command

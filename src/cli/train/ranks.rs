@@ -9,9 +9,10 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::data::order::Share;
-use crate::device::Device;
+use crate::device::{Device, on_exhausted};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::train::collective::launch::{self, Place, Source};
+use crate::train::collective::links::Links;
 use crate::train::collective::rendezvous::{self, Patience};
 use crate::train::collective::tcp::Tcp;
 use crate::train::collective::wire::Failure;
@@ -91,7 +92,17 @@ impl Flags {
             let _ = writeln!(std::io::stderr(), "error: {error}");
             signal_hook::low_level::exit(error.exit_code());
         });
-        Ok(Member { tcp: Some(Arc::new(Tcp::new(links))), place: Some(place.clone()) })
+        let tcp = Arc::new(Tcp::new(links));
+        let own = Arc::downgrade(&tcp);
+        on_exhausted(move |error| {
+            let error = match own.upgrade() {
+                Some(tcp) => told(tcp.links(), error),
+                None => error,
+            };
+            let _ = writeln!(std::io::stderr(), "error: {error}");
+            signal_hook::low_level::exit(error.exit_code());
+        });
+        Ok(Member { tcp: Some(tcp), place: Some(place.clone()) })
     }
 
     /// Starts workers, and gives what they ended with.
@@ -106,6 +117,22 @@ impl Flags {
 /// Whether a run was stopped in an orderly way, which all ranks agree on.
 fn stopped(error: &Error) -> bool {
     matches!(error.kind(), Kind::Signal(_))
+}
+
+/// Leaves the other ranks with an error of this one; gives what ended the run, which names its rank.
+fn told(links: &Links, error: Error) -> Error {
+    // What another rank failed with is the cause of whatever went wrong here since.
+    match (stopped(&error), links.check()) {
+        (true, _) => {
+            links.leave(None);
+            error
+        }
+        (false, theirs) => {
+            let error = theirs.err().unwrap_or(error);
+            links.leave(Some(&error));
+            Failure::of(links.rank(), &error).to_error()
+        }
+    }
 }
 
 /// A digest of this program, by which ranks know that they are the same.
@@ -160,16 +187,6 @@ impl Member {
     /// Ends the run with the others: tells them an error of this rank, which then names it.
     pub fn leave<T>(self, result: Result<T>) -> Result<T> {
         let Some(tcp) = self.tcp else { return result };
-        let links = tcp.links();
-        // What another rank failed with is the cause of whatever went wrong here since.
-        let result = match (result, links.check()) {
-            (Err(e), Err(theirs)) if !stopped(&e) => Err(theirs),
-            (result, _) => result,
-        };
-        links.leave(result.as_ref().err().filter(|e| !stopped(e)));
-        result.map_err(|e| match stopped(&e) {
-            true => e,
-            false => Failure::of(links.rank(), &e).to_error(),
-        })
+        result.inspect(|_| tcp.links().leave(None)).map_err(|e| told(tcp.links(), e))
     }
 }

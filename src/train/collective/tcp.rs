@@ -188,6 +188,22 @@ impl Tcp {
     }
 }
 
+/// Messages in one, each behind its length.
+fn packed(all: &[Vec<u8>]) -> Vec<u8> {
+    all.iter().flat_map(|one| (one.len() as u64).to_le_bytes().into_iter().chain(one.iter().copied())).collect()
+}
+
+/// The messages that were [`packed`]; none where bytes are missing.
+fn unpacked(mut bytes: &[u8]) -> Option<Vec<Vec<u8>>> {
+    let mut all = Vec::new();
+    while let Some((length, rest)) = bytes.split_first_chunk() {
+        let (one, rest) = rest.split_at_checked(u64::from_le_bytes(*length) as usize)?;
+        all.push(one.to_vec());
+        bytes = rest;
+    }
+    bytes.is_empty().then_some(all)
+}
+
 impl Collective for Tcp {
     fn rank(&self) -> usize {
         self.links.rank()
@@ -200,15 +216,16 @@ impl Collective for Tcp {
     fn exchange(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
         if self.links.rank() > 0 {
             self.message(0, EXCHANGE, own)?;
-            return (0..self.size()).map(|_| self.whole(0, EXCHANGE, None)).collect();
+            let all = unpacked(&self.whole(0, EXCHANGE, None)?);
+            return all.filter(|all| all.len() == self.size()).ok_or_else(|| self.links.out_of_step(0));
         }
         let mut all = vec![own.to_vec()];
         for rank in self.others() {
             all.push(self.whole(rank, EXCHANGE, None)?);
         }
-        for rank in self.others() {
-            all.iter().try_for_each(|one| self.message(rank, EXCHANGE, one))?;
-        }
+        // One message a rank, not one for each of all ranks: rank 0 sends them one after the other.
+        let packed = packed(&all);
+        self.others().try_for_each(|rank| self.message(rank, EXCHANGE, &packed))?;
         Ok(all)
     }
 
@@ -231,3 +248,18 @@ impl Collective for Tcp {
 
 /// The rendezvous and heartbeat times of tests and of runs that say nothing.
 pub const SILENCE: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packed_messages_come_back_and_cut_ones_do_not() {
+        let all = vec![vec![1, 2, 3], vec![], vec![9; 300]];
+        let bytes = packed(&all);
+        assert_eq!(unpacked(&bytes), Some(all));
+        assert_eq!(unpacked(&[]), Some(vec![]));
+        let whole = [11, 19];
+        assert!((1..bytes.len()).filter(|cut| !whole.contains(cut)).all(|cut| unpacked(&bytes[..cut]).is_none()));
+    }
+}

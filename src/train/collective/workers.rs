@@ -50,6 +50,11 @@ impl Worker {
         said.iter().find_map(|line| line.strip_prefix("error: ")).map(str::to_string)
     }
 
+    /// The last line it said.
+    fn last(&self) -> Option<String> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).back().cloned()
+    }
+
     /// Whether it ended in an orderly way: with its work done, or stopped and saved.
     fn orderly(status: ExitStatus) -> bool {
         matches!(status.code(), Some(0 | 130 | 143))
@@ -102,8 +107,8 @@ pub fn run(ranks: usize, arguments: &[OsString], threads: usize, stop: &Stop) ->
             }
         }
     }
-    attend(&mut workers, stop)?;
-    verdict(&workers)
+    let first = attend(&mut workers, stop)?;
+    verdict(&workers, first)
 }
 
 /// Keeps the last lines of what a worker says.
@@ -126,18 +131,20 @@ fn with_ears(mut child: Child) -> Result<Worker> {
     Ok(Worker { child, ended: None, said })
 }
 
-/// Waits until all have ended: passes signals on, and kills what hangs once another has failed.
-fn attend(workers: &mut [Worker], stop: &Stop) -> Result<()> {
+/// Waits until all have ended: passes signals on, and kills what hangs once another has failed. Gives the first that failed.
+fn attend(workers: &mut [Worker], stop: &Stop) -> Result<Option<usize>> {
     let (mut passed_on, mut failed): (Option<i32>, Option<Instant>) = (None, None);
+    let mut first = None;
     loop {
         workers.iter_mut().try_for_each(Worker::look)?;
         let ended = |worker: &&Worker| worker.ended.is_some();
         if workers.iter().filter(ended).count() == workers.len() {
-            return Ok(());
+            return Ok(first);
         }
-        let lost = workers.iter().any(|worker| worker.ended.is_some_and(|status| !Worker::orderly(status)));
+        let lost = |worker: &Worker| worker.ended.is_some_and(|status| !Worker::orderly(status));
+        first = first.or_else(|| workers.iter().position(lost));
         // Nothing is left to do for ranks without rank 0.
-        if lost || workers[0].ended.is_some() {
+        if first.is_some() || workers[0].ended.is_some() {
             failed.get_or_insert_with(Instant::now);
         }
         if failed.is_some_and(|since| since.elapsed() > GRACE) {
@@ -152,16 +159,20 @@ fn attend(workers: &mut [Worker], stop: &Stop) -> Result<()> {
     }
 }
 
-/// What the run ended with.
-fn verdict(workers: &[Worker]) -> Result<ExitStatus> {
+/// What the run ended with, when worker `first` failed before all others.
+fn verdict(workers: &[Worker], first: Option<usize>) -> Result<ExitStatus> {
     let status = workers[0].ended.unwrap_or_default();
     if status.code().is_some() {
         return Ok(status);
     }
     // Rank 0 could say nothing. The others have, if it failed before them.
     let told = workers[1..].iter().find_map(Worker::error).unwrap_or_else(|| {
-        let signal = status.signal().unwrap_or_default();
-        format!("rank 0: ended by signal {signal}; run the same command to go on")
+        let rank = first.unwrap_or(0);
+        let ended = workers[rank].ended.unwrap_or_default();
+        let how = ended.signal().map_or_else(|| ended.to_string(), |signal| format!("signal {signal}"));
+        let said = workers[rank].last().map_or_else(String::new, |line| format!(": {line}"));
+        let remedy = "see what the system says of it (out of memory?), then run the same command to go on";
+        format!("rank {rank}: ended by {how}{said}; {remedy}")
     });
     let (cause, remedy) = told.rsplit_once("; ").unwrap_or((&told, ""));
     Err(Error::refused(cause).remedy(remedy))
