@@ -299,7 +299,8 @@ mod tests {
 
     #[test]
     fn thinning_keeps_every_spike() {
-        let mut points: Vec<(f64, f64)> = (0..100_000).map(|i| (LEFT + f64::from(i) * 0.00416, 100.0)).collect();
+        let apart = (WIDTH - LEFT - RIGHT) / 100_000.0;
+        let mut points: Vec<(f64, f64)> = (0..100_000).map(|i| (LEFT + f64::from(i) * apart, 100.0)).collect();
         points[31_234].1 = 3.0;
         points[77_777].1 = 211.0;
         let thin = thinned(&points, 200);

@@ -98,7 +98,10 @@ impl Watched {
         if let Some(last) = history.skipped.last() {
             lines.push((format!("skipped steps {}, the last {}", history.skipped.len(), last.step), Ink::Bad));
         }
-        lines.into_iter().map(|(line, ink)| painted(&line, width, if colored { ink } else { Ink::Plain })).collect()
+        let ink = |ink| if colored { ink } else { Ink::Plain };
+        let folded =
+            lines.into_iter().flat_map(|(line, of)| folded(&line, width).into_iter().map(move |piece| (piece, of)));
+        folded.map(|(line, of)| painted(&line, width, ink(of))).collect()
     }
 
     /// The newest figures in one line, for output that is no terminal.
@@ -189,6 +192,18 @@ pub fn sparkline(figures: &[f64], width: usize) -> String {
     means.iter().map(bar).collect()
 }
 
+/// A line in pieces that fit, between figures that two blanks keep apart.
+fn folded(line: &str, width: usize) -> Vec<String> {
+    let mut pieces: Vec<String> = Vec::new();
+    for part in line.split("  ") {
+        match pieces.last_mut().filter(|last| last.chars().count() + 2 + part.chars().count() <= width) {
+            Some(last) => *last = format!("{last}  {part}"),
+            None => pieces.push(part.to_string()),
+        }
+    }
+    pieces
+}
+
 /// A line of at most `width` characters; none of them moves the cursor.
 fn painted(line: &str, width: usize, ink: Ink) -> String {
     let line: String = line.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
@@ -213,6 +228,14 @@ mod tests {
         assert_eq!((line.chars().count(), line.chars().next(), line.chars().last()), (20, Some('▁'), Some('█')));
         assert_eq!(sparkline(&[1.0, f64::NAN, 1.0], 10), "▄ ▄");
         assert_eq!(sparkline(&[], 10), "");
+    }
+
+    #[test]
+    fn narrow_terminals_get_more_lines() {
+        let line = "3.7k tokens/s  lr 1.30e-6  gradient 1.5199";
+        assert_eq!(folded(line, 80), [line]);
+        assert_eq!(folded(line, 30), ["3.7k tokens/s  lr 1.30e-6", "gradient 1.5199"]);
+        assert_eq!(folded(line, 16), ["3.7k tokens/s", "lr 1.30e-6", "gradient 1.5199"]);
     }
 
     #[test]
