@@ -38,17 +38,25 @@ fn one_line(output: &Output, words: &str) {
 fn a_rank_without_memory_ends_all_and_is_named() {
     let world = World::new();
     large(&world);
-    let run = || world.train("out", &["-q", "--collective-timeout", "1", "--steps", "2"]);
-    for culprit in [0, 1] {
+    let on = |device: &str| {
+        let device = ["--device", device, "--precision", "fp32"];
+        world.train("out", &[&["-q", "--collective-timeout", "1", "--steps", "2"], &device[..]].concat())
+    };
+    let run = || on("cpu");
+    for (culprit, device, words) in [
+        (0, "cpu", "the system has no 0.25 GiB for a tensor"),
+        (1, "cpu", "the system has no 0.25 GiB for a tensor"),
+        (1, "emulator", "the emulator cannot map 268738048 bytes"),
+    ] {
         let (port, began) = (free_port(), Instant::now());
         let both = [0, 1].map(|i| {
-            let command = if i == culprit { limited(&run(), 400) } else { run() };
+            let command = if i == culprit { limited(&on(device), 500) } else { on(device) };
             started(&mut rank(command, i, 2, port))
         });
         let both = both.map(|child| child.wait_with_output().unwrap());
         assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
         for output in &both {
-            one_line(output, &format!("rank {culprit}: out of memory: the system has no 0.25 GiB for a tensor; use a"));
+            one_line(output, &format!("rank {culprit}: out of memory: {words}; use a smaller batch"));
         }
     }
     // All of them at once, as in a run that is too large for its machine; and alone, where no rank is named.
