@@ -31,7 +31,8 @@ depth=${DEPTH:-200}
 mkdir -p "$out"
 texts() { for f in "$data/$1.jsonl" "$data/$1.jsonl.gz"; do [ ! -e "$f" ] || { echo "$f"; return; }; done
     echo "error: $data: holds no $1.jsonl or $1.jsonl.gz; name a data set in BEIR's layout" >&2; exit 1; }
-corpus=$(texts corpus) queries=$(texts queries)
+corpus=$(texts corpus)
+queries=$(texts queries)
 for f in train "$split"; do
     [ -e "$data/qrels/$f.tsv" ] || { echo "error: $data/qrels/$f.tsv: does not exist; set SPLIT, or add judgements" >&2; exit 1; }
 done
