@@ -12,7 +12,7 @@ folder=$1 out=${2:-own-text-run}
 engine=${ENGINE:-retromae-engine}
 [ -d "$folder" ] || { echo "error: $folder: is no folder; name one with .txt files" >&2; exit 1; }
 mkdir -p "$out/data/qrels"
-find "$folder" -name '*.txt' | LC_ALL=C sort >"$out/files.txt"
+find "$folder" -path "$out" -prune -o -name '*.txt' -print | LC_ALL=C sort >"$out/files.txt"
 [ -s "$out/files.txt" ] || { echo "error: $folder: holds no .txt file; name a folder with some" >&2; exit 1; }
 awk -v data="$out/data" '
     function json(s) { gsub(/\\/, "\\\\", s); gsub(/"/, "\\\"", s); gsub(/[\001-\037]/, " ", s); return s }
