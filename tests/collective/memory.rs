@@ -122,10 +122,12 @@ fn a_rank_that_is_late_changes_nothing_and_one_that_comes_too_late_is_named() {
 #[test]
 fn a_short_pause_of_a_rank_is_waited_out() {
     let world = World::new();
-    let run = |out: &str| world.train(out, &["-q", "--ranks", "2", "--steps", "400", "--collective-timeout", "3"]);
+    let run = |out: &str| world.train(out, &["-q", "--ranks", "2", "--steps", "120", "--collective-timeout", "3"]);
     let child = started(&mut run("paused"));
     wait_for("a checkpoint", || world.path("paused/checkpoints/latest").exists());
-    for pid in children(child.id()) {
+    let ranks = children(child.id());
+    assert_eq!(ranks.len(), 2);
+    for pid in ranks {
         signal(pid, "-STOP");
         std::thread::sleep(Duration::from_millis(700));
         signal(pid, "-CONT");
