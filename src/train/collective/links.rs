@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 const POLL: Duration = Duration::from_millis(20);
 /// Time that a rank has to end by itself once another has failed.
 pub const GRACE: Duration = Duration::from_secs(2);
+/// How long the reader of a broken connection may take to say why.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// What a rank does when its main thread does not come to see a failure.
 type Hook = Box<dyn Fn(Error) + Send + Sync>;
@@ -116,8 +118,11 @@ impl Peer {
     fn write(&self, shared: &Arc<Shared>, tag: Tag, payload: &[u8]) -> Result<()> {
         let written = wire::write(&mut *locked(&self.writer), tag, payload);
         if let Err(e) = written {
-            // Its own word, if it has left one, says more than a broken connection.
-            std::thread::sleep(Duration::from_millis(100));
+            // Its own word, if it has left one, says more than a broken connection: the reader is about to find either.
+            let began = Instant::now();
+            while shared.failure.get().is_none() && began.elapsed() < LAST_WORDS {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             shared.fail(lost(self.rank, &e, shared.timeout));
         }
         shared.check()
