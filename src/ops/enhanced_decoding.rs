@@ -224,12 +224,10 @@ mod gpu {
     }
 
     pub fn forward(gpu: &Gpu, a: &Forward<'_>) {
-        if hopper::runs(gpu, a.out, &a.shape) {
-            return hopper_forward(gpu, a);
-        }
         let (heads, site, visible) = (a.shape.heads as i32, a.dropout.site, visible(&a.visible));
         let (dropout, batch) = (gpu.dropout(&a.dropout.mask), batch(&a.shape, &a.names, Pass::Forward));
-        by_head!(gpu, a.out, a.shape, Pass::Forward, [
+        let hopper_grid = hopper::forward_grid(&a.shape);
+        by_head!(gpu, a.out, a.shape, Pass::Forward, hopper(hopper_grid, EnhancedDecodingForwardHopperD64Bf16), [
             EnhancedDecodingForwardD32F32 EnhancedDecodingForwardD64F32 EnhancedDecodingForwardD128F32
             | EnhancedDecodingForwardD32Bf16 EnhancedDecodingForwardD64Bf16 EnhancedDecodingForwardD128Bf16
         ] {
@@ -247,31 +245,6 @@ mod gpu {
             site,
             heads,
         });
-    }
-
-    fn hopper_forward(gpu: &Gpu, a: &Forward<'_>) {
-        let (heads, site, visible) = (a.shape.heads as i32, a.dropout.site, visible(&a.visible));
-        let (dropout, batch) = (gpu.dropout(&a.dropout.mask), batch(&a.shape, &a.names, Pass::Forward));
-        let [q_position, q_sentence] = queries(a.queries);
-        launch!(
-            gpu,
-            hopper::forward_grid(&a.shape),
-            EnhancedDecodingForwardHopperD64Bf16 {
-                out: a.out.get_mut(),
-                lse: a.lse.get_mut(),
-                q_position,
-                q_sentence,
-                k: elements(&a.k),
-                k_stride: a.k.stride as i32,
-                v: elements(&a.v),
-                v_stride: a.v.stride as i32,
-                visible,
-                batch,
-                dropout,
-                site,
-                heads,
-            }
-        );
     }
 
     fn hopper_backward(gpu: &Gpu, a: &Backward<'_>, whole: Whole) {

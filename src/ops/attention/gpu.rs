@@ -8,7 +8,16 @@ use crate::device::launch::{ConstPtr, Kernel, MutPtr, Shape as Launch};
 use crate::device::{Element, Matrix, Tensor};
 
 /// Queues the kernel for the storage type and head size among those listed, f32 first, sizes 32, 64 and 128.
+///
+/// `hopper($grid, $kernel)` names the kernel of warpgroups that takes the same parameters, where those run.
 macro_rules! by_head {
+    ($gpu:expr, $storage:expr, $shape:expr, $pass:expr, hopper($grid:expr, $kernel:ident), $kernels:tt $fields:tt) => {
+        if $crate::ops::attention::hopper::runs($gpu, $storage, &$shape) {
+            $crate::ops::gpu::launch!($gpu, $grid, $kernel $fields)
+        } else {
+            $crate::ops::attention::gpu::by_head!($gpu, $storage, $shape, $pass, $kernels $fields)
+        }
+    };
     (
         $gpu:expr, $storage:expr, $shape:expr, $pass:expr,
         [$f32_32:ident $f32_64:ident $f32_128:ident | $bf16_32:ident $bf16_64:ident $bf16_128:ident] $fields:tt
@@ -72,12 +81,10 @@ pub(in crate::ops) fn elements<T: Element>(m: &Matrix<'_>) -> ConstPtr<T> {
 }
 
 pub fn forward(gpu: &Gpu, a: &Forward<'_>) {
-    if hopper::runs(gpu, a.out, &a.shape) {
-        return hopper::forward(gpu, a);
-    }
     let (heads, site) = (a.shape.heads as i32, a.dropout.site);
     let (dropout, batch) = (gpu.dropout(&a.dropout.mask), batch(&a.shape, &a.names, Pass::Forward));
-    by_head!(gpu, a.out, a.shape, Pass::Forward, [
+    let hopper_grid = hopper::forward_grid(&a.shape);
+    by_head!(gpu, a.out, a.shape, Pass::Forward, hopper(hopper_grid, AttentionForwardHopperD64Bf16), [
         AttentionForwardD32F32 AttentionForwardD64F32 AttentionForwardD128F32
         | AttentionForwardD32Bf16 AttentionForwardD64Bf16 AttentionForwardD128Bf16
     ] {

@@ -3,7 +3,7 @@
 
 use super::super::gpu::launch;
 use super::gpu::{batch, elements};
-use super::{Backward, Forward, Gradient, Pass, Shape, TILE};
+use super::{Backward, Gradient, Pass, Shape, TILE};
 use crate::device::gpu::{Facts, Gpu};
 use crate::device::launch::Shape as Launch;
 use crate::device::{DType, Tensor};
@@ -79,30 +79,6 @@ impl Whole {
 /// How the backward of this storage and shape runs here, if it does.
 pub(in crate::ops) fn whole(gpu: &Gpu, storage: &Tensor, shape: &Shape<'_>) -> Option<Whole> {
     cut(gpu.facts(), storage.dtype(), shape.head_size, super::gpu::work(shape).longest)
-}
-
-/// `out` and `lse`.
-pub fn forward(gpu: &Gpu, a: &Forward<'_>) {
-    let (heads, site) = (a.shape.heads as i32, a.dropout.site);
-    let (dropout, batch) = (gpu.dropout(&a.dropout.mask), batch(&a.shape, &a.names, Pass::Forward));
-    launch!(
-        gpu,
-        forward_grid(&a.shape),
-        AttentionForwardHopperD64Bf16 {
-            out: a.out.get_mut(),
-            lse: a.lse.get_mut(),
-            q: elements(&a.q),
-            q_stride: a.q.stride as i32,
-            k: elements(&a.k),
-            k_stride: a.k.stride as i32,
-            v: elements(&a.v),
-            v_stride: a.v.stride as i32,
-            batch,
-            dropout,
-            site,
-            heads,
-        }
-    );
 }
 
 /// dQ, dK and dV.
