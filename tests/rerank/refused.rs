@@ -91,7 +91,7 @@ fn texts_of_another_tokenizer() {
 #[test]
 fn models() {
     let world = World::new();
-    refused(&world, &["--model", "nowhere"], 1, "nowhere: no such file or folder");
+    refused(&world, &["--model", "./nowhere"], 1, "./nowhere: no such file or folder");
     let bi = golden("contrastive/model");
     refused(&world, &["--model", bi.to_str().unwrap()], 1, "is no cross-encoder: there is no classifier; give a model");
 
