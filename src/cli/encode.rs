@@ -129,7 +129,7 @@ pub struct RepresentationArgs {
 /// The model that embeds.
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// Model: a folder, a file of weights, or a hub name that is in the local Hugging Face cache
+    /// Model: a folder, a file of weights, or a name of the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     pub model: String,
     /// Tokenizer, where the model's folder has none

@@ -39,7 +39,7 @@ const USUAL_LENGTH: usize = 512;
 /// raw logits. With --scores they are also written pair by pair, exactly, as `train --teacher-scores` reads them.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Cross-encoder: a folder, a file of weights, or a hub name that is in the local Hugging Face cache
+    /// Cross-encoder: a folder, a file of weights, or a name of the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     model: String,
     /// Lists to rerank: a TREC run, an MS MARCO ranking, Tevatron's, or pairs; - for standard input

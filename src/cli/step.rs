@@ -37,7 +37,7 @@ pub struct Arguments {
     /// What is minimised
     #[arg(long, value_enum)]
     objective: Objective,
-    /// Model: a folder, a file of weights, or a hub name that is in the local Hugging Face cache
+    /// Model: a folder, a file of weights, or a name of the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     model: String,
     /// Inputs

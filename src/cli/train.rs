@@ -46,7 +46,7 @@ struct Flags {
     /// What is minimised [default: retromae]
     #[arg(long, value_enum)]
     objective: Option<Objective>,
-    /// Model to start from: a folder, a file of weights, or a hub name that is in the local Hugging Face cache
+    /// Model to start from: a folder, a file of weights, or a name of the Hugging Face hub
     #[arg(long, value_name = "DIR", conflicts_with_all = ["config_file", "config_name"])]
     model: Option<String>,
     /// config.json of a model to start from scratch

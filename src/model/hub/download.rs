@@ -6,10 +6,13 @@
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use sha2::{Digest, Sha256};
-use std::io::{IsTerminal, Read};
+use std::fs::File;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use super::super::weights::ENHANCED_DECODER;
+use crate::error::{Error, IoContext, Result};
+use crate::files::hex;
 
 /// The hub's address where `HF_ENDPOINT` names no other.
 const HUB: &str = "https://huggingface.co";
@@ -71,12 +74,10 @@ impl Hub<'_> {
     fn file(&self, repo: &hf_hub::api::sync::ApiRepo, file: &str) -> Result<PathBuf> {
         let path = repo.get(file).map_err(|e| self.error(file, &e))?;
         // Large files are named by their SHA-256.
-        let blob = path.canonicalize().map_err(|e| Error::io(&path, "reading", &e))?;
+        let blob = path.canonicalize().at(&path, "cannot read")?;
         let name = blob.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         if name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit()) && digest(&blob)? != name.to_lowercase() {
-            std::fs::remove_file(&blob)
-                .and_then(|()| std::fs::remove_file(&path))
-                .map_err(|e| Error::io(&blob, "removing", &e))?;
+            std::fs::remove_file(&blob).and_then(|()| std::fs::remove_file(&path)).at(&blob, "cannot remove")?;
             let cause = format!("{file} of {} did not arrive as the hub has it, and is removed", self.name);
             return Err(Error::refused(cause).path(blob).remedy("run the command again"));
         }
@@ -128,9 +129,7 @@ fn wanted<'a>(files: impl Iterator<Item = &'a str> + Clone) -> Vec<String> {
     let folder = |file: &str| file.rsplit_once('/').map_or(String::new(), |(folder, _)| folder.to_string());
     let safetensors = |folder_of: &str| {
         let weights = files.clone().filter(|file| own(file) && folder(file) == folder(folder_of));
-        weights
-            .into_iter()
-            .any(|file| file.ends_with(".safetensors") && !file.ends_with("enhanced_decoder.safetensors"))
+        weights.into_iter().any(|file| file.ends_with(".safetensors") && !file.ends_with(ENHANCED_DECODER))
     };
     let reads = |file: &&str| {
         let name = file.rsplit('/').next().unwrap_or(file);
@@ -142,15 +141,11 @@ fn wanted<'a>(files: impl Iterator<Item = &'a str> + Clone) -> Vec<String> {
     files.clone().filter(reads).map(String::from).collect()
 }
 
+/// SHA-256 of a file, in hex.
 fn digest(path: &Path) -> Result<String> {
-    let mut file = std::fs::File::open(path).map_err(|e| Error::io(path, "reading", &e))?;
-    let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
-    loop {
-        match file.read(&mut buffer).map_err(|e| Error::io(path, "reading", &e))? {
-            0 => return Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect()),
-            n => hash.update(&buffer[..n]),
-        }
-    }
+    let (mut file, mut sha) = (File::open(path).at(path, "cannot open")?, Sha256::new());
+    std::io::copy(&mut file, &mut sha).at(path, "cannot read")?;
+    Ok(hex(&sha.finalize()))
 }
 
 #[cfg(test)]
