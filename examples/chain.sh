@@ -25,6 +25,8 @@ distil=${DISTIL:-$second}
 # How embeddings are compared. The published models take [CLS] as it is.
 scoring=${SCORING:---pooling cls --temperature 1}
 depth=${DEPTH:-200}
+# TRAIN_PART=N trains on every Nth judged query only: a cross-encoder has so many fewer pairs to score for its pupil.
+part=${TRAIN_PART:-1}
 # KEEP= leaves out passages whose id or text was there before; by default all stay.
 
 [ -n "$tokenizer" ] || { echo "error: MODEL or TOKENIZER is not set; name a model, or a tokenizer and a CONFIG" >&2; exit 2; }
@@ -58,7 +60,8 @@ judged_queries() {
     [ "${queries%.gz}" = "$queries" ] || reader="gzip -dc"
     $reader "$queries" | awk -v qrels="$1" '
         BEGIN { while ((getline line < qrels) > 0) { split(line, f, /[ \t]+/); wanted[f[1]] = 1 } }
-        match($0, /"_id": *"[^"]*"/) { id = substr($0, RSTART, RLENGTH); sub(/"_id": *"/, "", id); sub(/"$/, "", id); if (id in wanted) print }'
+        match($0, /"_id": *"[^"]*"/) { id = substr($0, RSTART, RLENGTH); sub(/"_id": *"/, "", id); sub(/"$/, "", id); if (id in wanted) print }' |
+        awk -v part="${2:-1}" 'NR % part == 0'
 }
 # judge NAME MODEL: encode, search, evaluate.
 judge() {
@@ -94,13 +97,26 @@ printf '%-28s%12s%12s%12s\n' stage MRR@10 NDCG@10 Recall@100 >"$out/table.txt"
 
 # Text to shards; queries of the trainings and of the judgement apart.
 for side in train "$split"; do
-    [ -e "$out/$side.jsonl" ] || { judged_queries "$data/qrels/$side.tsv" >"$out/$side.tmp"; mv "$out/$side.tmp" "$out/$side.jsonl"; }
+    every=1
+    [ "$side" != train ] || every=$part
+    [ -e "$out/$side.jsonl" ] ||
+        { judged_queries "$data/qrels/$side.tsv" "$every" >"$out/$side.tmp"; mv "$out/$side.tmp" "$out/$side.jsonl"; }
     make "$side-queries" "$engine" tokenize --input "$out/$side.jsonl" --tokenizer "$tokenizer" \
         --output "$out/$side-queries" --max-length "$query_length" --keep-duplicates -q
 done
 # shellcheck disable=SC2086
 make passages "$engine" tokenize --input "$corpus" --tokenizer "$tokenizer" --output "$out/passages" \
     --max-length "$passage_length" ${KEEP---keep-duplicates} -q
+
+if [ "$part" != 1 ]; then
+    train_qrels=$out/train-qrels.tsv
+    [ -e "$train_qrels" ] || {
+        awk 'NR == FNR { match($0, /"_id": *"[^"]*"/); id = substr($0, RSTART, RLENGTH); sub(/"_id": *"/, "", id); sub(/"$/, "", id)
+                wanted[id] = 1; next }
+            $1 in wanted || $1 == "query-id"' "$out/train.jsonl" "$data/qrels/train.tsv" >"$out/train-qrels.tmp"
+        mv "$out/train-qrels.tmp" "$train_qrels"
+    }
+fi
 
 # Words alone.
 make bm25.trec "$engine" bm25 --queries "$out/$split.jsonl" --corpus "$corpus" --output "$out/bm25.trec" -q

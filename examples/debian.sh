@@ -27,7 +27,7 @@ case ${SIZE:-small} in
         export PRETRAIN="--batch-size 16 --steps 1200 --learning-rate 7e-4 --warmup-steps 60"
         export FIRST="--batch-size 32 --group-size 4 --steps 500 --learning-rate 3e-4"
         export CROSS="--batch-size 16 --group-size 4 --steps 200 --learning-rate 1e-4"
-        export DEV_SAMPLE=4000 DEPTH=50
+        export DEV_SAMPLE=4000 DEPTH=10 TRAIN_PART=2
         ;;
     full)
         export PRETRAIN="--batch-size 64 --epochs 8 --learning-rate 1e-4"

@@ -59,6 +59,54 @@ fn own_text_goes_through_the_whole_chain() {
     assert!(!text(&again.stderr).contains("\n+ ") && !text(&again.stderr).starts_with("+ "), "{}", text(&again.stderr));
 }
 
+/// Two arms and two seeds of two steps: a table of means and spreads, made once.
+#[test]
+fn the_method_gives_a_table() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = (folder.path().join("set"), folder.path().join("out"));
+    std::fs::create_dir_all(data.join("qrels")).unwrap();
+    let (mut corpus, mut queries, mut judged) = (String::new(), String::new(), [String::new(), String::new()]);
+    for (i, passage) in values("corpus.jsonl.gz", "text", 60).iter().enumerate() {
+        let query = passage.split_whitespace().take(6).collect::<Vec<_>>().join(" ");
+        corpus += &format!("{}\n", serde_json::json!({"_id": format!("p{i}"), "title": "", "text": passage}));
+        queries += &format!("{}\n", serde_json::json!({"_id": format!("q{i}"), "text": query}));
+        judged[usize::from(i % 6 == 0)] += &format!("q{i}\tp{i}\t1\n");
+    }
+    std::fs::write(data.join("corpus.jsonl"), corpus).unwrap();
+    std::fs::write(data.join("queries.jsonl"), queries).unwrap();
+    for (name, which) in [("train", 0), ("dev", 1), ("test", 1)] {
+        std::fs::write(
+            data.join("qrels").join(format!("{name}.tsv")),
+            format!("query-id\tcorpus-id\tscore\n{}", judged[which]),
+        )
+        .unwrap();
+    }
+    let small = [
+        ("SEEDS", "1 2"),
+        ("ARMS", "none retromae"),
+        ("PRETRAIN", "--batch-size 4 --steps 2 --eval-size 4"),
+        ("TUNE", "--batch-size 4 --steps 2"),
+    ];
+    let done = script("method.sh", &[&data, &out, &data], &small);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let table = text(&done.stdout);
+    let rows: Vec<&str> = table.lines().collect();
+    assert_eq!(rows[0], "| pre-trained by | MRR@10 | Recall@100 | NDCG@10 of set |");
+    let names: Vec<&str> = rows[2..].iter().filter_map(|row| row.split('|').nth(1)).map(str::trim).collect();
+    assert_eq!(names, ["none", "retromae", "BM25"], "{table}");
+    for row in &rows[2..4] {
+        assert_eq!(row.matches(" ± 0.").count(), 3, "mean and spread of two seeds: {table}");
+    }
+    // Every one of 60 passages is within the best 100, and queries are the first words of theirs.
+    assert_eq!(rows[3].split('|').nth(3).map(str::trim), Some("1.0000 ± 0.0000"), "{table}");
+    let bm25: f64 = rows[4].split('|').nth(2).unwrap().trim().parse().unwrap();
+    assert!(bm25 > 0.8, "{table}");
+
+    let again = script("method.sh", &[&data, &out, &data], &small);
+    assert_eq!(text(&again.stdout), table);
+    assert!(!text(&again.stderr).contains("+ "), "{}", text(&again.stderr));
+}
+
 #[test]
 fn wrong_input_is_one_line() {
     let folder = tempfile::tempdir().unwrap();
