@@ -23,7 +23,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
 
-use crate::device::Device;
+use crate::device::{Device, cpu};
 use crate::error::{IoContext, Result};
 use crate::train::target::Target;
 use environment::Watch;
@@ -104,12 +104,12 @@ impl<'a> Report<'a> {
 /// What one must know to repeat a measurement on `target`: the command, the engine, the machine.
 pub fn facts(bench: &str, target: &Target) -> Value {
     let mut facts = machine(bench);
-    let (name, software) = match target.device {
-        Device::Cpu => (processor(), None),
-        Device::Gpu(gpu) => (gpu.facts().name.clone(), Some(gpu.facts().software.clone())),
+    let software = match target.device {
+        Device::Cpu => None,
+        Device::Gpu(gpu) => Some(gpu.facts().software.clone()),
     };
     facts["device"] = json!(target.words);
-    facts["device_name"] = json!(name);
+    facts["device_name"] = json!(target.device.name());
     facts["precision"] = json!(target.precision());
     let part = |prefix: &str| {
         let all = software.as_deref().unwrap_or_default().split(", ");
@@ -125,18 +125,11 @@ pub fn machine(bench: &str) -> Value {
     let threads = rayon::current_num_threads();
     let (commit, dirty) = environment::commit();
     json!({
-        "bench": bench, "device": format!("CPU with {threads} threads"), "device_name": processor(), "processor": processor(),
+        "bench": bench, "device": format!("CPU with {threads} threads"), "device_name": cpu::processor(), "processor": cpu::processor(),
         "threads": threads, "engine": env!("CARGO_PKG_VERSION"), "commit": commit, "dirty": dirty,
 
         "command": std::env::args().collect::<Vec<_>>().join(" "),
     })
-}
-
-/// The processor's name.
-fn processor() -> String {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = text.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split_once(':'));
-    name.map_or_else(|| std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
 }
 
 /// The most memory of this process that was resident so far, in MiB.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::{Global, say};
-use crate::device::{self, Finding};
+use crate::device::{self, Finding, cpu};
 use crate::error::Result;
 use crate::model::hub;
 
@@ -45,8 +45,7 @@ fn proc_value(path: &str, key: &str) -> Option<String> {
 }
 
 fn processor(threads: usize) -> Finding {
-    let name = proc_value("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.to_string());
-    finding("processor", true, format!("{name}, {threads} threads"), "--threads sets how many are used")
+    finding("processor", true, format!("{}, {threads} threads", cpu::processor()), "--threads sets how many are used")
 }
 
 fn vectors() -> Finding {

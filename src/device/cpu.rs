@@ -370,6 +370,13 @@ pub fn scratch<F: Real, R>(len: usize, f: impl FnOnce(&mut [F]) -> R) -> R {
     result
 }
 
+/// The processor's name, as it gives it; the architecture where it gives none.
+pub fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

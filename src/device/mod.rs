@@ -200,6 +200,14 @@ impl Device {
         matches!(self, Device::Gpu(_))
     }
 
+    /// What it is called by its maker: a GPU's name, or a processor's.
+    pub fn name(self) -> String {
+        match self {
+            Device::Cpu => cpu::processor(),
+            Device::Gpu(gpu) => gpu.facts().name.clone(),
+        }
+    }
+
     /// A zeroed tensor here.
     pub fn zeros(self, dtype: DType, len: usize) -> Tensor {
         Tensor::zeros_on(self, dtype, len)

@@ -305,6 +305,7 @@ fn environment(runs: &[Run]) -> String {
         ("folder", each(runs, |run| run.dir.display().to_string())),
         ("engine", each(runs, |run| run.facts.state().map(|state| state.engine.clone()).unwrap_or_default())),
         ("device", each(runs, |run| run.facts.settings.get("device").cloned().unwrap_or_default())),
+        ("computed by", each(runs, |run| run.facts.state().map(|state| state.device.clone()).unwrap_or_default())),
         ("precision", each(runs, |run| identity(run, "precision").unwrap_or_default())),
         ("model", each(runs, |run| about(run).map(|a| a.model).or_else(|| identity(run, "model")).unwrap_or_default())),
         ("data", each(runs, |run| about(run).map(|a| a.data).or_else(|| identity(run, "data")).unwrap_or_default())),

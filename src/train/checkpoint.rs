@@ -66,6 +66,9 @@ pub struct State {
     pub settings: BTreeMap<String, String>,
     /// Version of the engine that wrote this.
     pub engine: String,
+    /// What computed it: the GPU or processor, after their number where there were several.
+    #[serde(default)]
+    pub device: String,
 }
 
 /// The best evaluation so far.

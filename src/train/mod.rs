@@ -87,6 +87,11 @@ pub trait Engine: Arenas {
     /// Sums of the loss without dropout and without update.
     fn evaluate(&mut self, batch: &Self::Batch) -> Result<EvalReport>;
 
+    /// What computes, by the name its maker gave it; empty where that says nothing.
+    fn device_name(&self) -> String {
+        String::new()
+    }
+
     /// Figures on the dev set; none without one, or when `go_on` said no on the way.
     fn judge(&mut self, _go_on: &dyn Fn() -> bool) -> Result<Vec<(Metric, f64)>> {
         Ok(Vec::new())

@@ -79,6 +79,10 @@ impl<'a, B> Run<'a, B> {
         let settings = &plan.settings;
         (state.settings, state.total_steps, state.seed) = (plan.identity.clone(), plan.total, settings.seed);
         state.engine = env!("CARGO_PKG_VERSION").into();
+        state.device = engine.device_name();
+        if team.size() > 1 && !state.device.is_empty() {
+            state.device = format!("{} × {}", team.size(), state.device);
+        }
         let restored = start.map(|_| state.step);
         let (mut saved, mut metrics, mut events) = (None, None, None);
         if let Some(Workspace { out, store, disk, .. }) = &workspace {

@@ -89,6 +89,10 @@ impl<M: Trainable> Engine for Trainer<M> {
         Ok(EvalReport { parts })
     }
 
+    fn device_name(&self) -> String {
+        self.model.device().name()
+    }
+
     fn judge(&mut self, go_on: &dyn Fn() -> bool) -> Result<Vec<(Metric, f64)>> {
         match &mut self.judge {
             Some(judge) => judge.judge(&mut self.model, go_on),

@@ -86,6 +86,8 @@ fn a_real_run_is_on_its_page() {
         "BERT from scratch, 1 layers of width 64",
         "resumed from step 8",
         "fp32",
+        "computed by",
+        &retromae_engine::device::Device::Cpu.name(),
     ] {
         assert!(told.contains(fact), "{fact}: {told}");
     }
