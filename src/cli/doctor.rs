@@ -8,6 +8,7 @@ use super::{Global, say};
 use crate::device::{self, Finding, cpu};
 use crate::error::Result;
 use crate::model::hub;
+use crate::train::room::Memory;
 
 /// Tell what this machine offers the engine, and what each part means
 #[derive(Debug, clap::Args)]
@@ -66,12 +67,12 @@ fn vectors() -> Finding {
 }
 
 fn memory() -> Finding {
-    let kib = |key| proc_value("/proc/meminfo", key)?.trim_end_matches(" kB").parse::<f64>().ok();
-    match (kib("MemTotal"), kib("MemAvailable")) {
-        (Some(total), Some(free)) => finding(
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    match Memory::of_machine() {
+        Some(Memory { all, free: Some(free), .. }) => finding(
             "memory",
             true,
-            format!("{:.1} GiB, {:.1} GiB available", total / 1048576.0, free / 1048576.0),
+            format!("{:.1} GiB, {:.1} GiB available", gib(all), gib(free)),
             "train --dry-run says how much a run needs",
         ),
         _ => finding("memory", false, "unknown", "this system does not tell"),
