@@ -7,16 +7,9 @@ mod data;
 mod desk;
 #[path = "mistakes/machine.rs"]
 mod machine;
-#[path = "train/pair_world.rs"]
-mod pair_world;
+#[path = "train/pair_files.rs"]
+mod pair_files;
+#[path = "train/texts.rs"]
+mod texts;
 #[path = "mistakes/training.rs"]
 mod training;
-#[path = "train/world.rs"]
-mod world;
-
-/// Where `world` finds the folder that it works in.
-mod toy {
-    pub fn folder() -> tempfile::TempDir {
-        tempfile::tempdir().unwrap()
-    }
-}

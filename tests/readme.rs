@@ -1,27 +1,20 @@
 //! Every command of the README run for real, in its order, in a folder where the files that it names are small ones; its Python run where
 //! the packages are; every flag and file that it names is there; the library's own documentation builds without a warning.
 
-#[path = "train/pair_world.rs"]
-mod pair_world;
+#[path = "train/pair_files.rs"]
+mod pair_files;
 #[path = "readme/text.rs"]
 mod text;
-#[path = "train/world.rs"]
-mod world;
+#[path = "train/texts.rs"]
+mod texts;
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::pair_world::PairWorld;
 use crate::text::{Block, blocks, code_words, commands, readme};
-use crate::world::BINARY;
 
-/// Where `world` finds the folder that it works in.
-mod toy {
-    pub fn folder() -> tempfile::TempDir {
-        tempfile::tempdir().unwrap()
-    }
-}
+const BINARY: &str = env!("CARGO_BIN_EXE_retromae-engine");
 
 /// Commands that are not run here, by their beginning, and why.
 const LEFT_OUT: [(&str, &str); 4] = [
@@ -52,19 +45,22 @@ const SHORT: [(&str, &str); 13] = [
 ];
 
 /// Sizes that are smaller here.
-const SMALLER: [(&str, &str); 3] = [
+const SMALLER: [(&str, &str); 4] = [
+    ("--max-length 256", "--max-length 64"),
     ("--only attention", "--only layernorm"),
     ("--model minilm-l6", "--model mini"),
     ("--rows 200000 --width 768", "--rows 2000 --width 64"),
 ];
 
 /// A folder with what the README's commands name.
-struct Home(PairWorld);
+struct Home(tempfile::TempDir);
 
 impl Home {
     fn new() -> Home {
-        let home = Home(PairWorld::new());
+        let home = Home(tempfile::tempdir().unwrap());
         std::fs::create_dir(home.path("")).unwrap();
+        texts::write(home.0.path());
+        pair_files::write(home.0.path());
         home.model();
         home.texts();
         home.lists();
@@ -72,7 +68,7 @@ impl Home {
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.path("home").join(name)
+        self.0.path().join("home").join(name)
     }
 
     fn write(&self, name: &str, contents: impl AsRef<[u8]>) {
@@ -82,6 +78,7 @@ impl Home {
 
     /// `MODEL`, which has an MLM head, and three runs to be drawn.
     fn model(&self) {
+        self.works("tokenize --input ../texts.txt --tokenizer ../tokenizer --max-length 32 --output ../shards");
         let train = "train --config-file ../config.json --data ../shards --device cpu --threads 1 --batch-size 8";
         for objective in ["retromae", "dupmae", "mlm"] {
             self.works(&format!("{train} --objective {objective} --output runs/{objective} --steps 4"));
@@ -92,7 +89,7 @@ impl Home {
     /// Queries and passages as JSON lines, and as two data sets of BEIR.
     fn texts(&self) {
         let lines = |name: &str| {
-            let text = std::fs::read_to_string(self.0.path(name)).unwrap();
+            let text = std::fs::read_to_string(self.0.path().join(name)).unwrap();
             let row = |line: &str| {
                 let (id, text) = line.split_once('\t').unwrap();
                 serde_json::json!({ "_id": id, "title": "", "text": text }).to_string() + "\n"
@@ -114,7 +111,7 @@ impl Home {
 
     /// Judgements, negatives, and runs of first rounds.
     fn lists(&self) {
-        let copy = |from: &str, to: &str| self.write(to, std::fs::read(self.0.path(from)).unwrap());
+        let copy = |from: &str, to: &str| self.write(to, std::fs::read(self.0.path().join(from)).unwrap());
         for to in ["train.tsv", "qrels/test.tsv", "qrels/train.tsv"] {
             copy("qrels.tsv", to);
         }

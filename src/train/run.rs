@@ -392,7 +392,8 @@ impl<'a, B> Run<'a, B> {
         let more = names.len().saturating_sub(8);
         let more = if more > 0 { format!(" and {more} more, all in metrics.jsonl") } else { String::new() };
         let rate = self.settings.learning_rate;
-        let lower: f64 = format!("{:.0e}", rate / 10.0).parse().unwrap_or(rate);
+        // One digit of a tenth; no more than what pre-training begins with.
+        let lower: f64 = format!("{:.0e}", rate / 10.0).parse().unwrap_or(rate).min(1e-4);
         let remedy = match self.saved {
             Some(step) => format!(
                 "the last good checkpoint is that of step {step}; go on from it with a lower rate than {rate:e}: \

@@ -88,7 +88,7 @@ fn wrong_delimiter() {
         desk.works(between(&told, "write tabs: ", ", and give"));
         assert_eq!(desk.read("texts.tsv"), "q1\ta file, of text\nq2\tthe server\n");
     }
-    assert!(desk.works(&format!("{tokenize} texts.csv --format text")).contains("documents                2"));
+    assert!(desk.works(&format!("{tokenize} texts.csv --format txt")).contains("documents                2"));
     assert!(!desk.path("run").exists());
 }
 
@@ -123,7 +123,7 @@ fn ids_that_do_not_match() {
     let expected = "run.trec: none of the 24 queries of the run (as q0) is among the 24 judged ones (as x0); check that run and \
                     judgements belong together";
     assert_eq!(told, expected);
-    let told = desk.warned(&format!("{evaluate} passages-of-others.tsv"));
+    let told = desk.warned(&format!("{evaluate} passages-of-others.tsv"), "run.trec");
     let expected =
         "run.trec: no passage on any list is judged; it names p5, the judgements x0; check that both belong together";
     assert_eq!(told, expected);

@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::pair_world::PairWorld;
-use crate::world::{BINARY, stderr};
+use crate::{pair_files, texts};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_retromae-engine");
 
 /// The beginning of most commands: two steps of a model from scratch.
 pub const TRAIN: &str =
@@ -15,17 +16,29 @@ pub const PAIRS: &str = "retromae-engine train --config-file config.json --devic
                          --objective contrastive --queries queries --corpus passages";
 
 /// The folder.
-pub struct Desk(PairWorld);
+pub struct Desk(tempfile::TempDir);
+
+/// What a process said on standard error.
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
 
 impl Desk {
-    /// With [`PairWorld`] on it.
+    /// With texts and pairs on it, as files and as shards.
     pub fn new() -> Desk {
-        Desk(PairWorld::new())
+        let desk = Desk(tempfile::tempdir().unwrap());
+        texts::write(desk.0.path());
+        pair_files::write(desk.0.path());
+        for (input, output) in [("texts.txt", "shards"), ("queries.tsv", "queries"), ("passages.tsv", "passages")] {
+            let tokenize = "retromae-engine tokenize --tokenizer tokenizer --max-length 32";
+            desk.works(&format!("{tokenize} --input {input} --output {output}"));
+        }
+        desk
     }
 
     /// A path on it.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.0.path(name)
+        self.0.path().join(name)
     }
 
     /// Writes a file.
@@ -79,12 +92,15 @@ impl Desk {
         self.refused(line)
     }
 
-    /// The warning of a command that works, without `warning: `.
+    /// The warning of a command that works, of those the one with these words, without `warning: `.
     #[track_caller]
-    pub fn warned(&self, line: &str) -> String {
+    pub fn warned(&self, line: &str, words: &str) -> String {
         let said = self.works(line);
         let mut warnings = said.lines().filter_map(|line| line.strip_prefix("warning: "));
-        warnings.next().unwrap_or_else(|| panic!("{line}: no warning: {said}")).to_string()
+        warnings
+            .find(|warning| warning.contains(words))
+            .unwrap_or_else(|| panic!("{line}: no warning: {said}"))
+            .to_string()
     }
 }
 

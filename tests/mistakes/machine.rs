@@ -2,8 +2,7 @@
 
 use std::net::TcpListener;
 
-use crate::desk::{Desk, PAIRS, TRAIN, between};
-use crate::world::stderr;
+use crate::desk::{Desk, PAIRS, TRAIN, between, stderr};
 
 /// The flags that a message says would fit, the first or the second of them.
 fn fitting(told: &str, which: usize) -> String {
@@ -17,7 +16,7 @@ fn out_of_memory_before_step_0() {
     // On the CPU of any machine, and on a GPU of 8 GiB.
     for (device, whose) in [("cpu", "this machine has "), ("emulator", "kernel emulator has 8.00 GiB; ")] {
         let train = TRAIN.replace("--device cpu", &format!("--device {device}")) + " --data shards --output out";
-        let told = desk.refused_at_once(&format!("{train} --batch-size 100000000"));
+        let told = desk.refused_at_once(&format!("{train} --batch-size 10000000"));
         assert!(
             told.starts_with("out of memory: the run needs ") && told.contains(&format!(" GiB, {whose}")),
             "{told}"
@@ -25,11 +24,11 @@ fn out_of_memory_before_step_0() {
         let advice = fitting(&told, 0);
         let size: u64 = between(&advice, "--batch-size ", " ").parse().unwrap();
         let times: u64 = between(&advice, " --accumulate ", " ").parse().unwrap();
-        assert!(size > 1000 && (100_000_000..100_000_000 + size).contains(&(size * times)), "{told}");
+        assert!(size > 1000 && (10_000_000..10_000_000 + size).contains(&(size * times)), "{told}");
         let plan = desk.works(&format!("{train} --dry-run {advice}"));
         assert!(plan.contains("memory ") && !plan.contains("warning: out of memory"), "{plan}");
         // What --dry-run says of the first is the same line.
-        let plan = desk.works(&format!("{train} --dry-run --batch-size 100000000"));
+        let plan = desk.works(&format!("{train} --dry-run --batch-size 10000000"));
         let warning =
             plan.lines().find_map(|line| line.strip_prefix("warning: out of memory: the run needs ")).unwrap();
         assert!(
@@ -44,14 +43,14 @@ fn out_of_memory_before_step_0() {
     let tokens = advice.strip_prefix("--tokens-per-batch ").unwrap();
     assert!(!desk.works(&format!("{train} {tokens} --dry-run")).contains("warning: "), "{told}");
     // Texts in parts give the same losses, so that --chunk comes first; shorter passages help, too.
-    let train = format!("{PAIRS} --qrels qrels.tsv --output out --batch-size 3000000");
+    let train = format!("{PAIRS} --qrels qrels.tsv --output out --batch-size 4000000");
     let told = desk.refused_at_once(&train);
     let advice = fitting(&told, 0);
     assert!(advice.starts_with("--chunk ") && fitting(&told, 1).starts_with("--batch-size "), "{told}");
     assert!(!desk.works(&format!("{train} {advice} --dry-run")).contains("warning: out of memory"), "{told}");
     let ranking =
         PAIRS.replace("contrastive", "cross-encoder") + " --qrels qrels.tsv --group-size 4 --output out --batch-size";
-    let told = desk.refused_at_once(&format!("{ranking} 10000000"));
+    let told = desk.refused_at_once(&format!("{ranking} 4000000"));
     let size = fitting(&told, 0).replace("--batch-size ", "");
     assert!(!desk.works(&format!("{ranking} {size} --dry-run")).contains("warning: out of memory"), "{told}");
 }

@@ -53,7 +53,8 @@ fn loss_exactly_0() {
     // One passage is the answer to all.
     let all: String = (0..24).map(|i| format!("q{i}\tp0\n")).collect();
     desk.write("all.tsv", &all);
-    let told = desk.warned(&format!("{PAIRS} --qrels all.tsv --output same --batch-size 4 --group-size 1"));
+    let told =
+        desk.warned(&format!("{PAIRS} --qrels all.tsv --output same --batch-size 4 --group-size 1"), "exactly 0");
     let expected = "step 1: the loss is exactly 0: every passage of the batch is a positive of every query, so that there is nothing to \
                     tell apart; check --qrels, raise --batch-size, or give --negatives";
     assert_eq!(told, expected);
@@ -61,7 +62,7 @@ fn loss_exactly_0() {
     let foreign: String = (0..8).map(|i| format!("ein deutscher Satz {i}\n")).collect();
     desk.write("foreign.txt", &foreign);
     desk.works("retromae-engine tokenize --input foreign.txt --tokenizer tokenizer --output foreign");
-    let told = desk.warned(&format!("{TRAIN} --data foreign --output unknown --batch-size 4"));
+    let told = desk.warned(&format!("{TRAIN} --data foreign --output unknown --batch-size 4"), "exactly 0");
     let expected = "step 1: the encoder loss is exactly 0: no word of the batch was there to predict, as when the tokenizer knows none \
                     ([UNK]); see what the texts became: inspect foreign --masks";
     assert_eq!(told, expected);

@@ -224,7 +224,7 @@ fn detect(input: &Input, head: &[u8]) -> Result<Format> {
             "python3 -c \"import csv; [print(*row, sep='\\t') for row in csv.reader(open('{name}'))]\" > texts.tsv"
         );
         return Err(Error::refused("columns separated by commas are not read").path(&input.path).remedy(format!(
-            "write tabs: {command}, and give texts.tsv; or give --format text if each line is a text"
+            "write tabs: {command}, and give texts.tsv; or give --format txt if each line is a text"
         )));
     }
     if let Some(format) = by_name(&input.path) {
