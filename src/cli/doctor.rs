@@ -38,13 +38,6 @@ fn finding(what: &'static str, good: bool, found: impl Into<String>, meaning: im
     Finding { what, good, found: found.into(), meaning: meaning.into() }
 }
 
-/// Value of the first line `key : value` of a file of the proc file system.
-fn proc_value(path: &str, key: &str) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let line = text.lines().find(|l| l.split(':').next().is_some_and(|k| k.trim() == key))?;
-    line.split_once(':').map(|(_, v)| v.trim().to_string())
-}
-
 fn processor(threads: usize) -> Finding {
     finding("processor", true, format!("{}, {threads} threads", cpu::processor()), "--threads sets how many are used")
 }

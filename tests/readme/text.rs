@@ -36,7 +36,7 @@ pub fn blocks(readme: &str) -> Vec<Block> {
 
 /// The commands: all of fenced blocks without a language, and what begins like one in indented blocks, which also hold output.
 pub fn commands(readme: &str) -> Vec<String> {
-    let programs = ["retromae-engine ", "cargo ", "torchrun ", "pip ", "python3 ", "git ", "bash ", "examples/"];
+    let programs = ["retromae-engine ", "cargo ", "torchrun ", "pip ", "python3 ", "git ", "bash "];
     let mut found = Vec::new();
     for block in blocks(readme).into_iter().filter(|block| block.language.is_empty()) {
         let fenced = readme.contains(&format!("```\n{}```", block.text));
@@ -71,7 +71,8 @@ pub fn code_words(readme: &str) -> Vec<String> {
 
 #[test]
 fn blocks_and_commands_are_found() {
-    let text = "a `--flag x`\n\n```\nretromae-engine a \\\n    --b c     # why\nother d\n```\n\n    retromae-engine e  f\n    42 rows\n\n```python\nimport x\n```\n";
+    let text = "a `--flag x`\n\n```\nretromae-engine a \\\n    --b c     # why\nother d\n```\n\n    retromae-engine e  f\n    42 rows\n\n\
+                ```python\nimport x\n```\n";
     assert_eq!(commands(text), ["retromae-engine a --b c", "other d", "retromae-engine e f"]);
     let languages: Vec<String> = blocks(text).into_iter().map(|block| block.language).collect();
     assert_eq!(languages, ["", "", "python"]);
