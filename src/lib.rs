@@ -25,7 +25,7 @@
 //! | 4 | [`eval`]: metrics of ranked lists |
 //! | 5 | [`retrieve`]: encode, search, mine, rerank |
 //! | 6 | [`train`]: the step, and the run around it, which judges a dev set by what lies below |
-//! | 7 | [`bench`]: measurements of all of it |
+//! | 7 | [`mod@bench`]: measurements of all of it |
 //! | 8 | [`report`]: runs as a page, and in a terminal |
 //! | 9 | [`cli`]: one file for each subcommand |
 //!
@@ -49,8 +49,7 @@
 //! sequence in one epoch.
 
 #![deny(missing_docs)]
-// Tokens are spelled as everywhere in the field, [CLS] and [MASK], and shapes in brackets, [T]; rustdoc takes these for links.
-#![allow(rustdoc::broken_intra_doc_links)]
+#![deny(rustdoc::broken_intra_doc_links)]
 
 pub mod bench;
 pub mod cli;

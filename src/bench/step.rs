@@ -1,7 +1,7 @@
 //! Speed of a training step.
 //!
 //! Models and batches are those of the PyTorch baselines ([`super::workload`]): pre-training, and for `finetune` one encoder of queries and
-//! passages, [CLS], dot product, temperature 1, every passage a candidate. Dropout 0.1, clipping and AdamW are inside the time.
+//! passages, `[CLS]`, dot product, temperature 1, every passage a candidate. Dropout 0.1, clipping and AdamW are inside the time.
 //! Batches are ready in the host's memory beforehand; their upload is inside the time, and so is the wait for the losses, by which
 //! every step ends. Objects have the baselines' names.
 

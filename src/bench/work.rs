@@ -269,7 +269,7 @@ pub fn pretraining(
     Work::of(sizes, &rows, &laid_out, |list, rows| list.pretraining(objective, rows))
 }
 
-/// A step of a bi-encoder whose towers take all of `batch` at once; [CLS] is the embedding, without projection and normalisation.
+/// A step of a bi-encoder whose towers take all of `batch` at once; `[CLS]` is the embedding, without projection and normalisation.
 /// `capacity` is the tower's, `sides` the most queries and passages.
 pub fn fine_tuning(
     on: (Device, DType),

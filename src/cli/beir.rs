@@ -30,7 +30,7 @@ pub struct Arguments {
     /// Which judgements
     #[arg(long, default_value = "test", value_name = "NAME")]
     split: String,
-    /// Longest passage in tokens, [CLS] and [SEP] included [default: what the model says]
+    /// Longest passage in tokens, `[CLS]` and `[SEP]` included [default: what the model says]
     #[arg(long, value_name = "N", alias = "max_length", value_parser = clap::value_parser!(u32).range(3..=65_535))]
     max_length: Option<u32>,
     /// Longest query in tokens [default: that of passages]

@@ -8,6 +8,7 @@ use super::{Global, say};
 use crate::device::{self, Finding, cpu};
 use crate::error::Result;
 use crate::model::hub;
+use crate::train::room::Memory;
 
 /// Tell what this machine offers the engine, and what each part means
 #[derive(Debug, clap::Args)]
@@ -37,13 +38,6 @@ fn finding(what: &'static str, good: bool, found: impl Into<String>, meaning: im
     Finding { what, good, found: found.into(), meaning: meaning.into() }
 }
 
-/// Value of the first line `key : value` of a file of the proc file system.
-fn proc_value(path: &str, key: &str) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let line = text.lines().find(|l| l.split(':').next().is_some_and(|k| k.trim() == key))?;
-    line.split_once(':').map(|(_, v)| v.trim().to_string())
-}
-
 fn processor(threads: usize) -> Finding {
     finding("processor", true, format!("{}, {threads} threads", cpu::processor()), "--threads sets how many are used")
 }
@@ -66,12 +60,12 @@ fn vectors() -> Finding {
 }
 
 fn memory() -> Finding {
-    let kib = |key| proc_value("/proc/meminfo", key)?.trim_end_matches(" kB").parse::<f64>().ok();
-    match (kib("MemTotal"), kib("MemAvailable")) {
-        (Some(total), Some(free)) => finding(
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    match Memory::of_machine() {
+        Some(Memory { all, free: Some(free), .. }) => finding(
             "memory",
             true,
-            format!("{:.1} GiB, {:.1} GiB available", total / 1048576.0, free / 1048576.0),
+            format!("{:.1} GiB, {:.1} GiB available", gib(all), gib(free)),
             "train --dry-run says how much a run needs",
         ),
         _ => finding("memory", false, "unknown", "this system does not tell"),

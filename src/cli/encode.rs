@@ -44,7 +44,7 @@ pub struct Arguments {
     /// What the texts are: chooses the encoder of a model that has two, and the prompt
     #[arg(long, value_enum, default_value = "passage")]
     kind: Kind,
-    /// Longest text in tokens, [CLS] and [SEP] included [default: what the model says]
+    /// Longest text in tokens, `[CLS]` and `[SEP]` included [default: what the model says]
     #[arg(long, value_name = "N", alias = "max_length", value_parser = clap::value_parser!(u32).range(3..=65_535))]
     max_length: Option<u32>,
     /// Text put before every text [default: the model's prompt for the kind]

@@ -102,7 +102,8 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         let found = evaluate(&run, &qrels, &args.metrics, &rules).map_err(|e| e.path(path))?;
         if let Some((ours, judged)) = strangers(&run, &qrels) {
             global.note(&format!(
-                "warning: {}: no passage on any list is judged; it names {ours}, the judgements {judged}",
+                "warning: {}: no passage on any list is judged; it names {ours}, the judgements {judged}; \
+                 check that both belong together",
                 path.display()
             ));
         }

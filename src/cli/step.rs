@@ -30,8 +30,8 @@ use crate::train::updates::Trainable;
 /// ([B, L]) and decoder_attention_mask ([B, L, L], 1 = visible); dupmae also bag_word_weight ([B, V] of floats, 1/n for each distinct
 /// token of the n of a text). contrastive: query.input_ids, query.attention_mask [B, L], passage.input_ids,
 /// passage.attention_mask [B g, L], those of a query side by side and its positive first, and perhaps teacher_score [B, g]. cross-encoder:
-/// input_ids, attention_mask, token_type_ids [B g, L]. The output holds loss, loss.<part>, for contrastive the embeddings, and
-/// grad.<parameter> under checkpoint names.
+/// input_ids, attention_mask, token_type_ids [B g, L]. The output holds loss, `loss.<part>`, for contrastive the embeddings, and
+/// `grad.<parameter>` under checkpoint names.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// What is minimised

@@ -39,7 +39,7 @@ pub struct Arguments {
     /// docs: one text, one sequence, cut at the limit; blocks: a text fills as many sequences as it needs
     #[arg(long, value_enum, default_value = "docs")]
     packing: PackingArg,
-    /// Limit of tokens in a sequence, [CLS] and [SEP] included
+    /// Limit of tokens in a sequence, `[CLS]` and `[SEP]` included
     #[arg(long, default_value_t = 512, value_name = "N", alias = "max_length", alias = "max-seq-length", alias = "max_seq_length",
           value_parser = clap::value_parser!(u32).range(3..=1 << 20))]
     max_length: u32,

@@ -24,6 +24,7 @@ use crate::train::parts::ranker::RankerJob;
 use crate::train::parts::{Facts, Job};
 use crate::train::plan::Plan;
 use crate::train::progress::{Progress, human};
+use crate::train::room;
 use crate::train::run::{Run, Summary};
 use crate::train::schedule::Decay;
 use crate::train::settings::{Objective, Precision, Settings};
@@ -146,7 +147,7 @@ struct Flags {
     /// Write TensorBoard events [default: true]
     #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set)]
     tensorboard: Option<bool>,
-    /// What makes an evaluation the best: mrr@10, ndcg@10, recall@100 or loss [default: mrr@10 with a dev set, else loss]
+    /// What makes an evaluation the best: mrr@10, ndcg@10, recall@100 or loss (default: mrr@10 with a dev set, else loss)
     #[arg(long, value_name = "METRIC")]
     best_metric: Option<String>,
     /// Stop after this many evaluations in a row without a better one
@@ -250,18 +251,24 @@ fn train<J: Job>(mut job: J, args: &Arguments, global: &Global, member: &Member)
     let plan = Plan::new(settings, about, job.batches())?;
     let settings = &plan.settings;
     let out = settings.output.clone().unwrap_or_default();
+    let crowded = job.memory().map_or(Ok(None), |memory| room::check(plan.about.memory, &memory, &job.knobs()));
     if args.control.dry_run {
         say(&plan.to_text())?;
+        match crowded {
+            Ok(note) => note.map_or(Ok(()), |line| say(&format!("warning: {line}")))?,
+            Err(refused) => say(&format!("warning: {refused}"))?,
+        }
         plan.room(&out).map_or(Ok(()), |line| say(&format!("warning: {line}")))?;
         return global.write_json(&plan.to_json());
     }
 
+    let crowded = crowded?;
     let (stop, team) = (Stop::install()?, member.team());
     let mut progress = match member.is_first() {
         true => Progress::stderr(global.quiet),
         false => Progress::lines(Box::new(std::io::sink())),
     };
-    args.notes.iter().chain(&notes).for_each(|note| progress.warn(note));
+    args.notes.iter().chain(&notes).chain(&crowded).for_each(|note| progress.warn(note));
     agreement::same_run(&team, &plan.identity)?;
     let mut workspace = None;
     if member.is_first() {

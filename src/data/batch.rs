@@ -47,7 +47,7 @@ pub struct PretrainBatch {
 pub struct Bags {
     /// `[S + 1]` first word of each bag.
     pub offsets: Vec<u32>,
-    /// Token ids, ascending and distinct in a bag: every token but [CLS] and [SEP].
+    /// Token ids, ascending and distinct in a bag: every token but `[CLS]` and `[SEP]`.
     pub ids: Vec<u32>,
     /// `[S]` weight of each word of a bag; 0 of an empty one.
     pub weights: Vec<f32>,
@@ -72,7 +72,7 @@ impl Bags {
 pub struct DecoderBatch {
     /// `[T]` unmasked token ids.
     pub ids: Vec<u32>,
-    /// Positions in the stream with a decoder label, ascending: every token but [CLS] and [SEP].
+    /// Positions in the stream with a decoder label, ascending: every token but `[CLS]` and `[SEP]`.
     pub label_rows: Vec<u32>,
     /// The labels, as token ids.
     pub label_ids: Vec<u32>,

@@ -6,7 +6,7 @@
 use super::shard::ShardSet;
 use crate::error::{Error, Result};
 
-/// The tokens of one text, [CLS] and [SEP] included.
+/// The tokens of one text, `[CLS]` and `[SEP]` included.
 #[derive(Clone, Copy, Debug)]
 pub struct Tokens<'a> {
     /// `[L]` token ids.

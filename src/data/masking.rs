@@ -3,11 +3,11 @@
 //! The rules are those of the published collator (staoxiao/RetroMAE, `src/pretrain/data.py`, on transformers'
 //! `DataCollatorForWholeWordMask`):
 //!
-//! - A word is a token that begins one and its continuations; [CLS] and [SEP] belong to none.
+//! - A word is a token that begins one and its continuations; `[CLS]` and `[SEP]` belong to none.
 //! - A mask walks the words in random order and hides whole words until [`target`] tokens are hidden; a word that would pass the target
 //!   is skipped.
-//! - Encoder: hidden tokens carry a label; each becomes [MASK] (80 %), a token drawn uniformly from the vocabulary (10 %) or stays
-//!   (10 %). A hidden [UNK], [PAD] or [MASK] of the text counts towards the target but stays and carries no label.
+//! - Encoder: hidden tokens carry a label; each becomes `[MASK]` (80 %), a token drawn uniformly from the vocabulary (10 %) or stays
+//!   (10 %). A hidden `[UNK]`, `[PAD]` or `[MASK]` of the text counts towards the target but stays and carries no label.
 //! - Decoder: a pool of `min(L, 256)` masks of the text; every position draws one of them uniformly.
 //!
 //! Where the published code spends 150 ms on a 512-token text, three things save the time: bits instead of lists, a Fisher–Yates shuffle
@@ -43,7 +43,7 @@ pub fn row_words(length: usize) -> usize {
     length.div_ceil(32)
 }
 
-/// Tokens a mask hides in a text of `length` tokens, [CLS] and [SEP] counted: `min(512, max(1, round_half_even(length · p)))`.
+/// Tokens a mask hides in a text of `length` tokens, `[CLS]` and `[SEP]` counted: `min(512, max(1, round_half_even(length · p)))`.
 pub fn target(length: usize, p: f64) -> usize {
     ((length as f64 * p).round_ties_even() as usize).clamp(1, MOST_HIDDEN)
 }
@@ -53,15 +53,15 @@ pub fn target(length: usize, p: f64) -> usize {
 pub struct Vocabulary {
     /// Number of tokens V, the range of random replacements.
     pub size: u32,
-    /// Id of [CLS].
+    /// Id of `[CLS]`.
     pub cls: u32,
-    /// Id of [SEP].
+    /// Id of `[SEP]`.
     pub sep: u32,
-    /// Id of [PAD].
+    /// Id of `[PAD]`.
     pub pad: u32,
-    /// Id of [MASK].
+    /// Id of `[MASK]`.
     pub mask: u32,
-    /// Id of [UNK], where the tokenizer has one.
+    /// Id of `[UNK]`, where the tokenizer has one.
     pub unk: Option<u32>,
 }
 
@@ -314,7 +314,7 @@ impl Word {
     }
 }
 
-/// Appends the words of a text. A continuation right after [CLS] or [SEP] begins a word.
+/// Appends the words of a text. A continuation right after `[CLS]` or `[SEP]` begins a word.
 fn find_words(tokens: Tokens<'_>, vocabulary: &Vocabulary, words: &mut Vec<Word>) {
     let mut open = false;
     for (position, (&id, &starts)) in tokens.ids.iter().zip(tokens.word_start).enumerate() {

@@ -104,7 +104,7 @@ pub struct Batching {
     pub accumulation: u64,
     /// Processes that share a step.
     pub ranks: u64,
-    /// Longer texts are cut to this many tokens, the last of which stays the last ([SEP]).
+    /// Longer texts are cut to this many tokens, the last of which stays the last (`[SEP]`).
     pub max_length: usize,
 }
 

@@ -27,7 +27,7 @@ use queue::Budget;
 pub struct Options {
     /// How texts become sequences.
     pub packing: Packing,
-    /// Limit that sequences are cut at, [CLS] and [SEP] included; at least 3.
+    /// Limit that sequences are cut at, `[CLS]` and `[SEP]` included; at least 3.
     pub max_length: u32,
     /// How titles are joined.
     pub title_sep: TitleSep,
@@ -292,7 +292,7 @@ fn encode_chunk(encoder: &mut Encoder<'_>, options: &Options, sep: u32, chunk: C
     Ok(out)
 }
 
-/// Appends the tokens of a document, its title joined, without [CLS] and the last [SEP], until `out` holds `limit` tokens or more.
+/// Appends the tokens of a document, its title joined, without `[CLS]` and the last `[SEP]`, until `out` holds `limit` tokens or more.
 pub(super) fn encode_document(
     encoder: &mut Encoder<'_>,
     title_sep: TitleSep,

@@ -226,7 +226,7 @@ impl Tokenizer {
 }
 
 impl Encoder<'_> {
-    /// Appends tokens of `text`, without [CLS] and [SEP], until `out` holds `limit` tokens or the text ends. May go past the limit
+    /// Appends tokens of `text`, without `[CLS]` and `[SEP]`, until `out` holds `limit` tokens or the text ends. May go past the limit
     /// by some tokens, never stops short of it.
     pub fn encode(&mut self, text: &str, limit: usize, out: &mut Vec<Token>) -> Result<()> {
         if let Some(fast) = &self.tokenizer.fast {

@@ -150,7 +150,7 @@ impl Fast {
         self.word(word, out);
     }
 
-    /// One word: longest match first, or [UNK] whole.
+    /// One word: longest match first, or `[UNK]` whole.
     fn word(&self, word: &[u8], out: &mut Vec<Token>) {
         if word.is_empty() {
             return;

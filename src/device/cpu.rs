@@ -161,7 +161,7 @@ pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
 /// Independent partial sums of a reduction, so that it vectorises; the order of the sum is fixed.
 const LANES: usize = 16;
 
-/// Σ f(x[i], y[i]) in a fixed order. Call inside [`vectorized`].
+/// Σ f(xᵢ, yᵢ) in a fixed order. Call inside [`vectorized`].
 #[inline(always)]
 pub fn sum2<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> F {
     let mut acc = [F::ZERO; LANES];
@@ -175,7 +175,7 @@ pub fn sum2<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> F {
     acc.iter().fold(tail, |a, &b| a + b)
 }
 
-/// Σ f(x[i]) in a fixed order. Call inside [`vectorized`].
+/// Σ f(xᵢ) in a fixed order. Call inside [`vectorized`].
 #[inline(always)]
 pub fn sum1<F: Real>(x: &[F], f: impl Fn(F) -> F) -> F {
     sum2(x, x, |x, _| f(x))

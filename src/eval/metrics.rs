@@ -275,5 +275,6 @@ impl Metric {
 /// Discounted cumulative gain.
 fn gain(grades: &[i32]) -> f64 {
     let gains = grades.iter().enumerate().filter(|&(_, &grade)| grade > 0);
-    gains.map(|(place, &grade)| f64::from(grade) / (place as f64 + 2.0).log2()).sum()
+    // A sum of nothing is -0.
+    gains.map(|(place, &grade)| f64::from(grade) / (place as f64 + 2.0).log2()).sum::<f64>() + 0.0
 }

@@ -1,7 +1,7 @@
 //! The BERT encoder over a packed token stream.
 //!
 //! The last layer computes queries, attention rows, output projection, feed-forward and LayerNorms only for the rows that are
-//! needed of it (labels, [CLS]); keys and values for all. Loss and gradients are those of the full layer.
+//! needed of it (labels, `[CLS]`); keys and values for all. Loss and gradients are those of the full layer.
 
 use super::activations::{Plan, Slot};
 use super::block::{Block, Linear, Norm, Scratch};

@@ -57,7 +57,7 @@ impl Bounds {
         }
     }
 
-    /// Rows needed of the encoder's last layer: labels, and [CLS]; no more than there are tokens.
+    /// Rows needed of the encoder's last layer: labels, and `[CLS]`; no more than there are tokens.
     pub fn needed(&self) -> usize {
         (self.labels + self.sequences).min(self.tokens)
     }

@@ -297,7 +297,7 @@ pub struct DecoderInputs {
 pub struct Inputs {
     /// Masked tokens.
     pub tokens: TokenInputs,
-    /// Rows needed of the encoder's last layer: labelled ones, and [CLS] where there is a decoder; for DupMAE all.
+    /// Rows needed of the encoder's last layer: labelled ones, and `[CLS]` where there is a decoder; for DupMAE all.
     pub needed: Rows,
     /// M.
     pub label_count: Extent,
@@ -305,7 +305,7 @@ pub struct Inputs {
     pub label_rows: Tensor,
     /// `[M]` labels.
     pub labels: Tensor,
-    /// `[S]` where the [CLS] rows are among the needed ones.
+    /// `[S]` where the `[CLS]` rows are among the needed ones.
     pub cls_rows: Tensor,
     /// `[S]` first token of each sequence.
     pub first_tokens: Tensor,

@@ -79,7 +79,7 @@ pub struct BertConfig {
     pub initializer_range: f32,
     /// ε of LayerNorm.
     pub layer_norm_eps: f32,
-    /// Id of [PAD].
+    /// Id of `[PAD]`.
     pub pad_token_id: u32,
     /// The whole file, unknown keys included.
     pub raw: Map<String, Value>,

@@ -1,9 +1,10 @@
 //! Lexical representation of a text, as DupMAE (arXiv 2211.08769) uses it: the MLM head's logits, the largest of every word over the text's
-//! positions but the first, [CLS], and of these the K largest as (token id, weight).
+//! positions but the first, `[CLS]`, and of these the K largest as (token id, weight).
 //!
 //! `m[s, v] = max_i h_i · W_v` over the rows i of text s but its first, `w[s, v] = m[s, v] + b_v`. Weights are these sums as they are: no
-//! ReLU, logarithm or softmax, and nothing is left out, neither the position of [SEP] nor special tokens, as in the bag-of-words objective
-//! that trains them. Larger weights come first, of equal ones the lower id. A text of one row has none: ids of all bits set, weights of −∞.
+//! ReLU, logarithm or softmax, and nothing is left out, neither the position of `[SEP]` nor special tokens, as in the bag-of-words
+//! objective that trains them. Larger weights come first, of equal ones the lower id. A text of one row has none: ids of all bits set,
+//! weights of −∞.
 //!
 //! Rows go through in chunks, and so do the maxima: of a chunk's texts alone, and of the one that goes on in the next chunk. Memory is
 //! `O(chunk V)` whatever the number of rows and texts; `[T, V]` never exists, nor does `[S, V]`. There is no backward.

@@ -83,7 +83,7 @@ pub struct Spec {
     pub pooling: Pooling,
     /// Text put before every text.
     pub prefix: String,
-    /// Tokens that texts were cut to, [CLS] and [SEP] included.
+    /// Tokens that texts were cut to, `[CLS]` and `[SEP]` included.
     pub max_len: usize,
     /// `query` or `passage`.
     pub side: String,

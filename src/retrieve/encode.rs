@@ -33,7 +33,7 @@ pub use writer::is_begun;
 pub struct Job {
     /// What the embeddings are made with.
     pub spec: Spec,
-    /// Ids of the tokens put after [CLS].
+    /// Ids of the tokens put after `[CLS]`.
     pub prefix: Vec<u32>,
     /// The special tokens.
     pub special: Special,
@@ -73,7 +73,7 @@ pub struct Encoded {
     pub rows: u64,
     /// Rows that an earlier run had written.
     pub resumed: u64,
-    /// Tokens of the rows that were computed, [CLS] and [SEP] included.
+    /// Tokens of the rows that were computed, `[CLS]` and `[SEP]` included.
     pub tokens: u64,
     /// What was read.
     pub counts: SourceCounts,

@@ -257,7 +257,7 @@ impl Model {
     }
 }
 
-/// Tokens kept of a text beside [CLS], [SEP] and the prefix.
+/// Tokens kept of a text beside `[CLS]`, `[SEP]` and the prefix.
 fn room(job: &Job) -> usize {
     job.spec.max_len - 2 - job.prefix.len()
 }

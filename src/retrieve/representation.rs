@@ -15,7 +15,7 @@ use super::npy::Number;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Representation {
-    /// The dense embedding: the state of [CLS], or what else the model pools.
+    /// The dense embedding: the state of `[CLS]`, or what else the model pools.
     #[default]
     Cls,
     /// The K largest tokens of the MLM head.

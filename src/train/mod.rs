@@ -13,7 +13,7 @@
 //! - [`trainer`]: [`Engine`] around a step; [`parts`]: model and data of the settings, brought together; [`dev`]: the dev set
 //! - [`origin`]: what a run keeps of its beginning; [`export`]: a checkpoint made a model that others load
 //! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
-//! - [`flops`]: the arithmetic that a step must do, for rates
+//! - [`room`]: whether a run fits into memory, and what would; `zero`: why a loss is exactly 0
 //! - [`collective`]: many processes that share every step
 //! - [`signals`]: orderly stops; the file operations below all of this are [`crate::files`]
 
@@ -38,6 +38,7 @@ pub mod pair_batches;
 pub mod parts;
 pub mod plan;
 pub mod progress;
+pub mod room;
 pub mod run;
 pub mod schedule;
 pub mod settings;
@@ -49,6 +50,7 @@ pub mod tfevents;
 pub mod trainer;
 pub mod updates;
 pub mod workspace;
+mod zero;
 
 /// The whole state of a model in training, as checkpoints hold it.
 pub trait Arenas {

@@ -89,7 +89,7 @@ impl Progress {
 
     /// The log line of step `step`; its loss is the mean since the last one.
     pub fn log(&mut self, step: u64, total: u64, lr: f64, report: &StepReport) {
-        let mean = self.loss / self.finite.max(1) as f64;
+        let mean = if self.finite == 0 { f64::NAN } else { self.loss / self.finite as f64 };
         let parts: String = report.parts.iter().map(|(name, loss)| format!(" {name} {loss:.3}")).collect();
         let text = format!(
             "loss {mean:.4} (last:{parts})  lr {lr:.2e}  grad {:.3}  {} tok/s",

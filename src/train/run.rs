@@ -18,7 +18,7 @@ use crate::train::settings::Settings;
 use crate::train::signals::{self, Stop};
 use crate::train::tfevents::Events;
 use crate::train::workspace::Workspace;
-use crate::train::{Arena, Batches, Engine, EvalPart, StepReport};
+use crate::train::{Arena, Batches, Engine, EvalPart, StepReport, zero};
 
 /// What a finished run reports.
 #[derive(Clone, Debug, PartialEq)]
@@ -261,6 +261,7 @@ impl<'a, B> Run<'a, B> {
                 self.state.skipped_in_a_row
             ));
         }
+        zero::told(step, report, self.settings).iter().for_each(|line| self.progress.warn(line));
         self.progress.log(step, self.state.total_steps, lr, report);
         Ok(())
     }
@@ -390,11 +391,17 @@ impl<'a, B> Run<'a, B> {
         let shown = names.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ");
         let more = names.len().saturating_sub(8);
         let more = if more > 0 { format!(" and {more} more, all in metrics.jsonl") } else { String::new() };
+        let rate = self.settings.learning_rate;
+        // One digit of a tenth; no more than what pre-training begins with.
+        let lower: f64 = format!("{:.0e}", rate / 10.0).parse().unwrap_or(rate).min(1e-4);
         let remedy = match self.saved {
             Some(step) => format!(
-                "the last good checkpoint is that of step {step}; go on from it with --override learning-rate and a lower one"
+                "the last good checkpoint is that of step {step}; go on from it with a lower rate than {rate:e}: \
+                 --learning-rate {lower:e} --override learning-rate"
             ),
-            None => "nothing was saved yet; start again with a lower learning rate".into(),
+            None => {
+                format!("nothing was saved yet; start again with a lower rate than {rate:e}: --learning-rate {lower:e}")
+            }
         };
         let cause = format!(
             "the gradient{} was not finite in {} steps in a row, up to step {}; the last batch begins at sample {cursor}: {shown}{more}",

@@ -31,7 +31,7 @@ pub use identity::compare;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Objective {
-    /// RetroMAE: masked language modelling in the encoder, enhanced decoding from its [CLS] (arXiv:2205.12035).
+    /// RetroMAE: masked language modelling in the encoder, enhanced decoding from its `[CLS]` (arXiv:2205.12035).
     #[default]
     Retromae,
     /// DupMAE: the same with a normalised decoder query, and a bag-of-words loss (arXiv:2211.08769).
@@ -207,7 +207,7 @@ pub struct Settings {
     pub query_prefix: Option<String>,
     /// Text put before every passage.
     pub passage_prefix: Option<String>,
-    /// What an embedding is made of; that of the model when absent, else [CLS].
+    /// What an embedding is made of; that of the model when absent, else `[CLS]`.
     pub pooling: Option<Pooling>,
     /// What of a text is kept; the dense embedding alone when absent.
     pub representation: Option<Representation>,

@@ -125,7 +125,8 @@ fn missing_scores_are_refused_or_drop_their_passages() {
     let files = world.files("q0\tp7,p2\nq1\tp1\n", "q0\tp4,p9\nq1\tp0\n", scores);
     assert_eq!(
         world.pairs(&files, SETTINGS).err().unwrap().to_string(),
-        "3 pairs have no score of the teacher (first: query q0 and passage p2); score them too, or give --missing-teacher drop"
+        "3 pairs have no score of the teacher (first: query q0 and passage p2); score them too, as rerank --scores does, or give \
+         --missing-teacher drop"
     );
     let drop = PairsSettings { missing_score: MissingScore::Drop, ..SETTINGS };
     let pairs = world.pairs(&files, drop).unwrap();

@@ -1,14 +1,13 @@
 //! A small world for the binary: forty short texts, tokenized, and a one-layer model.
 
+#[path = "texts.rs"]
+mod texts;
+
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
 /// The program.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_retromae-engine");
-const WORDS: [&str; 24] = [
-    "the", "package", "library", "file", "of", "and", "a", "network", "server", "client", "tool", "for", "shell",
-    "data", "text", "image", "module", "system", "kernel", "driver", "debug", "source", "build", "time",
-];
 
 /// A folder with texts, their shards and a model's configuration.
 pub struct World {
@@ -19,19 +18,7 @@ impl World {
     /// Forty short texts, tokenized; a one-layer model's configuration.
     pub fn new() -> World {
         let world = World { dir: crate::toy::folder() };
-        let vocabulary: Vec<&str> = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"].into_iter().chain(WORDS).collect();
-        std::fs::create_dir(world.path("tokenizer")).unwrap();
-        std::fs::write(world.path("tokenizer/vocab.txt"), vocabulary.join("\n") + "\n").unwrap();
-        let texts: Vec<String> = (0..40)
-            .map(|i| (0..6 + i % 7).map(|k| WORDS[(i * i + k * 5 + i * k) % WORDS.len()]).collect::<Vec<_>>().join(" "))
-            .collect();
-        std::fs::write(world.path("texts.txt"), texts.join("\n") + "\n").unwrap();
-        let config = serde_json::json!({
-            "model_type": "bert", "vocab_size": vocabulary.len(), "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "intermediate_size": 128, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
-            "max_position_embeddings": 64, "type_vocab_size": 2, "initializer_range": 0.02, "layer_norm_eps": 1e-12, "pad_token_id": 0,
-        });
-        std::fs::write(world.path("config.json"), config.to_string()).unwrap();
+        texts::write(world.dir.path());
         let made = Command::new(BINARY)
             .args(["tokenize", "--max-length", "32", "--input"])
             .arg(world.path("texts.txt"))

@@ -239,7 +239,7 @@ impl List {
         self.update();
     }
 
-    /// One step of a bi-encoder whose texts go through one tower at once, [CLS] being the embedding.
+    /// One step of a bi-encoder whose texts go through one tower at once, `[CLS]` being the embedding.
     pub(super) fn fine_tuning(&mut self, r: &Rows) {
         let (c, s, [queries, passages]) = (self.width(), self.element(), r.sides);
         self.zero(5 * 8);

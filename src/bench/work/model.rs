@@ -34,7 +34,7 @@ pub fn pretraining(
 /// every query: three times the forward.
 ///
 /// Counted as in [`pretraining`]: every layer over real tokens, and `2 C` for each of the B P scores. The embedding is the state of
-/// [CLS], without a projection; what is saved by computing the last layer for [CLS] only is not taken off.
+/// `[CLS]`, without a projection; what is saved by computing the last layer for `[CLS]` only is not taken off.
 pub fn fine_tuning(config: &BertConfig, [queries, passages]: [&[usize]; 2]) -> u64 {
     let layer = layer(config, queries.iter().chain(passages).copied());
     let scores = (queries.len() * passages.len()) as u64;

@@ -192,7 +192,7 @@ fn unigram(shards: &ShardSet, order: &Order) -> Result<Score> {
     Ok(Score { loss: loss / tokens, accuracy: right as f64 / tokens })
 }
 
-/// The tokens of a text without [CLS] and [SEP]: those the decoder predicts.
+/// The tokens of a text without `[CLS]` and `[SEP]`: those the decoder predicts.
 fn inner(text: Text<'_>) -> impl Iterator<Item = u32> + use<'_> {
     (1..text.len().saturating_sub(1)).map(move |i| text.token(i))
 }

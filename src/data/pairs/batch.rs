@@ -271,7 +271,7 @@ pub struct PairTexts {
 }
 
 impl PairTexts {
-    /// A query is cut to `query.max_length` tokens, [CLS] and [SEP] included; then the passage alone, below `prefix`, so that the pair
+    /// A query is cut to `query.max_length` tokens, `[CLS]` and `[SEP]` included; then the passage alone, below `prefix`, so that the pair
     /// has at most `max_length`.
     pub fn new(
         queries: Arc<dyn Corpus>,

@@ -141,6 +141,14 @@ impl Sealed {
     pub fn finish(self) -> Result<Pairs> {
         let mut pairs = self.pairs;
         without_positive(&mut pairs);
+        let unknown = &pairs.findings.unknown_negatives;
+        if let (Some(first), 0) =
+            (&unknown.first, pairs.negatives.items() as u64 + pairs.findings.positive_negatives.count)
+        {
+            let cause = format!("none of the {} negatives is in the corpus (first: {first})", unknown.count);
+            return Err(Error::refused(cause)
+                .remedy("give those of this corpus, by its ids: qid<TAB>pid,pid, or leave --negatives out"));
+        }
         let needed = pairs.settings.group - 1;
         if let Some(scores) = pairs.scores.take() {
             complete(&mut pairs, &scores)?;
@@ -206,7 +214,9 @@ fn complete(pairs: &mut Pairs, scores: &[Vec<f32>; 2]) -> Result<()> {
     if pairs.settings.missing_score == MissingScore::Error {
         if let Some(first) = &missing.first {
             let cause = format!("{} pairs have no score of the teacher (first: {first})", missing.count);
-            return Err(Error::refused(cause).remedy("score them too, or give --missing-teacher drop"));
+            return Err(
+                Error::refused(cause).remedy("score them too, as rerank --scores does, or give --missing-teacher drop")
+            );
         }
         if let Some(first) = &few.first {
             let cause = format!("{} queries have fewer than {needed} scored negatives (first: {first})", few.count);

@@ -56,7 +56,7 @@ pub fn check_sets(sets: &[&ShardSet], fingerprint: Option<&str>) -> Result<()> {
         if set.facts().fingerprint != expected {
             return Err(Error::refused(format!("was tokenized with another tokenizer than {whose}"))
                 .path(set.dir())
-                .remedy("tokenize queries and passages with the model's own tokenizer"));
+                .remedy("tokenize queries and passages with the model's own tokenizer: tokenize --tokenizer MODEL"));
         }
         if set.facts().packing == Packing::Blocks {
             return Err(Error::refused("holds blocks: a text may be several sequences there")

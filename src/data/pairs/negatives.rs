@@ -92,7 +92,8 @@ fn detect(line: &str) -> std::result::Result<NegativesFormat, Wrong> {
         2 => Ok(NegativesFormat::Lists),
         3 => Ok(NegativesFormat::Triples),
         n => Err(Wrong::new(format!("{n} tab-separated columns, which are no negatives"))
-            .remedy("give qid and a list of passages, or qid, positive and negative, separated by tabs")),
+            .remedy("give qid and a list of passages, or qid, positive and negative, separated by tabs")
+            .separated(line, true)),
     }
 }
 
@@ -108,7 +109,7 @@ fn parse(
             let query = table::id(query)?;
             // A query without negatives is a line that ends after its tab.
             for passage in list.split(',').filter(|_| !list.is_empty()) {
-                each(query, table::id(passage)?, false);
+                each(query, table::id_of_list(passage)?, false);
             }
         }
         NegativesFormat::Triples => {

@@ -88,7 +88,8 @@ fn detect(line: &str, header: bool) -> std::result::Result<QrelsFormat, Wrong> {
             "add the header if these are BEIR's judgements; triples of a query and two passages are negatives",
         )),
         _ => Err(Wrong::new(format!("{words} columns, which are no judgement"))
-            .remedy("give qid 0 docid grade, query-id corpus-id score with its header, or qid and a list of passages")),
+            .remedy("give qid 0 docid grade, query-id corpus-id score with its header, or qid and a list of passages")
+            .separated(line, false)),
     }
 }
 
@@ -98,7 +99,7 @@ fn parse(format: QrelsFormat, line: &str, mut each: impl FnMut(&str, &str, i32))
             let (query, list) = pair(line)?;
             let query = table::id(query)?;
             for passage in list.split(',') {
-                each(query, table::id(passage)?, 1);
+                each(query, table::id_of_list(passage)?, 1);
             }
         }
         QrelsFormat::Trec => {

@@ -35,9 +35,9 @@ pub struct RowRules {
     pub format: Option<RowFormat>,
     /// How titles are joined.
     pub title_sep: TitleSep,
-    /// Queries are cut to this many tokens, [CLS] and [SEP] included.
+    /// Queries are cut to this many tokens, `[CLS]` and `[SEP]` included.
     pub query_length: usize,
-    /// Passages are cut to this many tokens, [CLS] and [SEP] included.
+    /// Passages are cut to this many tokens, `[CLS]` and `[SEP]` included.
     pub passage_length: usize,
 }
 

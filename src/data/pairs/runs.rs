@@ -258,7 +258,7 @@ fn parse(format: RunFormat, line: &str) -> std::result::Result<Fields<'_>, Wrong
         },
         RunFormat::Pairs => match tabs()[..] {
             [query, id, ..] => Ok((query, id, None, None)),
-            ref other => Err(columns(other, "2, separated by a tab: qid pid")),
+            ref other => Err(columns(other, "2, separated by a tab: qid pid").separated(line, false)),
         },
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::data::source::Input;
 use crate::data::source::bytes::{self, Lines};
+use crate::data::source::separator::Separator;
 use crate::error::{Error, Kind, Result};
 
 /// Wrong lines after which reading stops.
@@ -14,15 +15,20 @@ pub(super) const ERRORS: usize = 100_000;
 pub(super) struct Wrong {
     pub cause: String,
     pub remedy: &'static str,
+    /// What stands in place of tabs, and whether the first on a line only.
+    separator: Option<(Separator, bool)>,
 }
 
 /// What most wrong lines need.
 pub(super) const CORRECT: &str = "correct the line, or name the right format";
 
+const LISTS: &str =
+    "rename the text, here and where it was tokenized, or separate the passages of a list by commas: qid<TAB>pid,pid";
+
 impl Wrong {
     /// With the remedy [`CORRECT`].
     pub fn new(cause: impl Into<String>) -> Wrong {
-        Wrong { cause: cause.into(), remedy: CORRECT }
+        Wrong { cause: cause.into(), remedy: CORRECT, separator: None }
     }
 
     /// With another remedy.
@@ -31,9 +37,23 @@ impl Wrong {
         self
     }
 
+    /// Columns of `line` that are too few because something else than tabs separates them, where that is so. `first`: only the first of
+    /// these stands for a tab.
+    pub fn separated(mut self, line: &str, first: bool) -> Wrong {
+        if let Some(separator) = Separator::of(line) {
+            self.cause += &format!(": {} has {} in place of tabs", shown(line), separator.words());
+            self.separator = Some((separator, first));
+        }
+        self
+    }
+
     /// As an error about a line of a file.
     pub fn at(self, input: &Input, line: u64) -> Error {
-        Error::refused(self.cause).path(&input.path).line(line).remedy(self.remedy)
+        let error = Error::refused(self.cause).path(&input.path).line(line);
+        match self.separator {
+            Some((separator, first)) => error.remedy(separator.command(&input.path, first)),
+            None => error.remedy(self.remedy),
+        }
     }
 }
 
@@ -88,6 +108,14 @@ pub(super) fn id(field: &str) -> std::result::Result<&str, Wrong> {
     } else {
         Ok(field)
     }
+}
+
+/// The id of a passage on a list, of which the next is behind a comma.
+pub(super) fn id_of_list(field: &str) -> std::result::Result<&str, Wrong> {
+    id(field).map_err(|wrong| match field.trim().contains(' ') {
+        true => wrong.remedy(LISTS),
+        false => wrong,
+    })
 }
 
 /// A field as a message shows it.

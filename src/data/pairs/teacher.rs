@@ -27,7 +27,8 @@ pub fn read(input: &Input, mut each: impl FnMut(Scored<'_>) -> Result<()>) -> Re
             (columns.next(), columns.next(), columns.next(), columns.next())
         else {
             let count = text.split('\t').count();
-            return Err(Wrong::new(format!("{count} tab-separated columns where a score has 3: qid pid score")));
+            let cause = format!("{count} tab-separated columns where a score has 3: qid pid score");
+            return Err(Wrong::new(cause).separated(text, false));
         };
         let (query, passage, score) = (table::id(query)?, table::id(passage)?, table::score(score)?);
         if failed.is_ok() {

@@ -64,9 +64,9 @@ impl TextBatch {
 /// How texts of one kind are cut.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TextRules {
-    /// Longer texts are cut to this many tokens, [CLS], prefix and [SEP] included; the last token stays the last.
+    /// Longer texts are cut to this many tokens, `[CLS]`, prefix and `[SEP]` included; the last token stays the last.
     pub max_length: usize,
-    /// Token ids put after [CLS]: an instruction such as `query: `.
+    /// Token ids put after `[CLS]`: an instruction such as `query: `.
     pub prefix: Vec<u32>,
 }
 

@@ -5,7 +5,7 @@
 //! | section | bytes | content |
 //! | --- | --- | --- |
 //! | starts | 4 · (S + 1) | u32: first token of every sequence; the last entry is T |
-//! | tokens | width · T | u16 or u32: token ids, [CLS] and [SEP] included |
+//! | tokens | width · T | u16 or u32: token ids, `[CLS]` and `[SEP]` included |
 //! | word starts | ⌈T / 8⌉ | bit `t % 8` of byte `t / 8`: token `t` begins a word |
 //! | id starts | 4 · (S + 1) | u32: first byte of every id; only where the input has ids |
 //! | ids | as the header says | UTF-8, one after the other; an empty one is none |
@@ -49,7 +49,7 @@ pub struct Header {
     pub max_length: u32,
     /// Tokens in the vocabulary; every token id is below it.
     pub vocab_size: u32,
-    /// Ids of [CLS], [SEP], [MASK], [PAD], [UNK].
+    /// Ids of `[CLS]`, `[SEP]`, `[MASK]`, `[PAD]`, `[UNK]`.
     pub special: [u32; 5],
     /// How texts were made into sequences.
     pub packing: Packing,

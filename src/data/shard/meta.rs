@@ -24,15 +24,15 @@ const LARGEST: u64 = 128 << 20;
 /// Ids of the special tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Special {
-    /// [CLS]: first token of every sequence.
+    /// `[CLS]`: first token of every sequence.
     pub cls: u32,
-    /// [SEP]: last token of every sequence.
+    /// `[SEP]`: last token of every sequence.
     pub sep: u32,
-    /// [MASK].
+    /// `[MASK]`.
     pub mask: u32,
-    /// [PAD].
+    /// `[PAD]`.
     pub pad: u32,
-    /// [UNK].
+    /// `[UNK]`.
     pub unk: u32,
 }
 
@@ -49,7 +49,7 @@ pub struct Counts {
     pub documents: u64,
     /// Sequences written.
     pub sequences: u64,
-    /// Tokens written, [CLS] and [SEP] included.
+    /// Tokens written, `[CLS]` and `[SEP]` included.
     pub tokens: u64,
     /// Documents left out because they hold no token.
     pub empty: u64,
@@ -59,7 +59,7 @@ pub struct Counts {
     pub duplicates: u64,
     /// Ids that were not compared because too many were seen before.
     pub unchecked_ids: u64,
-    /// [UNK] tokens written.
+    /// `[UNK]` tokens written.
     pub unknown: u64,
     /// Bytes of text read, titles included.
     pub text_bytes: u64,

@@ -1,6 +1,6 @@
 //! Token shards: what `tokenize` writes and everything else reads.
 //!
-//! A set is a folder: `shard-00000.rms` … (see [`format`]), the tokenizer's files byte for byte, and `meta.json`, which names them
+//! A set is a folder: `shard-00000.rms` … (see [`mod@format`]), the tokenizer's files byte for byte, and `meta.json`, which names them
 //! all with their digests. Shards are memory-mapped; opening a set reads one header per shard, whatever the number of texts. Every
 //! 64 KiB block is checked against its CRC32C when it is first touched, so that a flipped bit is an error and never a training text.
 
@@ -72,11 +72,11 @@ pub struct Facts {
     pub shards: usize,
     /// Number of sequences.
     pub sequences: u64,
-    /// Number of tokens, [CLS] and [SEP] included.
+    /// Number of tokens, `[CLS]` and `[SEP]` included.
     pub tokens: u64,
     /// Tokens of the longest sequence.
     pub longest: u32,
-    /// Limit that sequences were cut at, [CLS] and [SEP] included.
+    /// Limit that sequences were cut at, `[CLS]` and `[SEP]` included.
     pub max_length: u32,
     /// How texts became sequences.
     pub packing: Packing,
@@ -277,7 +277,7 @@ enum Ids<'a> {
     U32(&'a [u32]),
 }
 
-/// The tokens of one sequence, [CLS] and [SEP] included.
+/// The tokens of one sequence, `[CLS]` and `[SEP]` included.
 #[derive(Clone, Copy, Debug)]
 pub struct Text<'a> {
     ids: Ids<'a>,

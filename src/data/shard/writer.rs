@@ -40,7 +40,7 @@ struct Buffers {
 /// What all shards of a set have in common.
 #[derive(Clone, Debug)]
 pub struct SetSpec {
-    /// Limit that sequences are cut at, [CLS] and [SEP] included.
+    /// Limit that sequences are cut at, `[CLS]` and `[SEP]` included.
     pub max_length: u32,
     /// Tokens in the vocabulary.
     pub vocab_size: u32,

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 
 use super::bytes::{Lines, Opened, too_long};
+use super::separator::Separator;
 use super::{Document, LONGEST, json};
 
 /// One document a line.
@@ -131,10 +132,16 @@ impl Iterator for Tsv {
                 // Every further line would say the same.
                 self.done = true;
                 let cause = format!("{columns} tab-separated column{}", if columns == 1 { "" } else { "s" });
-                Err(bad(
-                    cause,
-                    "give 2 (id, text), 3 (id, title, text) or 4 (id, url, title, body), or the right --format",
-                ))
+                match Separator::of(line) {
+                    Some(found) => Err(bad(
+                        format!("{cause}: the line has {} in place of tabs", found.words()),
+                        &found.command(&self.lines.path, true),
+                    )),
+                    None => Err(bad(
+                        cause,
+                        "give 2 (id, text), 3 (id, title, text) or 4 (id, url, title, body), or the right --format",
+                    )),
+                }
             } else if found != columns {
                 let cause = format!("{found} tab-separated columns where the first line has {columns}");
                 Err(bad(cause, "correct the line; a text must not hold tabs"))

@@ -9,6 +9,7 @@ mod json;
 mod lines;
 #[cfg(feature = "parquet")]
 pub(super) mod parquet;
+pub(super) mod separator;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -215,6 +216,16 @@ fn parquet_documents(opened: Opened, _read: Arc<AtomicU64>) -> Result<Documents>
 fn detect(input: &Input, head: &[u8]) -> Result<Format> {
     if head.starts_with(b"PAR1") {
         return Ok(Format::Parquet);
+    }
+    if input.path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv")) {
+        // As plain text, ids and quotes would become part of the texts.
+        let name = input.path.display();
+        let command = format!(
+            "python3 -c \"import csv; [print(*row, sep='\\t') for row in csv.reader(open('{name}'))]\" > texts.tsv"
+        );
+        return Err(Error::refused("columns separated by commas are not read").path(&input.path).remedy(format!(
+            "write tabs: {command}, and give texts.tsv; or give --format txt if each line is a text"
+        )));
     }
     if let Some(format) = by_name(&input.path) {
         return Ok(format);

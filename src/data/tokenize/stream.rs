@@ -23,7 +23,7 @@ use crate::files::hex;
 pub struct StreamOptions {
     /// How titles are joined.
     pub title_sep: TitleSep,
-    /// Tokens kept of a document, [CLS] and [SEP] not counted.
+    /// Tokens kept of a document, `[CLS]` and `[SEP]` not counted.
     pub tokens: usize,
     /// Overrules the detection of formats.
     pub format: Option<Format>,
@@ -53,7 +53,7 @@ pub struct Documented {
     pub ids: Vec<String>,
     /// Where the tokens of each end.
     pub ends: Vec<usize>,
-    /// Token ids, without [CLS] and [SEP].
+    /// Token ids, without `[CLS]` and `[SEP]`.
     pub tokens: Vec<u32>,
 }
 

@@ -4,7 +4,7 @@
 //! f32. Both operands are packed once: rounded, in groups of 16 rows (of `a`) or columns (of `b`), pairs of the sum side by side. A tile of
 //! 8 rows and 48 columns then stays in registers. Other processors round the operands and multiply in f32: the same products, no faster.
 //!
-//! An element's sum is added up in blocks of [`BLOCK`], whatever lies beside it.
+//! An element's sum is added up in blocks of `BLOCK`, whatever lies beside it.
 
 use rayon::prelude::*;
 

@@ -13,7 +13,7 @@ use crate::files::hex;
 /// What was read so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SourceCounts {
-    /// Texts without a token: their embedding is that of [CLS] [SEP].
+    /// Texts without a token: their embedding is that of `[CLS]` `[SEP]`.
     pub empty: u64,
     /// Texts that were cut.
     pub truncated: u64,
@@ -119,7 +119,7 @@ impl Source {
 /// The texts of some sets of shards.
 pub struct ShardTexts {
     sets: Vec<ShardSet>,
-    /// Tokens kept of a text, [CLS] and [SEP] not counted.
+    /// Tokens kept of a text, `[CLS]` and `[SEP]` not counted.
     room: usize,
     /// Which of all.
     texts: Range<u64>,

@@ -22,6 +22,7 @@ use crate::train::dev::{DevSearch, DevSet};
 use crate::train::origin::Purpose;
 use crate::train::pair_batches::PairBatches;
 use crate::train::plan::Plan;
+use crate::train::room::{Knob, Memory};
 use crate::train::settings::Settings;
 use crate::train::target::Target;
 use crate::train::trainer::{Judge, Trainer};
@@ -116,7 +117,7 @@ impl BiEncoderJob {
             held_out: batches.held_out_count(),
             device: target.words.clone(),
             precision: target.precision().into(),
-            memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
+            memory: super::bytes(footprint),
         };
         let facts = Facts { settings, about, notes };
         let start = towers.map(Start);
@@ -211,6 +212,28 @@ impl Job for BiEncoderJob {
 
     fn batches(&mut self) -> &mut PairBatches<ContrastiveBuilder> {
         &mut self.batches
+    }
+
+    fn memory(&self) -> Option<Memory> {
+        Memory::of(self.target.device)
+    }
+
+    fn knobs(&self) -> Vec<Knob<'_>> {
+        let (room, group) = (self.room, self.facts.settings.group_size.unwrap_or(1));
+        let bytes = |room: Room| {
+            let on = (self.target.device, self.target.storage);
+            super::bytes(BiEncoder::footprint_among(on, &self.config, &self.options, (room, self.share)))
+        };
+        let chunk = room.chunk.unwrap_or(room.passages) as u64;
+        vec![
+            Knob::new("--chunk", (chunk, 1), move |n| bytes(Room { chunk: Some(n as usize), ..room })),
+            Knob::new("--batch-size", (room.queries as u64, if group > 1 { 1 } else { 2 }), move |n| {
+                bytes(Room { queries: n as usize, passages: n as usize * group, ..room })
+            }),
+            Knob::new("--passage-length", (room.lengths[1] as u64, 3), move |n| {
+                bytes(Room { lengths: [room.lengths[0], n as usize], ..room })
+            }),
+        ]
     }
 
     fn keep_origin(&self, plan: &Plan, workspace: &Workspace) -> Result<()> {

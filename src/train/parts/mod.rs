@@ -15,7 +15,9 @@ use crate::model::parameters::Parameters;
 use crate::model::{hub, presets};
 use crate::train::origin::{self, Origin, Purpose};
 use crate::train::plan::Plan;
+use crate::train::room::{Knob, Memory};
 use crate::train::settings::Settings;
+use crate::train::step::Footprint;
 use crate::train::trainer::Trainer;
 use crate::train::updates::Trainable;
 use crate::train::workspace::Workspace;
@@ -44,6 +46,12 @@ pub trait Job {
 
     /// The batches.
     fn batches(&mut self) -> &mut Self::Batches;
+
+    /// The memory of the device, where that is known.
+    fn memory(&self) -> Option<Memory>;
+
+    /// Settings that make the run take less memory, the first to try first.
+    fn knobs(&self) -> Vec<Knob<'_>>;
 
     /// Keeps in the output folder of `workspace` what its checkpoints need to be exported by themselves.
     ///
@@ -76,6 +84,11 @@ fn keep_origin(
         purpose,
     };
     origin::keep(&workspace.disk, &workspace.out, &Origin { about, config, tokenizer, weights })
+}
+
+/// What a run takes of memory.
+fn bytes(footprint: Footprint) -> u64 {
+    (footprint.parameter_bytes + footprint.activation_bytes) as u64
 }
 
 /// A model in words.

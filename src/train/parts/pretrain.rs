@@ -22,6 +22,7 @@ use crate::train::batches::CorpusBatches;
 use crate::train::origin::Purpose;
 use crate::train::parts::{Facts, Job, configuration, fit, keep_origin, tell_fresh, words};
 use crate::train::plan::Plan;
+use crate::train::room::{Knob, Memory};
 use crate::train::settings::Settings;
 use crate::train::step::{self, Pretrainer};
 use crate::train::target::Target;
@@ -92,7 +93,7 @@ impl Pretraining {
             held_out: batches.held_out_count(),
             device: target.words.clone(),
             precision: target.precision().into(),
-            memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
+            memory: super::bytes(footprint),
         };
         let settings = settings.clone();
         let facts = Facts { settings, about, notes };
@@ -110,6 +111,34 @@ impl Job for Pretraining {
 
     fn batches(&mut self) -> &mut CorpusBatches {
         &mut self.batches
+    }
+
+    fn memory(&self) -> Option<Memory> {
+        Memory::of(self.target.device)
+    }
+
+    fn knobs(&self) -> Vec<Knob<'_>> {
+        let settings = &self.facts.settings;
+        let bytes = |settings: &Settings, length: usize| {
+            let target = &self.target;
+            let capacity = capacity(settings, length);
+            super::bytes(Pretrainer::footprint(target.device, &self.config, self.objective, capacity, target.storage))
+        };
+        let length = self.capacity.length;
+        let (flag, now) = match settings.tokens_per_batch {
+            Some(tokens) => ("--tokens-per-batch", tokens),
+            None => ("--batch-size", settings.batch_size.unwrap_or(1)),
+        };
+        let batch = Knob::batch(flag, u64::from(now), settings.accumulate, move |n| {
+            let mut other = settings.clone();
+            let size =
+                if other.tokens_per_batch.is_some() { &mut other.tokens_per_batch } else { &mut other.batch_size };
+            *size = Some(n as u32);
+            bytes(&other, length)
+        });
+        let shorter = Knob::new("--max-length", (length as u64, 3), move |n| bytes(settings, n as usize));
+        // A batch by tokens holds as many of them whatever their texts are.
+        if settings.tokens_per_batch.is_some() { vec![batch] } else { vec![batch, shorter] }
     }
 
     fn keep_origin(&self, plan: &Plan, workspace: &Workspace) -> Result<()> {

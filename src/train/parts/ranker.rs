@@ -17,6 +17,7 @@ use crate::train::dev::{DevRerank, DevSet};
 use crate::train::origin::Purpose;
 use crate::train::pair_batches::PairBatches;
 use crate::train::plan::Plan;
+use crate::train::room::{Knob, Memory};
 use crate::train::settings::Settings;
 use crate::train::target::Target;
 use crate::train::trainer::{Judge, Trainer};
@@ -113,7 +114,7 @@ impl RankerJob {
             held_out: batches.held_out_count(),
             device: target.words.clone(),
             precision: target.precision().into(),
-            memory: (footprint.parameter_bytes + footprint.activation_bytes) as u64,
+            memory: super::bytes(footprint),
         };
         let facts = Facts { settings, about, notes };
         Ok(RankerJob { facts, batches, target, config, weights, capacity, data, dev })
@@ -130,6 +131,25 @@ impl Job for RankerJob {
 
     fn batches(&mut self) -> &mut PairBatches<CrossBuilder> {
         &mut self.batches
+    }
+
+    fn memory(&self) -> Option<Memory> {
+        Memory::of(self.target.device)
+    }
+
+    fn knobs(&self) -> Vec<Knob<'_>> {
+        let settings = &self.facts.settings;
+        let (queries, group) = (settings.batch_size.unwrap_or(32) as usize, settings.group_size.unwrap_or(1));
+        let bytes = move |queries: usize, length: usize| {
+            let pairs = queries * group;
+            let capacity = Capacity { tokens: pairs * length, sequences: pairs, length, encoder_labels: 0 };
+            super::bytes(Ranker::footprint(&self.config, capacity, self.target.storage))
+        };
+        let length = self.capacity.length;
+        vec![
+            Knob::batch("--batch-size", queries as u64, settings.accumulate, move |n| bytes(n as usize, length)),
+            Knob::new("--max-length", (length as u64, 3), move |n| bytes(queries, n as usize)),
+        ]
     }
 
     fn keep_origin(&self, plan: &Plan, workspace: &Workspace) -> Result<()> {

@@ -23,6 +23,9 @@ const EXCLUSIVE: [(&[&str], Option<Value>); 4] = [
 const PRETRAINING: [&str; 4] = ["encoder-mask-probability", "decoder-mask-probability", BAGS, "tokens-per-batch"];
 /// Those of DupMAE alone.
 const BAGS: &str = "bow-loss-weight";
+/// With nothing masked there is nothing to predict, with everything nothing to predict from.
+const MASKED: &str =
+    "must be above 0, where nothing is predicted and the loss is exactly 0, and below 1; published are 0.3 and 0.5";
 /// Settings of fine-tuning alone.
 const FINE_TUNING: [&str; 23] = [
     "row-format",
@@ -180,8 +183,8 @@ impl Settings {
             ("beta2", (0.0..1.0).contains(&self.beta2), "must be at least 0 and below 1"),
             ("epsilon", self.epsilon > 0.0 && self.epsilon.is_finite(), "must be positive"),
             ("clip", self.clip >= 0.0 && self.clip.is_finite(), "must be positive, or 0 for no clipping"),
-            ("encoder-mask-probability", open_unit(self.encoder_mask_probability), "must lie between 0 and 1"),
-            ("decoder-mask-probability", open_unit(self.decoder_mask_probability), "must lie between 0 and 1"),
+            ("encoder-mask-probability", open_unit(self.encoder_mask_probability), MASKED),
+            ("decoder-mask-probability", open_unit(self.decoder_mask_probability), MASKED),
             (
                 BAGS,
                 self.bow_loss_weight >= 0.0 && self.bow_loss_weight.is_finite(),
