@@ -8,6 +8,9 @@ mod failures;
 mod judged;
 #[path = "collective/memory.rs"]
 mod memory;
+#[cfg(feature = "mpi")]
+#[path = "collective/mpi.rs"]
+mod mpi;
 #[path = "collective/operations.rs"]
 mod operations;
 #[path = "train/pair_world.rs"]
