@@ -17,6 +17,8 @@ mod operations;
 mod pair_world;
 #[path = "collective/rendezvous.rs"]
 mod rendezvous;
+#[path = "collective/repeated.rs"]
+mod repeated;
 #[path = "collective/resumed.rs"]
 mod resumed;
 #[path = "collective/runs.rs"]
