@@ -11,6 +11,8 @@ mod memory;
 #[cfg(feature = "mpi")]
 #[path = "collective/mpi.rs"]
 mod mpi;
+#[path = "collective/namespaces.rs"]
+mod namespaces;
 #[path = "collective/operations.rs"]
 mod operations;
 #[path = "train/pair_world.rs"]
