@@ -30,7 +30,8 @@ REACHED = 0.8  # of a link's bytes/s in large transfers (taken)
 BASE_S, NVLINK_S, NETWORK_S = 8.4e-6, 3.4e-6, 9.6e-6  # an operation, a step within and between machines: NCCL, tuning.cc, Ring/Simple
 BUCKET = 25e6  # bytes (PyTorch's DistributedDataParallel)
 EXCHANGES = 3  # small messages a step through rank 0: stop, labels, losses (counted in src/train)
-WAY_S, SEND_S = 25e-6, 5e-6  # TCP one way; a system call that sends. Each rank is sent two (taken)
+WAY_S, CALL_S = 25e-6, 5e-6  # TCP one way; a system call of rank 0, which for each rank reads once and writes once (taken)
+THREADS = 8  # of rank 0 that read and write (taken: a machine with eight GPUs has at least as many cores for each)
 DRAWS = 200
 
 
@@ -52,7 +53,7 @@ def single_ring(ranks, size):
 
 def exchanges(ranks):
     """Seconds of a step's small messages."""
-    return 0.0 if ranks == 1 else EXCHANGES * (2 * WAY_S + 2 * SEND_S * (ranks - 1))
+    return 0.0 if ranks == 1 else EXCHANGES * (2 * WAY_S + 2 * CALL_S * (ranks - 1) / min(ranks - 1, THREADS))
 
 
 def buckets():

@@ -8,12 +8,19 @@ mod failures;
 mod judged;
 #[path = "collective/memory.rs"]
 mod memory;
+#[cfg(feature = "mpi")]
+#[path = "collective/mpi.rs"]
+mod mpi;
+#[path = "collective/namespaces.rs"]
+mod namespaces;
 #[path = "collective/operations.rs"]
 mod operations;
 #[path = "train/pair_world.rs"]
 mod pair_world;
 #[path = "collective/rendezvous.rs"]
 mod rendezvous;
+#[path = "collective/repeated.rs"]
+mod repeated;
 #[path = "collective/resumed.rs"]
 mod resumed;
 #[path = "collective/runs.rs"]

@@ -1,5 +1,7 @@
 //! Sums, gathers and messages of ranks.
 
+use std::time::Instant;
+
 use half::bf16;
 use retromae_engine::device::{Device, Tensor};
 use retromae_engine::train::collective::{Collective, Team};
@@ -7,17 +9,17 @@ use retromae_engine::train::collective::{Collective, Team};
 use crate::support::{failure, ranks};
 
 /// Numbers of a rank whose sum depends on the order in f32.
-fn numbers(rank: usize, n: usize) -> Vec<f32> {
+pub fn numbers(rank: usize, n: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7 + rank * 131) as f32).sin() * 10f32.powi((i % 9) as i32 - 4)).collect()
 }
 
 /// Their sum in the order of the ranks.
-fn sums(size: usize, n: usize) -> Vec<f32> {
+pub fn sums(size: usize, n: usize) -> Vec<f32> {
     let all: Vec<_> = (0..size).map(|rank| numbers(rank, n)).collect();
     (0..n).map(|i| all[1..].iter().fold(all[0][i], |sum, one| sum + one[i])).collect()
 }
 
-fn tensor(values: &[f32]) -> Tensor {
+pub fn tensor(values: &[f32]) -> Tensor {
     Device::Cpu.tensor(values)
 }
 
@@ -110,4 +112,30 @@ fn ranks_that_do_different_things_are_told_so() {
         _ => failure(team.all_reduce(&tensor(&[1.0]))),
     });
     assert!(lengths[0].starts_with("rank 1: is not where the other ranks are"), "{lengths:?}");
+}
+
+/// Ranks as many as a cluster has, all in this process. How long a message takes is printed (`--nocapture`).
+#[test]
+fn messages_of_a_hundred_ranks_come_in_order() {
+    for size in [64, 128] {
+        let rounds = 30;
+        let times = ranks(size, |team| {
+            team.barrier().unwrap();
+            let began = Instant::now();
+            for round in 0..rounds {
+                let own = (round * size + team.rank()) as u64;
+                let all = team.exchange(&own.to_le_bytes()).unwrap();
+                let expected = |(rank, one): (usize, &Vec<u8>)| *one == ((round * size + rank) as u64).to_le_bytes();
+                assert!(all.len() == size && all.iter().enumerate().all(expected));
+            }
+            began.elapsed() / rounds as u32
+        });
+        let sums = ranks(size, |team| {
+            let team = Team::new(team.clone());
+            let own = if team.rank() == 3 { f64::NAN } else { team.rank() as f64 };
+            (team.totals([1, team.rank()]).unwrap(), team.sums([own]).unwrap().1, team.sums([0.5]).unwrap().0)
+        });
+        assert!(sums.iter().all(|one| *one == ([size, size * (size - 1) / 2], vec![3], [0.5 * size as f64])));
+        println!("{size} ranks in this process: {} us a message", times[0].as_micros());
+    }
 }

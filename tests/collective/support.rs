@@ -2,6 +2,7 @@
 
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use retromae_engine::Result;
@@ -17,9 +18,14 @@ pub fn place(rank: usize, size: usize, port: u16) -> Place {
     Place { rank, size, local_rank: rank, host: "127.0.0.1".into(), port, source: Source::Torchrun }
 }
 
-/// A port that is free now.
+/// A port that is free now, and that no connection is given by chance: below those which the system chooses from.
 pub fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id() * 61;
+    (0..20_000)
+        .map(|_| 10_000 + ((first + NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000) as u16)
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .unwrap()
 }
 
 /// A connection to rank 0, as soon as it listens.

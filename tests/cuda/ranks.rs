@@ -7,7 +7,7 @@ use retromae_engine::Result;
 use retromae_engine::device::Device;
 use retromae_engine::train::collective::rendezvous::{Patience, meet};
 use retromae_engine::train::collective::tcp::Tcp;
-use retromae_engine::train::collective::{launch, nccl};
+use retromae_engine::train::collective::{Team, launch, nccl};
 
 use crate::fakes::{Libraries, Said, child, doctor};
 
@@ -28,7 +28,7 @@ pub fn scenario(device: Device) -> Result<String> {
 
 fn together(tcp: &Arc<Tcp>, device: Device) -> Result<String> {
     let mut told = String::new();
-    let team = nccl::team(tcp, device, &mut |line| told = line)?;
+    let team = nccl::team(&Team::new(tcp.clone()), device, &mut |line| told = line)?;
     let r = team.rank() as f32;
     let of = |values: &[f32]| device.tensor(values);
     let (sum, all, parts, first) =

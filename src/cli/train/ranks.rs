@@ -12,7 +12,9 @@ use crate::data::order::Share;
 use crate::device::{Device, on_exhausted};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::train::collective::launch::{self, Place, Source};
-use crate::train::collective::links::Links;
+use crate::train::collective::links::{GRACE, Links};
+#[cfg(feature = "mpi")]
+use crate::train::collective::mpi;
 use crate::train::collective::rendezvous::{self, Patience};
 use crate::train::collective::tcp::Tcp;
 use crate::train::collective::wire::Failure;
@@ -85,24 +87,37 @@ impl Flags {
         if place.source == Source::Ours {
             workers::end_with_launcher();
         }
+        let (patience, place) = (self.patience()?, place.clone());
+        #[cfg(feature = "mpi")]
+        let (world, place) = match place.source.speaks_mpi() {
+            true => mpi::World::start(place, patience.rendezvous).map(|(world, place)| (Some(world), place))?,
+            false => (None, place),
+        };
         Device::choose_cuda(place.local_rank);
-        let links = rendezvous::meet(place, &program()?, self.patience()?)?;
-        links.on_failure(|error| {
+        let links = Arc::new(rendezvous::meet(&place, &program()?, patience)?);
+        // mpirun kills all ranks a second after the first has failed.
+        let mpirun = matches!(place.source, Source::OpenMpi | Source::Pmi);
+        links.on_failure_after(if mpirun { GRACE / 4 } else { GRACE }, |error| {
             // The main thread computes, or waits for what will not come.
             let _ = writeln!(std::io::stderr(), "error: {error}");
             signal_hook::low_level::exit(error.exit_code());
         });
-        let tcp = Arc::new(Tcp::new(links));
-        let own = Arc::downgrade(&tcp);
+        let own = Arc::downgrade(&links);
         on_exhausted(move |error| {
             let error = match own.upgrade() {
-                Some(tcp) => told(tcp.links(), error),
+                Some(links) => told(&links, error),
                 None => error,
             };
             let _ = writeln!(std::io::stderr(), "error: {error}");
             signal_hook::low_level::exit(error.exit_code());
         });
-        Ok(Member { tcp: Some(tcp), place: Some(place.clone()) })
+        #[cfg(feature = "mpi")]
+        if let Some(world) = world {
+            let team = Team::new(Arc::new(mpi::Mpi::new(world, links.clone())));
+            return Ok(Member { links: Some(links), team, place: Some(place) });
+        }
+        let team = Team::new(Arc::new(Tcp::new(links.clone())));
+        Ok(Member { links: Some(links), team, place: Some(place) })
     }
 
     /// Starts workers, and gives what they ended with.
@@ -152,19 +167,20 @@ fn program() -> Result<String> {
 /// This process among the ranks of the run.
 #[derive(Default)]
 pub(super) struct Member {
-    tcp: Option<Arc<Tcp>>,
+    links: Option<Arc<Links>>,
+    team: Team,
     place: Option<Place>,
 }
 
 impl Member {
     /// The ranks.
     pub fn team(&self) -> Team {
-        self.tcp.as_ref().map_or_else(Team::default, |tcp| Team::new(tcp.clone()))
+        self.team.clone()
     }
 
     /// The ranks for tensors on `device`.
     pub fn team_on(&self, device: Device, warn: &mut dyn FnMut(String)) -> Result<Team> {
-        self.tcp.as_ref().map_or_else(|| Ok(Team::default()), |tcp| nccl::team(tcp, device, warn))
+        if self.team.is_shared() { nccl::team(&self.team, device, warn) } else { Ok(self.team.clone()) }
     }
 
     /// Which of them this is.
@@ -181,12 +197,18 @@ impl Member {
     /// How it is known that there are others, in a line.
     pub fn words(&self) -> Option<String> {
         let place = self.place.as_ref()?;
-        Some(format!("ranks      {} by {}; rank 0 at {}:{}", place.size, place.source, place.host, place.port))
+        let how = if place.source.speaks_mpi() { ", over MPI" } else { "" };
+        Some(format!("ranks      {} by {}{how}; rank 0 at {}:{}", place.size, place.source, place.host, place.port))
     }
 
     /// Ends the run with the others: tells them an error of this rank, which then names it.
     pub fn leave<T>(self, result: Result<T>) -> Result<T> {
-        let Some(tcp) = self.tcp else { return result };
-        result.inspect(|_| tcp.links().leave(None)).map_err(|e| told(tcp.links(), e))
+        let Some(links) = self.links else { return result };
+        // Ranks that were stopped have done their work, too.
+        let result = match result {
+            Err(e) if !stopped(&e) => Err(e),
+            orderly => self.team.end().and(orderly),
+        };
+        result.inspect(|_| links.leave(None)).map_err(|e| told(&links, e))
     }
 }

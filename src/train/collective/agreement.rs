@@ -41,7 +41,10 @@ pub fn stop(team: &Team, own: Option<i32>) -> Result<Option<i32>> {
     if !team.is_shared() {
         return Ok(own);
     }
-    Ok(said(team, &own)?.into_iter().flatten().next())
+    // No signal is nothing said.
+    let own = own.map_or_else(Vec::new, |signal| signal.to_ne_bytes().to_vec());
+    let first = team.joined(&own, &|all| all.into_iter().find(|one| !one.is_empty()).unwrap_or_default())?;
+    Ok(first.try_into().ok().map(i32::from_ne_bytes))
 }
 
 /// The lists of all ranks, joined.

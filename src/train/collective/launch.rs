@@ -25,6 +25,13 @@ pub enum Source {
     Slurm,
 }
 
+impl Source {
+    /// Whether its ranks work together over MPI: mpirun's, in a program that is built for it.
+    pub fn speaks_mpi(self) -> bool {
+        cfg!(feature = "mpi") && matches!(self, Source::OpenMpi | Source::Pmi)
+    }
+}
+
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -46,9 +53,9 @@ pub struct Place {
     pub size: usize,
     /// Its number on its machine: which GPU is its own.
     pub local_rank: usize,
-    /// Where rank 0 listens.
+    /// Where rank 0 listens; empty when it says so over MPI.
     pub host: String,
-    /// On which port.
+    /// On which port; 0 when it says so over MPI.
     pub port: u16,
     /// How this is known.
     pub source: Source,
@@ -116,7 +123,9 @@ pub fn detect(env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Place>> {
             .remedy("check the launcher's variables, or give --ranks 1 to train alone"));
     }
     let source = if set(OURS).is_some() { Source::Ours } else { names.source };
-    let host = match set("MASTER_ADDR").or_else(|| guessed_host(names.source, size, &set)) {
+    let over_mpi = source.speaks_mpi() && set("MASTER_ADDR").is_none();
+    let known = || if over_mpi { Some(String::new()) } else { guessed_host(names.source, size, &set) };
+    let host = match set("MASTER_ADDR").or_else(known) {
         Some(host) => host,
         None => {
             let cause = format!("rank {rank} of {size}, by {}, does not know where rank 0 is", names.source);
@@ -124,18 +133,22 @@ pub fn detect(env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Place>> {
         }
     };
     let port = match number("MASTER_PORT")? {
+        None if over_mpi => None,
         // Torchrun's own store listens on the port itself.
-        Some(port) if set("TORCHELASTIC_USE_AGENT_STORE").as_deref() == Some("True") => port + 1,
-        Some(port) => port,
+        Some(port) if set("TORCHELASTIC_USE_AGENT_STORE").as_deref() == Some("True") => Some(port + 1),
+        Some(port) => Some(port),
         None => {
             let job = names.job.iter().find_map(|name| set(name)).unwrap_or_default();
-            usize::from(FIRST_PORT) + (crc32c::crc32c(job.as_bytes()) % PORTS) as usize
+            Some(usize::from(FIRST_PORT) + (crc32c::crc32c(job.as_bytes()) % PORTS) as usize)
         }
     };
-    let port = u16::try_from(port)
-        .ok()
-        .filter(|port| *port > 0)
-        .ok_or_else(|| Error::usage(format!("MASTER_PORT {port} is no port")).remedy("choose one from 1 to 65534"))?;
+    let valid = |port: usize| {
+        u16::try_from(port)
+            .ok()
+            .filter(|port| *port > 0)
+            .ok_or_else(|| Error::usage(format!("MASTER_PORT {port} is no port")).remedy("choose one from 1 to 65534"))
+    };
+    let port = port.map_or(Ok(0), valid)?;
     let local_rank = match number(names.local_rank)? {
         Some(local) => local,
         // Processes of one machine have neighbouring numbers with every launcher that does not say more.
@@ -202,12 +215,16 @@ mod tests {
             ("SLURM_PROCID", "0"),
             ("SLURM_NTASKS", "2"),
         ];
+        let asked = Source::OpenMpi.speaks_mpi();
         let place = of(&mpi)?.map(|place| (place.rank, place.size, place.host, place.source));
-        assert_eq!(place, Some((1, 2, "127.0.0.1".into(), Source::OpenMpi)));
+        assert_eq!(place, Some((1, 2, if asked { "" } else { "127.0.0.1" }.into(), Source::OpenMpi)));
         let far = [mpi.as_slice(), &[("OMPI_COMM_WORLD_LOCAL_SIZE", "1")]].concat();
         assert!(of(&far)?.is_some());
         let far: Vec<_> = mpi.iter().copied().filter(|(name, _)| !name.ends_with("LOCAL_SIZE")).collect();
-        assert!(refused(&far).contains("does not know where rank 0 is; set MASTER_ADDR"));
+        match asked {
+            false => assert!(refused(&far).contains("does not know where rank 0 is; set MASTER_ADDR")),
+            true => assert_eq!(of(&far)?.map(|place| place.port), Some(0)),
+        }
 
         let pmi = [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("MASTER_ADDR", "n1"), ("MASTER_PORT", "99")];
         assert_eq!(of(&pmi)?.map(|place| (place.rank, place.local_rank, place.source)), Some((1, 1, Source::Pmi)));

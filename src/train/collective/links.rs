@@ -4,13 +4,15 @@
 //! (its process, its machine, an error it tells) becomes the one [`Failure`] of all: rank 0 passes it on, whoever waits for a message
 //! gets it as an error, and what else hangs is ended by [`Links::on_failure`].
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
 
 use super::wire::{self, Failure, Tag};
 use crate::error::{Error, Result};
@@ -21,6 +23,10 @@ const POLL: Duration = Duration::from_millis(20);
 pub const GRACE: Duration = Duration::from_secs(2);
 /// How long the reader of a broken connection may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Longest message that is written in one piece, and most ranks that one thread writes to.
+const SMALL: usize = 256 << 10;
+const FEW: usize = 8;
 
 /// What a rank does when its main thread does not come to see a failure.
 type Hook = Box<dyn Fn(Error) + Send + Sync>;
@@ -37,7 +43,11 @@ struct Shared {
     /// This side is leaving: closed connections mean nothing any more.
     leaving: AtomicBool,
     peers: OnceLock<Vec<Arc<Peer>>>,
-    hook: OnceLock<Hook>,
+    hook: OnceLock<(Duration, Hook)>,
+    /// Milliseconds after `began` when this process last sent signs of life: it may be stopped itself.
+    alive: AtomicU64,
+    /// The same of when it found that it was stopped for long; 0: never.
+    resumed: AtomicU64,
 }
 
 /// The other side of a connection.
@@ -66,6 +76,28 @@ impl Shared {
         self.peers.get().map_or(&[], Vec::as_slice)
     }
 
+    /// The failure behind a broken connection to `rank`: its own, unless this process was stopped so long that the others gave it up.
+    fn lost(&self, rank: usize, e: &io::Error) -> Failure {
+        let since = |when: &AtomicU64| Duration::from_millis(self.now().saturating_sub(when.load(Ordering::Acquire)));
+        let stopped = since(&self.alive) > self.long();
+        let resumed = self.resumed.load(Ordering::Relaxed) > 0 && since(&self.resumed) < self.timeout + LAST_WORDS;
+        if stopped || resumed { silent(self.rank, self.timeout) } else { lost(rank, e, self.timeout) }
+    }
+
+    /// Notes that this process runs, and whether it was stopped.
+    fn lives(&self) {
+        let now = self.now();
+        if Duration::from_millis(now.saturating_sub(self.alive.load(Ordering::Relaxed))) > self.long() {
+            self.resumed.store(now, Ordering::Release);
+        }
+        self.alive.store(now, Ordering::Release);
+    }
+
+    /// How long a process that the others gave up was stopped at least.
+    fn long(&self) -> Duration {
+        self.timeout - 2 * self.period()
+    }
+
     /// How often signs of life are sent.
     fn period(&self) -> Duration {
         (self.timeout / 10).min(Duration::from_secs(1))
@@ -86,11 +118,11 @@ impl Shared {
         let shared = self.clone();
         // If no thread can be started the main thread still sees the failure when it next waits for a rank.
         let _ = std::thread::Builder::new().name("failure".into()).spawn(move || {
-            let began = Instant::now();
-            while began.elapsed() < GRACE && !shared.leaving.load(Ordering::Relaxed) {
+            let (began, grace) = (Instant::now(), shared.hook.get().map_or(GRACE, |(grace, _)| *grace));
+            while began.elapsed() < grace && !shared.leaving.load(Ordering::Relaxed) {
                 std::thread::sleep(POLL);
             }
-            if let (Some(hook), false) = (shared.hook.get(), shared.leaving.load(Ordering::Relaxed)) {
+            if let (Some((_, hook)), false) = (shared.hook.get(), shared.leaving.load(Ordering::Relaxed)) {
                 hook(failure.to_error());
             }
         });
@@ -114,16 +146,16 @@ impl Peer {
         }
     }
 
-    /// Writes a frame; what goes wrong is this peer's failure.
-    fn write(&self, shared: &Arc<Shared>, tag: Tag, payload: &[u8]) -> Result<()> {
-        let written = wire::write(&mut *locked(&self.writer), tag, payload);
+    /// Writes frames; what goes wrong is this peer's failure.
+    fn write(&self, shared: &Arc<Shared>, frames: impl FnOnce(&mut TcpStream) -> io::Result<()>) -> Result<()> {
+        let written = frames(&mut locked(&self.writer));
         if let Err(e) = written {
             // Its own word, if it has left one, says more than a broken connection: the reader is about to find either.
             let began = Instant::now();
             while shared.failure.get().is_none() && began.elapsed() < LAST_WORDS {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            shared.fail(lost(self.rank, &e, shared.timeout));
+            shared.fail(shared.lost(self.rank, &e));
         }
         shared.check()
     }
@@ -185,7 +217,7 @@ fn listen(shared: &Arc<Shared>, peer: &Peer, inbox: &Sender<Piece>) {
             },
             Ok((Tag::Bye, _)) => return peer.gone.store(true, Ordering::Relaxed),
             Ok(_) => return shared.fail(lost(peer.rank, &wire::invalid("no frame of a run"), shared.timeout)),
-            Err(e) => return shared.fail(lost(peer.rank, &e, shared.timeout)),
+            Err(e) => return shared.fail(shared.lost(peer.rank, &e)),
         }
     }
 }
@@ -198,6 +230,7 @@ fn beat(shared: &Arc<Shared>, peer: &Peer) {
         if done || shared.failure.get().is_some() {
             return;
         }
+        shared.lives();
         let quiet = shared.now().saturating_sub(peer.heard.load(Ordering::Relaxed));
         if Duration::from_millis(quiet) > shared.timeout {
             return shared.fail(silent(peer.rank, shared.timeout));
@@ -226,7 +259,7 @@ pub struct Links {
 }
 
 impl Links {
-    /// Over `streams`, each to the rank beside it; a rank without a sign of life for `timeout` has failed.
+    /// Over `streams`, each to the rank beside it, in their order; a rank without a sign of life for `timeout` has failed.
     ///
     /// # Errors
     /// Threads that cannot be started.
@@ -239,6 +272,8 @@ impl Links {
             leaving: AtomicBool::new(false),
             peers: OnceLock::new(),
             hook: OnceLock::new(),
+            alive: AtomicU64::new(0),
+            resumed: AtomicU64::new(0),
         });
         let (mut peers, mut senders) = (Vec::new(), Vec::new());
         for (rank, stream) in streams {
@@ -281,7 +316,12 @@ impl Links {
     /// Calls `hook` when a rank has failed and this one has not ended within [`GRACE`]: it computes, or it waits for something that
     /// will not come.
     pub fn on_failure(&self, hook: impl Fn(Error) + Send + Sync + 'static) {
-        let _ = self.shared.hook.set(Box::new(hook));
+        self.on_failure_after(GRACE, hook);
+    }
+
+    /// The same with a time of one's own.
+    pub fn on_failure_after(&self, grace: Duration, hook: impl Fn(Error) + Send + Sync + 'static) {
+        let _ = self.shared.hook.set((grace, Box::new(hook)));
     }
 
     /// The failure of a rank, if there was one.
@@ -293,7 +333,8 @@ impl Links {
     }
 
     fn peer(&self, rank: usize) -> Result<&Peer> {
-        let found = self.shared.peers().iter().find(|peer| peer.rank == rank);
+        let peers = self.shared.peers();
+        let found = peers.binary_search_by_key(&rank, |peer| peer.rank).ok().and_then(|i| peers.get(i));
         found.map(|peer| &**peer).ok_or_else(|| {
             Error::refused(format!("there is no connection to rank {rank}")).remedy("report this as a defect")
         })
@@ -301,15 +342,30 @@ impl Links {
 
     /// Begins a message of `bytes` bytes for operation `operation`.
     pub(super) fn begin(&self, to: usize, operation: u8, bytes: usize) -> Result<()> {
-        let mut head = vec![operation];
-        head.extend((bytes as u64).to_le_bytes());
-        self.peer(to)?.write(&self.shared, Tag::Begin, &head)
+        self.peer(to)?.write(&self.shared, |to| wire::write(to, Tag::Begin, &wire::begin(operation, bytes)))
     }
 
     /// Sends bytes of a message that has begun.
     pub(super) fn send(&self, to: usize, bytes: &[u8]) -> Result<()> {
         let peer = self.peer(to)?;
-        bytes.chunks(wire::CHUNK).try_for_each(|chunk| peer.write(&self.shared, Tag::Data, chunk))
+        bytes.chunks(wire::CHUNK).try_for_each(|chunk| peer.write(&self.shared, |to| wire::write(to, Tag::Data, chunk)))
+    }
+
+    /// Sends the same message to some ranks. A small one is one call of the system each, and by all threads: what rank 0 does one after
+    /// another is what a step of many ranks waits for.
+    pub(super) fn spread(&self, to: std::ops::Range<usize>, operation: u8, bytes: &[u8]) -> Result<()> {
+        if bytes.len() > SMALL {
+            return to.into_iter().try_for_each(|rank| {
+                self.begin(rank, operation, bytes.len())?;
+                self.send(rank, bytes)
+            });
+        }
+        let frames = wire::message(operation, bytes);
+        let write = |rank| self.peer(rank)?.write(&self.shared, |to| to.write_all(&frames));
+        match to.len() > FEW {
+            true => to.into_par_iter().with_min_len(FEW / 2).try_for_each(write),
+            false => to.into_iter().try_for_each(write),
+        }
     }
 
     /// How many bytes the message has that rank `from` begins, which must be for the same operation.

@@ -4,19 +4,23 @@
 //! over ranks make of it what one rank would have found: losses and gradients are scaled by counts over all ranks. Sums are taken in
 //! the order of the ranks, so that a run repeats bit by bit on the same number of ranks.
 //!
-//! [`Collective`] is what ranks do together, and has three users: [`Alone`], one process; [`tcp`], processes over plain TCP, for tests
-//! and machines without a GPU; [`nccl`], GPUs.
+//! [`Collective`] is what ranks do together: [`Alone`], one process; [`tcp`], processes over plain TCP, for tests and machines without a
+//! GPU; `mpi`, a feature, the processes of mpirun; [`nccl`], GPUs.
 //!
 //! - [`launch`]: which rank this process is, from what the launcher left in the environment; [`workers`]: a launcher of our own
 //! - [`rendezvous`]: how ranks find rank 0; [`links`]: heartbeats, and the end of all ranks when one fails; [`wire`]: the bytes
+//! - `terms`: the numbers that are summed
 //! - [`agreement`]: whether all ranks have the same settings, data and weights
 
 pub mod agreement;
 pub mod launch;
 pub mod links;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 pub mod nccl;
 pub mod rendezvous;
 pub mod tcp;
+mod terms;
 pub mod wire;
 pub mod workers;
 
@@ -38,6 +42,14 @@ pub trait Collective: Send + Sync {
     /// # Errors
     /// The failure of a rank, which is that of all.
     fn exchange(&self, own: &[u8]) -> Result<Vec<Vec<u8>>>;
+
+    /// What `join` makes of the messages of all ranks, which a rank need not be sent.
+    ///
+    /// # Errors
+    /// As [`Collective::exchange`].
+    fn joined(&self, own: &[u8], join: &dyn Fn(Vec<Vec<u8>>) -> Vec<u8>) -> Result<Vec<u8>> {
+        Ok(join(self.exchange(own)?))
+    }
 
     /// The message of rank 0.
     ///
@@ -80,6 +92,14 @@ pub trait Collective: Send + Sync {
     /// # Errors
     /// As [`Collective::exchange`].
     fn broadcast(&self, all: &Tensor) -> Result<()>;
+
+    /// The last that ranks do together, when all have done their work.
+    ///
+    /// # Errors
+    /// As [`Collective::exchange`].
+    fn end(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// One process.
@@ -145,8 +165,13 @@ impl Team {
             return Ok(own);
         }
         let own = own.map(|n| n as u64);
-        let all = self.0.exchange(bytemuck::cast_slice(&own))?;
-        Ok(std::array::from_fn(|i| all.iter().map(|one| number::<u64>(one, i) as usize).sum()))
+        let total = |all: &[Vec<u8>], i| all.iter().map(|one| number::<u64>(one, i)).sum();
+        let join = |all: Vec<Vec<u8>>| {
+            let totals: [u64; N] = std::array::from_fn(|i| total(&all, i));
+            bytemuck::cast_slice(&totals).to_vec()
+        };
+        let totals = self.0.joined(bytemuck::cast_slice(&own), &join)?;
+        Ok(std::array::from_fn(|i| number::<u64>(&totals, i) as usize))
     }
 
     /// Sums over all ranks, in their order, and the ranks whose own numbers are not all finite.
@@ -154,10 +179,15 @@ impl Team {
     /// # Errors
     /// The failure of a rank.
     pub fn sums<const N: usize>(&self, own: [f64; N]) -> Result<([f64; N], Vec<usize>)> {
-        let all = self.0.exchange(bytemuck::cast_slice(&own))?;
         let finite = |one: &[u8]| (0..N).all(|i| number::<f64>(one, i).is_finite());
-        let bad = all.iter().enumerate().filter(|(_, one)| !finite(one)).map(|(rank, _)| rank).collect();
-        Ok((std::array::from_fn(|i| all.iter().map(|one| number::<f64>(one, i)).sum()), bad))
+        let join = |all: Vec<Vec<u8>>| {
+            let sums: [f64; N] = std::array::from_fn(|i| all.iter().map(|one| number::<f64>(one, i)).sum());
+            let bad = all.iter().enumerate().filter(|(_, one)| !finite(one)).map(|(rank, _)| rank as u64);
+            sums.iter().flat_map(|sum| sum.to_ne_bytes()).chain(bad.flat_map(u64::to_ne_bytes)).collect()
+        };
+        let joint = self.0.joined(bytemuck::cast_slice(&own), &join)?;
+        let sums = std::array::from_fn(|i| number::<f64>(&joint, i));
+        Ok((sums, (N..joint.len() / 8).map(|i| number::<u64>(&joint, i) as usize).collect()))
     }
 }
 

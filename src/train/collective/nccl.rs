@@ -1,4 +1,5 @@
-//! [`Collective`] between GPUs: tensors of the GPU go through NCCL, on the GPU's own queue; messages and what lies on the host through TCP.
+//! [`Collective`] between GPUs: tensors of the GPU go through NCCL, on the GPU's own queue; messages and what lies on the host as the
+//! ranks of the host do it, over TCP or MPI.
 
 use std::sync::Arc;
 
@@ -6,33 +7,31 @@ use super::{Collective, Team};
 use crate::device::ring::{Ring, Together};
 use crate::device::{Device, Tensor};
 use crate::error::Result;
-use crate::train::collective::tcp::Tcp;
 
 /// The ranks and their GPUs.
 pub struct Nccl {
-    tcp: Arc<Tcp>,
+    host: Team,
     ring: Ring,
 }
 
-/// The ranks of `tcp` whose tensors are on `device`: through NCCL where all of them have it. `warn` gets a line where not.
+/// The ranks of `host` whose tensors are on `device`: through NCCL where all of them have it. `warn` gets a line where not.
 ///
 /// # Errors
 /// The failure of a rank, or of NCCL.
-pub fn team(tcp: &Arc<Tcp>, device: Device, warn: &mut dyn FnMut(String)) -> Result<Team> {
-    let plain = Team::new(tcp.clone());
-    let Device::Gpu(gpu) = device else { return Ok(plain) };
+pub fn team(host: &Team, device: Device, warn: &mut dyn FnMut(String)) -> Result<Team> {
+    let Device::Gpu(gpu) = device else { return Ok(host.clone()) };
     let possible = Ring::is_possible(gpu);
     let own = possible.as_ref().err().map(ToString::to_string).unwrap_or_default();
-    let all = plain.exchange(own.as_bytes())?;
+    let all = host.exchange(own.as_bytes())?;
     if let Some((rank, why)) = all.iter().enumerate().find(|(_, why)| !why.is_empty()) {
         let why = String::from_utf8_lossy(why);
         warn(format!("rank {rank}: gradients go through the memory of the host, slowly: {why}"));
-        return Ok(plain);
+        return Ok(host.clone());
     }
-    let own = if plain.rank() == 0 { Ring::id(gpu)? } else { Vec::new() };
-    let id = plain.tell(&own)?;
-    let ring = Ring::new(gpu, &id, plain.rank(), plain.size())?;
-    Ok(Team::new(Arc::new(Nccl { tcp: tcp.clone(), ring })))
+    let own = if host.rank() == 0 { Ring::id(gpu)? } else { Vec::new() };
+    let id = host.tell(&own)?;
+    let ring = Ring::new(gpu, &id, host.rank(), host.size())?;
+    Ok(Team::new(Arc::new(Nccl { host: host.clone(), ring })))
 }
 
 impl Nccl {
@@ -41,25 +40,29 @@ impl Nccl {
             return self.ring.run(what, all);
         }
         match what {
-            Together::AllReduce => self.tcp.all_reduce(all),
-            Together::AllGather => self.tcp.all_gather(all),
-            Together::ReduceScatter => self.tcp.reduce_scatter(all),
-            Together::Broadcast => self.tcp.broadcast(all),
+            Together::AllReduce => self.host.all_reduce(all),
+            Together::AllGather => self.host.all_gather(all),
+            Together::ReduceScatter => self.host.reduce_scatter(all),
+            Together::Broadcast => self.host.broadcast(all),
         }
     }
 }
 
 impl Collective for Nccl {
     fn rank(&self) -> usize {
-        self.tcp.rank()
+        self.host.rank()
     }
 
     fn size(&self) -> usize {
-        self.tcp.size()
+        self.host.size()
     }
 
     fn exchange(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.tcp.exchange(own)
+        self.host.exchange(own)
+    }
+
+    fn joined(&self, own: &[u8], join: &dyn Fn(Vec<Vec<u8>>) -> Vec<u8>) -> Result<Vec<u8>> {
+        self.host.joined(own, join)
     }
 
     fn all_reduce(&self, all: &Tensor) -> Result<()> {
@@ -76,5 +79,9 @@ impl Collective for Nccl {
 
     fn broadcast(&self, all: &Tensor) -> Result<()> {
         self.run(Together::Broadcast, all)
+    }
+
+    fn end(&self) -> Result<()> {
+        self.host.end()
     }
 }

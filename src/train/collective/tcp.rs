@@ -1,15 +1,15 @@
 //! [`Collective`] over plain TCP: everything goes through rank 0, which sums in the order of the ranks. Obvious, not fast; for tests, for
 //! machines without a GPU, and for the small messages of any run.
 
+use std::sync::Arc;
 use std::time::Duration;
-
-use half::bf16;
 
 use super::Collective;
 use super::links::Links;
+use super::terms::{Term, by_type};
 use super::wire::CHUNK;
-use crate::device::{DType, Element, Tensor};
-use crate::error::{Error, Result};
+use crate::device::Tensor;
+use crate::error::Result;
 
 /// Operations, as both sides of a message must name them.
 const EXCHANGE: u8 = 1;
@@ -17,53 +17,19 @@ const ALL_REDUCE: u8 = 2;
 const ALL_GATHER: u8 = 3;
 const REDUCE_SCATTER: u8 = 4;
 const BROADCAST: u8 = 5;
+const JOINED: u8 = 6;
 /// Longest message that is received whole.
 const LONGEST: usize = 1 << 40;
 
 /// The ranks over their connections.
 pub struct Tcp {
-    links: Links,
-}
-
-/// What can be summed.
-trait Term: Element {
-    fn plus(self, other: Self) -> Self;
-}
-
-impl Term for f32 {
-    fn plus(self, other: Self) -> Self {
-        self + other
-    }
-}
-
-impl Term for f64 {
-    fn plus(self, other: Self) -> Self {
-        self + other
-    }
-}
-
-impl Term for bf16 {
-    fn plus(self, other: Self) -> Self {
-        bf16::from_f32(self.to_f32() + other.to_f32())
-    }
-}
-
-/// Calls a generic method for the type of a tensor's elements.
-macro_rules! by_type {
-    ($tensor:expr, $self:ident.$method:ident($($argument:expr),*)) => {
-        match $tensor.dtype() {
-            DType::F32 => $self.$method::<f32>($($argument),*),
-            DType::F64 => $self.$method::<f64>($($argument),*),
-            DType::BF16 => $self.$method::<bf16>($($argument),*),
-            other => Err(Error::refused(format!("ranks have no sum of {other:?}")).remedy("report this as a defect")),
-        }
-    };
+    links: Arc<Links>,
 }
 
 impl Tcp {
     /// Over these connections.
-    pub fn new(links: Links) -> Self {
-        Tcp { links }
+    pub fn new(links: impl Into<Arc<Links>>) -> Self {
+        Tcp { links: links.into() }
     }
 
     /// The connections.
@@ -76,8 +42,7 @@ impl Tcp {
     }
 
     fn message(&self, to: usize, operation: u8, bytes: &[u8]) -> Result<()> {
-        self.links.begin(to, operation, bytes.len())?;
-        self.links.send(to, bytes)
+        self.links.spread(to..to + 1, operation, bytes)
     }
 
     /// A whole message; of `length` bytes, where that is known.
@@ -91,6 +56,12 @@ impl Tcp {
             bytes.extend(self.links.receive(from)?);
         }
         Ok(bytes)
+    }
+
+    /// At rank 0, the messages of all ranks.
+    fn collected(&self, operation: u8, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let others = self.others().map(|rank| self.whole(rank, operation, None));
+        std::iter::once(Ok(own.to_vec())).chain(others).collect()
     }
 
     /// At rank 0, the sum of what all ranks have; at the others nothing. `done` gets every piece of it as soon as it is there.
@@ -155,7 +126,7 @@ impl Tcp {
         for rank in self.others() {
             bytes.extend(self.whole(rank, ALL_GATHER, Some(part * size_of::<T>()))?);
         }
-        self.others().try_for_each(|rank| self.message(rank, ALL_GATHER, &bytes))?;
+        self.links.spread(self.others(), ALL_GATHER, &bytes)?;
         all.upload::<T>(&bytemuck::pod_collect_to_vec(&bytes));
         Ok(())
     }
@@ -180,7 +151,7 @@ impl Tcp {
     fn spread<T: Term>(&self, all: &Tensor) -> Result<()> {
         if self.links.rank() == 0 {
             let own: Vec<T> = all.to_vec();
-            return self.others().try_for_each(|rank| self.message(rank, BROADCAST, bytemuck::cast_slice(&own)));
+            return self.links.spread(self.others(), BROADCAST, bytemuck::cast_slice(&own));
         }
         let bytes = self.whole(0, BROADCAST, Some(all.len() * size_of::<T>()))?;
         all.upload::<T>(&bytemuck::pod_collect_to_vec(&bytes));
@@ -190,7 +161,12 @@ impl Tcp {
 
 /// Messages in one, each behind its length.
 fn packed(all: &[Vec<u8>]) -> Vec<u8> {
-    all.iter().flat_map(|one| (one.len() as u64).to_le_bytes().into_iter().chain(one.iter().copied())).collect()
+    let mut bytes = Vec::with_capacity(all.iter().map(|one| 8 + one.len()).sum());
+    for one in all {
+        bytes.extend((one.len() as u64).to_le_bytes());
+        bytes.extend(one);
+    }
+    bytes
 }
 
 /// The messages that were [`packed`]; none where bytes are missing.
@@ -219,14 +195,20 @@ impl Collective for Tcp {
             let all = unpacked(&self.whole(0, EXCHANGE, None)?);
             return all.filter(|all| all.len() == self.size()).ok_or_else(|| self.links.out_of_step(0));
         }
-        let mut all = vec![own.to_vec()];
-        for rank in self.others() {
-            all.push(self.whole(rank, EXCHANGE, None)?);
-        }
-        // One message a rank, not one for each of all ranks: rank 0 sends them one after the other.
-        let packed = packed(&all);
-        self.others().try_for_each(|rank| self.message(rank, EXCHANGE, &packed))?;
+        let all = self.collected(EXCHANGE, own)?;
+        // One message a rank, not one for each of all ranks.
+        self.links.spread(self.others(), EXCHANGE, &packed(&all))?;
         Ok(all)
+    }
+
+    fn joined(&self, own: &[u8], join: &dyn Fn(Vec<Vec<u8>>) -> Vec<u8>) -> Result<Vec<u8>> {
+        if self.links.rank() > 0 {
+            self.message(0, JOINED, own)?;
+            return self.whole(0, JOINED, None);
+        }
+        let joint = join(self.collected(JOINED, own)?);
+        self.links.spread(self.others(), JOINED, &joint)?;
+        Ok(joint)
     }
 
     fn all_reduce(&self, all: &Tensor) -> Result<()> {

@@ -95,13 +95,32 @@ impl Failure {
     }
 }
 
+/// Adds a frame to others.
+fn add(frames: &mut Vec<u8>, tag: Tag, payload: &[u8]) {
+    frames.reserve(5 + payload.len());
+    frames.extend((payload.len() as u32).to_le_bytes());
+    frames.push(tag as u8);
+    frames.extend(payload);
+}
+
 /// Writes a frame in one piece.
 pub(super) fn write(to: &mut impl Write, tag: Tag, payload: &[u8]) -> io::Result<()> {
-    let mut frame = Vec::with_capacity(5 + payload.len());
-    frame.extend((payload.len() as u32).to_le_bytes());
-    frame.push(tag as u8);
-    frame.extend(payload);
+    let mut frame = Vec::new();
+    add(&mut frame, tag, payload);
     to.write_all(&frame)
+}
+
+/// The frame that begins a message of `bytes` bytes for operation `operation`.
+pub(super) fn begin(operation: u8, bytes: usize) -> Vec<u8> {
+    [&[operation][..], &(bytes as u64).to_le_bytes()].concat()
+}
+
+/// The frames of a whole message.
+pub(super) fn message(operation: u8, bytes: &[u8]) -> Vec<u8> {
+    let mut frames = Vec::new();
+    add(&mut frames, Tag::Begin, &begin(operation, bytes.len()));
+    bytes.chunks(CHUNK).for_each(|chunk| add(&mut frames, Tag::Data, chunk));
+    frames
 }
 
 /// Writes a frame of JSON.
