@@ -25,6 +25,7 @@ distil=${DISTIL:-$second}
 # How embeddings are compared. The published models take [CLS] as it is.
 scoring=${SCORING:---pooling cls --temperature 1}
 depth=${DEPTH:-200}
+# RERANKED=N: how many passages of each of the last lists the cross-encoder scores.
 # TRAIN_PART=N trains on every Nth judged query only: a cross-encoder has so many fewer pairs to score for its pupil.
 part=${TRAIN_PART:-1}
 # KEEP= leaves out passages whose id or text was there before; by default all stay.
@@ -170,7 +171,7 @@ train distilled --objective contrastive --model "$out/pretrained/model" "${pairs
     --negatives "$out/negatives.tsv" --teacher-scores "$out/scores.tsv" --contrastive-loss-weight 1 \
     $scoring $distil "${dev[@]}"
 judge distilled "$out/distilled/model"
-make reranked.trec "$engine" rerank --model "$out/cross/model" --run "$out/judged/distilled/run.trec" --top-k 50 \
+make reranked.trec "$engine" rerank --model "$out/cross/model" --run "$out/judged/distilled/run.trec" --top-k "${RERANKED:-50}" \
     --queries "$out/$split-queries" --corpus "$out/passages" --output "$out/reranked.trec" -q
 figures distilled+reranked "$out/reranked.trec"
 cat "$out/table.txt"

@@ -24,10 +24,10 @@ case ${SIZE:-small} in
         export CROSS="--batch-size 4 --group-size 2 --steps ${STEPS:-20}" DEV_SAMPLE=500 DEPTH=20
         ;;
     small)
-        export PRETRAIN="--batch-size 16 --steps 1200 --learning-rate 7e-4 --warmup-steps 60"
-        export FIRST="--batch-size 32 --group-size 4 --steps 500 --learning-rate 3e-4"
+        export PRETRAIN="--batch-size 32 --epochs 1 --learning-rate 7e-4 --warmup-steps 100"
+        export FIRST="--batch-size 32 --group-size 2 --steps 300 --learning-rate 3e-4"
         export CROSS="--batch-size 16 --group-size 4 --steps 200 --learning-rate 1e-4"
-        export DEV_SAMPLE=4000 DEPTH=10 TRAIN_PART=2
+        export DEV_SAMPLE=4000 DEPTH=10 TRAIN_PART=8 RERANKED=20
         ;;
     full)
         export PRETRAIN="--batch-size 64 --epochs 8 --learning-rate 1e-4"
