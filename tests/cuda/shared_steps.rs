@@ -172,6 +172,17 @@ fn buckets_are_summed_while_the_backward_goes_on_and_awaited_by_the_optimizer() 
     }
 }
 
+/// Where all work is waited for when it is queued, and records are lists.
+#[test]
+fn buckets_are_summed_where_all_work_is_waited_for() {
+    let Some(said) = both_of("steps", [Libraries::All; 2], [""; 2], &[("RETROMAE_SYNC", "1")]) else { return };
+    for Said { lines, log } in &said {
+        assert_eq!(lines, &[format!("{} buckets", 1 + LAYERS + 2)]);
+        let sums: Vec<usize> = places(log, "ncclAllReduce");
+        assert!(sums.len() == 5 * (1 + LAYERS + 2) && sums.iter().all(|&at| log[at + 1] == "cuStreamSynchronize"));
+    }
+}
+
 #[test]
 fn a_bucket_that_is_summed_too_early_or_not_awaited_is_found() {
     let Some(said) = both_of("too early", [Libraries::All; 2], [""; 2], &[]) else { return };
