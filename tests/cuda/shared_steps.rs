@@ -15,8 +15,8 @@ use retromae_engine::device::{DType, Device, Tensor};
 use retromae_engine::graph::Capacity;
 use retromae_engine::model::config::{Activation, BertConfig};
 use retromae_engine::ops::optimizer::AdamW;
-use retromae_engine::train::collective::nccl;
 use retromae_engine::train::collective::tcp::Tcp;
+use retromae_engine::train::collective::{Team, nccl};
 use retromae_engine::train::step::{Objective, Pretrainer};
 use retromae_engine::train::updates::Trainable;
 
@@ -29,7 +29,7 @@ const LAYERS: usize = 3;
 /// Two numbers: each is computed, summed over ranks beside what follows, and used.
 pub fn beside(tcp: &Arc<Tcp>, device: Device) -> Result<String> {
     let Device::Gpu(gpu) = device else { return Ok("no GPU".into()) };
-    let team = nccl::team(tcp, device, &mut |line| panic!("{line}"))?;
+    let team = nccl::team(&Team::new(tcp.clone()), device, &mut |line| panic!("{line}"))?;
     let of = |value: f32| device.tensor(&[value]);
     let (own, [g, h, x, y]) = (of(team.rank() as f32), [0.0; 4].map(of));
     let plus_one = |to: &Tensor, from: &Tensor| {
@@ -80,7 +80,7 @@ fn batch(samples: std::ops::Range<u64>) -> PretrainBatch {
 
 /// Five steps. Rank 0 records its batch in the second; rank 1 has another in that, and none in the fourth; both have two in the last.
 pub fn steps(tcp: &Arc<Tcp>, device: Device, too_early: bool) -> Result<String> {
-    let team = nccl::team(tcp, device, &mut |line| panic!("{line}"))?;
+    let team = nccl::team(&Team::new(tcp.clone()), device, &mut |line| panic!("{line}"))?;
     let capacity = Capacity { tokens: 480, sequences: 8, length: 64, encoder_labels: 480 };
     let mut model = Pretrainer::new(device, &config(), Objective::RetroMae, capacity, DType::BF16)?;
     model.params().load(3, 0.1, |_, _, _| Ok(false))?;

@@ -74,7 +74,7 @@ impl Collective for Nccl {
     }
 
     fn begin_all_reduce(&self, all: &Tensor) -> Result<()> {
-        if all.device().is_gpu() { self.ring.begin_sum(all) } else { self.tcp.all_reduce(all) }
+        if all.device().is_gpu() { self.ring.begin_sum(all) } else { self.host.all_reduce(all) }
     }
 
     fn finish(&self) -> Result<()> {
