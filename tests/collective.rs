@@ -1,5 +1,7 @@
 //! Ranks of one run: what they do together, what they train, and what becomes of all when one fails.
 
+#[path = "collective/buckets.rs"]
+mod buckets;
 #[path = "collective/encoded.rs"]
 mod encoded;
 #[path = "collective/failures.rs"]

@@ -9,6 +9,8 @@ mod fakes;
 mod ranks;
 #[path = "cuda/scenarios.rs"]
 mod scenarios;
+#[path = "cuda/shared_steps.rs"]
+mod shared_steps;
 #[path = "cuda/tuning.rs"]
 mod tuning;
 

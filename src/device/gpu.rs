@@ -363,6 +363,15 @@ impl Gpu {
         self.keep(|| captured)
     }
 
+    /// Ends one record and begins the next, inside [`Self::capture`]: the record of the work so far. None after a failure.
+    pub fn cut(&self) -> Option<Box<dyn Captured>> {
+        self.keep(|| {
+            let captured = self.backend.end_capture();
+            self.backend.begin_capture()?;
+            captured
+        })
+    }
+
     /// Queues recorded work.
     pub fn replay(&self, captured: &dyn Captured) {
         trace::piece(|| Piece::Replay);

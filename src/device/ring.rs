@@ -36,6 +36,15 @@ pub trait Side: Send + Sync {
     /// # Safety
     /// The elements belong to one allocation.
     unsafe fn run(&self, what: Together, at: u64, elements: usize, dtype: DType) -> Result<()>;
+
+    /// Begins a sum over ranks behind the work queued so far; work queued later runs beside it.
+    ///
+    /// # Safety
+    /// The elements belong to one allocation, and no work touches them that is queued between this and [`Self::finish`].
+    unsafe fn begin_sum(&self, at: u64, elements: usize, dtype: DType) -> Result<()>;
+
+    /// Puts work queued from now on behind all sums that were begun.
+    fn finish(&self) -> Result<()>;
 }
 
 /// The GPUs of all ranks, from this one's side. Work is queued like any other.
@@ -75,12 +84,36 @@ impl Ring {
     /// # Errors
     /// A failure of the GPU or of the library.
     pub fn run(&self, what: Together, all: &Tensor) -> Result<()> {
+        self.takes(what, all)?;
+        // SAFETY: the range is that of the tensor, which lies in one allocation.
+        unsafe { self.inner.run(what, all.address(), all.len(), all.dtype()) }
+    }
+
+    fn takes(&self, what: Together, all: &Tensor) -> Result<()> {
         let parts = matches!(what, Together::AllGather | Together::ReduceScatter);
         if !all.device().is_gpu() || (parts && !all.len().is_multiple_of(self.size)) || all.dtype() == DType::U16 {
             return Err(Error::device(format!("{} of such a tensor", what.name())).remedy("report this as a defect"));
         }
-        self.gpu.check()?;
-        // SAFETY: the range is that of the tensor, which lies in one allocation.
-        unsafe { self.inner.run(what, all.address(), all.len(), all.dtype()) }
+        self.gpu.check()
+    }
+
+    /// Begins to sum `all` over all ranks, in place, behind the work queued so far. Work queued later runs beside the sum, and must leave
+    /// `all` alone until [`Self::finish`].
+    ///
+    /// # Errors
+    /// A failure of the GPU or of the library.
+    pub fn begin_sum(&self, all: &Tensor) -> Result<()> {
+        self.takes(Together::AllReduce, all)?;
+        // SAFETY: the range is that of the tensor, which lies in one allocation; a tensor of a GPU is reached by queued work alone, and
+        // who queues work between the two was told to leave this one out.
+        unsafe { self.inner.begin_sum(all.address(), all.len(), all.dtype()) }
+    }
+
+    /// Puts work queued from now on behind all sums that were begun.
+    ///
+    /// # Errors
+    /// A failure of the GPU.
+    pub fn finish(&self) -> Result<()> {
+        self.inner.finish()
     }
 }

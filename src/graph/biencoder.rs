@@ -10,7 +10,7 @@ use super::encoder::Encoder;
 use super::extent::{Bounds, Extent};
 use super::inputs::{Rows, TokenInputs};
 use super::lexical::LexicalHead;
-use super::params::{Id, Table};
+use super::params::{Entries, Id, Table};
 use super::{Capacity, Pass, stages};
 use crate::data::pairs::texts::TextBatch;
 use crate::device::{DType, Device, Output, Tensor, trace};
@@ -120,6 +120,8 @@ impl TowerInputs {
 /// An encoder and what makes an embedding of its states.
 pub struct Tower {
     encoder: Encoder,
+    /// Behind those of the encoder.
+    others: Entries,
     shape: Shape,
     needed: Needed,
     hidden: usize,
@@ -179,6 +181,7 @@ impl Tower {
         };
         let length = plan.add_wide("tower.length", sequences, 1);
         Tower {
+            others: t.since(encoder.end()),
             encoder,
             shape,
             needed,
@@ -207,7 +210,12 @@ impl Tower {
         let tower = Self::with(t, plan, config, capacity, (shape, Needed::All), names);
         let (word, sizes) = (tower.word(), (capacity.tokens, capacity.sequences));
         let head = t.within(names.0, |t| LexicalHead::trained(on, (t, plan), config, word, sizes, k));
-        Tower { lexical: Some(head), ..tower }
+        Tower { lexical: Some(head), others: t.since(tower.encoder.end()), ..tower }
+    }
+
+    /// Its entries in the order in which [`Self::backward`] completes their gradients.
+    pub fn completed(&self) -> Vec<Entries> {
+        [vec![self.others.clone()], self.encoder.completed()].concat()
     }
 
     /// Where [`Self::forward`] leaves the last hidden states of the rows needed, `[R, C]`.
@@ -284,6 +292,7 @@ impl Tower {
         if let Some(head) = &self.lexical {
             head.backward(p, &inputs.tokens, p.b(self.hidden()), p.b(self.encoder.gradients.rows));
         }
+        p.complete(&self.others);
         self.encoder.backward(p, &inputs.tokens, &inputs.rows);
     }
 }

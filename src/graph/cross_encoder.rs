@@ -5,7 +5,7 @@ use super::activations::{Plan, Slot};
 use super::biencoder::TowerInputs;
 use super::block::Linear;
 use super::encoder::Encoder;
-use super::params::{Init, Table};
+use super::params::{Entries, Init, Table};
 use super::{Capacity, Pass};
 use crate::device::{Matrix, Output, Tensor};
 use crate::model::config::BertConfig;
@@ -18,6 +18,8 @@ pub const COLUMNS: usize = 8;
 /// The encoder and its head.
 pub struct CrossEncoder {
     encoder: Encoder,
+    /// Behind those of the encoder.
+    others: Entries,
     width: usize,
     site: u32,
     pooler: Linear,
@@ -46,6 +48,7 @@ impl CrossEncoder {
         t.pad(classifier.bias, COLUMNS, 0.0);
         CrossEncoder {
             site: encoder.next_site(),
+            others: t.since(encoder.end()),
             encoder,
             width: c,
             pooler,
@@ -57,6 +60,11 @@ impl CrossEncoder {
             d_scores: plan.add_wide_gradient("d_scores", s, COLUMNS),
             d_scores_rounded: plan.add_gradient("d_scores.rounded", s, COLUMNS),
         }
+    }
+
+    /// Its entries in the order in which [`Self::backward`] completes their gradients.
+    pub fn completed(&self) -> Vec<Entries> {
+        [vec![self.others.clone()], self.encoder.completed()].concat()
     }
 
     /// Where [`Self::forward`] leaves the scores `[S, COLUMNS]`.
@@ -111,6 +119,7 @@ impl CrossEncoder {
         activation::backward(p.device, Function::Tanh, p.b(self.dense), d_pooled, (count, c));
         let dx = (p.b(self.encoder.gradients.rows), Output::Set);
         self.pooler.backward(p, (count, c, c), p.b(self.encoder.output()), d_pooled, dx);
+        p.complete(&self.others);
         self.encoder.backward(p, &inputs.tokens, &inputs.rows);
     }
 }

@@ -6,7 +6,7 @@
 use super::activations::{Plan, Slot};
 use super::block::{Block, Linear, Norm, Scratch};
 use super::inputs::{Rows, TokenInputs};
-use super::params::{Id, Init, Table};
+use super::params::{Entries, Id, Init, Table};
 use super::stages::{self, within};
 use super::{Capacity, Dims, Pass};
 use crate::device::{Matrix, Output, Tensor, trace};
@@ -150,6 +150,7 @@ impl Embedding {
 /// One layer.
 #[derive(Clone, Debug)]
 struct Layer {
+    entries: Entries,
     site: u32,
     qkv: Linear,
     block: Block,
@@ -197,6 +198,7 @@ pub struct Encoder {
     layers: Vec<Layer>,
     /// Gradient buffers.
     pub gradients: Gradients,
+    first_entry: usize,
 }
 
 impl Encoder {
@@ -206,7 +208,7 @@ impl Encoder {
     /// Adds the encoder's parameters and buffers to the tables. `rows`: most rows needed of the last layer.
     pub fn new(t: &mut Table, plan: &mut Plan, config: &BertConfig, capacity: Capacity, rows: usize) -> Self {
         let dims = Dims::new(config);
-        let (tokens, c) = (capacity.tokens, dims.hidden);
+        let (tokens, c, first_entry) = (capacity.tokens, dims.hidden, t.len());
         let embeddings = Embeddings::new(t, config);
         let embedding = Embedding::new(plan, embeddings, dims, "embeddings", tokens, 0);
         let last = config.num_hidden_layers - 1;
@@ -222,7 +224,20 @@ impl Encoder {
             wide: plan.add_gradient("backward.qkv", tokens, 3 * c),
             block: Scratch::new(plan, &dims, tokens),
         };
-        Encoder { dims, embeddings, embedding, layers, gradients }
+        Encoder { dims, embeddings, embedding, layers, gradients, first_entry }
+    }
+
+    /// Its entries in the order in which [`Self::backward`] completes their gradients: layer by layer, then the embeddings, which the
+    /// LM head and the decoder use, too.
+    pub fn completed(&self) -> Vec<Entries> {
+        let layers = self.layers.iter().rev().map(|layer| layer.entries.clone());
+        let layers_begin = self.layers.first().map_or(self.first_entry, |layer| layer.entries.start);
+        layers.chain(std::iter::once(self.first_entry..layers_begin)).collect()
+    }
+
+    /// The entry behind its own.
+    pub fn end(&self) -> usize {
+        self.layers.last().map_or(self.first_entry, |layer| layer.entries.end)
     }
 
     /// First dropout site after the encoder's.
@@ -254,6 +269,7 @@ impl Encoder {
         let _stage = trace::stage(stages::ENCODER_PRODUCTS);
         for (i, layer) in self.layers.iter().enumerate().rev() {
             layer.backward(p, &self.dims, tokens, needed, p.b(self.input(i)), self.gradients);
+            p.complete(&layer.entries);
         }
         self.embedding.backward(p, tokens, p.b(self.gradients.hidden));
     }
@@ -269,13 +285,16 @@ impl Layer {
         site: u32,
         pruned: Option<usize>,
     ) -> Self {
-        let c = dims.hidden;
+        let (c, first) = (dims.hidden, t.len());
         let names = ["query", "key", "value"].map(|x| format!("{name}.attention.self.{x}"));
         let rows = pruned.unwrap_or(tokens);
+        let qkv = Linear::fused(t, &names, c, c);
+        let block = Block::new(t, plan, dims, (name, buffers), rows, site + 1);
         Layer {
+            entries: t.since(first),
             site,
-            qkv: Linear::fused(t, &names, c, c),
-            block: Block::new(t, plan, dims, (name, buffers), rows, site + 1),
+            qkv,
+            block,
             wide: plan.add(format!("{buffers}.qkv"), tokens, if pruned.is_some() { 2 * c } else { 3 * c }),
             ctx: plan.add(format!("{buffers}.ctx"), rows, c),
             lse: plan.add_wide(format!("{buffers}.lse"), rows, dims.heads),

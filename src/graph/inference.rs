@@ -55,7 +55,13 @@ impl Inference {
         let bounds = if self.device.is_gpu() { exact.rounded(self.capacity) } else { exact };
         self.tokens.set(ids, types, cu_seqlens, &samples, &bounds);
         self.rows.set(rows, cu_seqlens, bounds.decoder_rows, &bounds);
-        let p = Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout: StepDropout::OFF };
+        let p = Pass {
+            device: self.device,
+            params: &self.params,
+            buffers: &self.buffers,
+            dropout: StepDropout::OFF,
+            complete: None,
+        };
         self.encoder.forward(&p, &self.tokens, &self.rows);
         self.buffers.tensor(self.encoder.output())
     }

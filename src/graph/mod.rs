@@ -30,7 +30,7 @@ use crate::ops::SiteDropout;
 use crate::ops::activation::Function;
 use crate::rng::Dropout;
 use activations::{Activations, Slot};
-use params::{Id, Params};
+use params::{Entries, Id, Params};
 
 /// Largest batch that buffers are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,9 +154,18 @@ pub struct Pass<'a> {
     pub buffers: &'a Activations,
     /// Masks of the step.
     pub dropout: StepDropout,
+    /// Who wants to know, in a backward, whose gradients it adds nothing more to.
+    pub complete: Option<&'a dyn Fn(&Entries)>,
 }
 
 impl Pass<'_> {
+    /// The backward adds nothing more to the gradients of these entries.
+    pub fn complete(&self, entries: &Entries) {
+        if let Some(told) = self.complete {
+            told(entries);
+        }
+    }
+
     /// Weight tensor, in the storage type.
     pub fn w(&self, id: Id) -> &Tensor {
         self.params.weight(id)

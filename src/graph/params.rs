@@ -5,6 +5,8 @@
 //!
 //! Where storage is bf16, the optimizer's weights, the masters, are f32, and products read a rounded copy of the same layout.
 
+use std::ops::Range;
+
 use crate::device::{Arena, DType, Device, Tensor};
 use crate::error::Result;
 use crate::ops::{Count, gather};
@@ -13,6 +15,9 @@ use crate::rng::{Site, Stream};
 /// Number of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Id(usize);
+
+/// Neighbouring entries of a table: those of a part of the graph.
+pub type Entries = Range<usize>;
 
 /// How a fresh parameter is filled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +78,21 @@ impl Table {
         let added = add(self);
         self.prefix = outer;
         added
+    }
+
+    /// Those that were added since the table had `first`.
+    pub fn since(&self, first: usize) -> Entries {
+        first..self.len()
+    }
+
+    /// Entries so far.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there is none yet.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
     }
 
     /// One entry of several `[rows, columns]` matrices, one below the other.
@@ -208,6 +228,28 @@ impl Params {
     /// All gradients, flat.
     pub fn gradients(&self) -> &Tensor {
         self.gradients.whole()
+    }
+
+    /// Number of entries.
+    pub fn entries(&self) -> usize {
+        self.place.len()
+    }
+
+    /// Where neighbouring entries lie in the flat arenas: those with weight decay, and those without. Gaps behind them included.
+    pub fn spans(&self, entries: &Entries) -> [Range<usize>; 2] {
+        let (arena, len) = (&self.masters, self.masters.whole().len());
+        let span = |decayed: bool| {
+            let places = self.place[entries.clone()].iter().copied();
+            let places = places.filter(|&place| (arena.offset(place) < self.decayed) == decayed);
+            let (first, last) =
+                places.fold((usize::MAX, 0), |(first, last), place| (first.min(place), last.max(place)));
+            if first > last {
+                return 0..0;
+            }
+            let end = if last + 1 < self.place.len() { arena.offset(last + 1) } else { len };
+            arena.offset(first)..end
+        };
+        [span(true), span(false)]
     }
 
     /// The checkpoint tensors and where they lie in the flat arenas.

@@ -154,8 +154,13 @@ impl Embedder {
         let places: Vec<u32> = (0..count as u32).collect();
         let bounds = self.inputs.set(texts, &places, false);
         let mut records = std::mem::take(&mut self.records);
-        let pass =
-            Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout: StepDropout::OFF };
+        let pass = Pass {
+            device: self.device,
+            params: &self.params,
+            buffers: &self.buffers,
+            dropout: StepDropout::OFF,
+            complete: None,
+        };
         records.run(self.device, bounds, || {
             self.tower.forward(&pass, &self.inputs, &self.embeddings);
             if let Some(head) = &self.lexical {

@@ -68,7 +68,7 @@ impl Scorer {
         let bounds = self.inputs.set(pairs, &places, false);
         self.records.run(self.device, bounds, || {
             let (params, buffers) = (&self.params, &self.buffers);
-            let pass = Pass { device: self.device, params, buffers, dropout: StepDropout::OFF };
+            let pass = Pass { device: self.device, params, buffers, dropout: StepDropout::OFF, complete: None };
             self.graph.forward(&pass, &self.inputs);
         });
         let all = to_f32(&self.buffers.tensor(self.graph.scores()).slice(0..count * COLUMNS));

@@ -5,6 +5,8 @@
 //! activations for the backward; of several chunks each is embedded again, with the same dropout, so that memory holds the activations of
 //! one chunk only (gradient caching, arXiv 2101.06983) and loss and gradients are those of the undivided batch.
 
+mod embed;
+
 use crate::data::order::Share;
 use crate::data::pairs::batch::ContrastiveBatch;
 use crate::data::pairs::texts::TextBatch;
@@ -13,13 +15,11 @@ use crate::error::{Error, Result};
 use crate::graph::activations::{Activations, Plan};
 use crate::graph::biencoder::{self, Needed, Tower, TowerInputs};
 use crate::graph::extent::Bounds;
-use crate::graph::params::{Params, Table, to_f32};
+use crate::graph::params::{Entries, Params, Table, to_f32};
 use crate::graph::records::Records;
 use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu, stages};
 use crate::model::config::BertConfig;
-use crate::ops::joined::Words;
 use crate::ops::optimizer::AdamW;
-use crate::retrieve::representation::Embedded;
 use crate::train::EvalPart;
 use crate::train::biencoder_loss::Head;
 pub use crate::train::biencoder_loss::{DistillLoss, Distillation, Losses};
@@ -90,11 +90,32 @@ struct Chunk {
 /// What makes pieces of work equal.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Piece {
-    Zero { gradients: bool },
-    Forward { tower: usize, bounds: Bounds, dropout: [u32; 2] },
-    Backward { tower: usize, bounds: Bounds, dropout: [u32; 2], again: bool },
-    Loss { gradients: bool, hidden: bool },
-    Distill { gradients: bool, group: usize, loss: DistillLoss, across: bool },
+    Zero {
+        gradients: bool,
+    },
+    Forward {
+        tower: usize,
+        bounds: Bounds,
+        dropout: [u32; 2],
+    },
+    /// `sums`: ranks begin to sum gradients as soon as they are complete.
+    Backward {
+        tower: usize,
+        bounds: Bounds,
+        dropout: [u32; 2],
+        again: bool,
+        sums: bool,
+    },
+    Loss {
+        gradients: bool,
+        hidden: bool,
+    },
+    Distill {
+        gradients: bool,
+        group: usize,
+        loss: DistillLoss,
+        across: bool,
+    },
     Update,
 }
 
@@ -111,8 +132,7 @@ pub struct BiEncoder {
     capacities: Vec<Capacity>,
     head: Head,
     optimizer: Optimizer,
-    /// f64: `[2]` contrastive losses and correct queries, `[2]` the same of distillation, `[1]` ‖g‖², `[1]` that of this
-    /// rank's own gradients.
+    /// f64: `[2]` contrastive losses and correct queries, `[2]` the same of distillation, `[1]` ‖g‖².
     results: Tensor,
     records: Records<Piece>,
 }
@@ -205,6 +225,7 @@ impl BiEncoder {
         let mut parts = Parts::new((device, storage), config, &options, room);
         let head = Head::new((device, storage), &mut parts.plan, width, options.temperature, (room, share));
         let params = parts.table.allocate(device, storage);
+        let completed: Vec<Entries> = parts.towers.iter().flat_map(Tower::completed).collect();
         let inputs = parts.capacities.iter();
         let model = BiEncoder {
             device,
@@ -215,8 +236,8 @@ impl BiEncoder {
             inputs: inputs.map(|&c| TowerInputs::with(device, config, c, options.needed())).collect(),
             capacities: parts.capacities,
             head,
-            optimizer: Optimizer::new(device, &params),
-            results: device.zeros(DType::F64, 6),
+            optimizer: Optimizer::new(device, &params, &completed),
+            results: device.zeros(DType::F64, 5),
             records: Records::default(),
             params,
         };
@@ -232,50 +253,6 @@ impl BiEncoder {
     pub fn embeddings(&self, batch: &ContrastiveBatch) -> [Vec<f32>; 2] {
         let counts = [&batch.queries, &batch.passages].map(|texts| texts.samples.len() * self.head.width);
         [0, 1].map(|i| to_f32(&self.head.all.tensor(i).slice(0..counts[i])))
-    }
-
-    /// Most texts and most tokens that [`Self::embed`] takes at once, of queries (0) or passages (1).
-    pub fn limits(&self, side: usize) -> (usize, usize) {
-        let capacity = self.capacity(side);
-        (capacity.sequences, capacity.tokens)
-    }
-
-    /// Room of the tower of queries (0) or passages (1).
-    pub fn capacity(&self, side: usize) -> Capacity {
-        self.capacities[if self.options.untied { side } else { 0 }]
-    }
-
-    /// Widths of what [`Self::embed`] gives: of dense embeddings, and how many words; 0 without.
-    pub fn widths(&self) -> (usize, usize) {
-        (self.options.shape.width(&self.config), self.options.lexical.unwrap_or(0))
-    }
-
-    /// Embeddings of queries (0) or passages (1) by the weights as they are. A text without words has the word 0 of no weight.
-    ///
-    /// # Errors
-    /// A failure of the GPU.
-    pub fn embed(&mut self, side: usize, texts: &TextBatch) -> Result<Embedded> {
-        let (tower, count) = (if self.options.untied { side } else { 0 }, texts.sequences());
-        let places: Vec<u32> = (0..count as u32).collect();
-        let (bounds, dropout) = (self.inputs[tower].set(texts, &places, false), StepDropout::OFF.thresholds());
-        StepDropout::OFF.announce(self.device);
-        let mut records = std::mem::take(&mut self.records);
-        records.run(self.device, Piece::Forward { tower, bounds, dropout }, || {
-            self.towers[tower].forward(&self.pass(StepDropout::OFF), &self.inputs[tower], self.head.all.whole());
-        });
-        self.records = records;
-        let pass = self.pass(StepDropout::OFF);
-        let (dense, words) = self.towers[tower].embedded(&pass);
-        let (width, k) = self.widths();
-        let mut embedded = Embedded { dense: to_f32(&dense.slice(0..count * width)), ..Embedded::default() };
-        if let Some(Words { ids, weights }) = words {
-            embedded.ids = ids.slice(0..count * k).to_vec();
-            embedded.weights = to_f32(&weights.slice(0..count * k));
-            for (id, weight) in embedded.ids.iter_mut().zip(&mut embedded.weights).filter(|(id, _)| **id == u32::MAX) {
-                (*id, *weight) = (0, 0.0);
-            }
-        }
-        self.device.check().map(|()| embedded)
     }
 
     /// How many terms the losses of `micro` have.
@@ -297,7 +274,7 @@ impl BiEncoder {
         Ok(losses)
     }
 
-    /// Losses and gradients of one batch.
+    /// Losses and gradients of one batch; with `sums`, those of ranks are summed as soon as they are complete.
     ///
     /// # Errors
     /// The failure of a rank.
@@ -306,7 +283,7 @@ impl BiEncoder {
         records: &mut Records<Piece>,
         batch: &ContrastiveBatch,
         dropout: StepDropout,
-        gradients: bool,
+        (gradients, sums): (bool, bool),
     ) -> Result<()> {
         let (device, thresholds) = (self.device, dropout.thresholds());
         let chunks = self.chunks(batch);
@@ -351,26 +328,32 @@ impl BiEncoder {
         if !gradients {
             return Ok(());
         }
-        for (Chunk { tower, texts, places }, laid_out) in chunks.iter().zip(bounds) {
+        for (i, (Chunk { tower, texts, places }, laid_out)) in chunks.iter().zip(bounds).enumerate() {
             let tower = *tower;
+            let sums = sums && chunks[i + 1..].iter().all(|chunk| chunk.tower != tower);
             if again {
                 self.inputs[tower].set(texts, places, true);
             }
-            let piece = Piece::Backward { tower, bounds: laid_out, dropout: thresholds, again };
-            records.run(device, piece, || {
+            let piece = Piece::Backward { tower, bounds: laid_out, dropout: thresholds, again, sums };
+            let complete = |entries: &Entries| self.optimizer.complete(&self.params, entries);
+            let work = |complete: &dyn Fn(&Entries)| {
                 let _backward = trace::phase(stages::BACKWARD);
-                let p = self.pass(dropout);
+                let p = Pass { complete: sums.then_some(complete), ..self.pass(dropout) };
                 if again {
                     self.towers[tower].forward(&p, &self.inputs[tower], self.head.all.whole());
                 }
                 self.towers[tower].backward(&p, &self.inputs[tower], self.head.d_all.whole());
-            });
+            };
+            records.run_in_pieces(device, piece, work, complete)?;
+            if sums {
+                self.towers[tower].completed().iter().try_for_each(complete)?;
+            }
         }
         Ok(())
     }
 
     fn pass(&self, dropout: StepDropout) -> Pass<'_> {
-        Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout }
+        Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout, complete: None }
     }
 
     /// The batch in pieces that fit the towers.
@@ -466,11 +449,12 @@ impl Trainable for BiEncoder {
         records.run(self.device, Piece::Zero { gradients }, || {
             updates::zero(self.device, &self.results, &self.params, gradients);
         });
-        for batch in micro {
-            self.batch(&mut records, batch, dropout, gradients)?;
+        for (i, batch) in micro.iter().enumerate() {
+            let sums = i + 1 == micro.len() && self.optimizer.overlaps(gradients);
+            self.batch(&mut records, batch, dropout, (gradients, sums))?;
         }
         if team.is_shared() {
-            self.optimizer.share(&self.params, &self.results.slice(4..5), &self.results.slice(5..6), update)?;
+            self.optimizer.share(&self.params, &self.results.slice(4..5), update)?;
         } else if update {
             records.run(self.device, Piece::Update, || {
                 self.optimizer.update(&self.params, &self.results.slice(4..5));
@@ -483,7 +467,7 @@ impl Trainable for BiEncoder {
     fn end(&mut self, mut losses: Losses) -> Result<(Losses, f64)> {
         let x: Vec<f64> = self.results.to_vec();
         self.device.check()?;
-        [losses.contrastive, losses.correct, losses.distill, _] = self.optimizer.losses([x[0], x[1], x[2], x[5]])?;
+        [losses.contrastive, losses.correct, losses.distill] = self.optimizer.losses([x[0], x[1], x[2]])?;
         Ok((losses, x[4]))
     }
 }

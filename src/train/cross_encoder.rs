@@ -9,7 +9,7 @@ use crate::graph::activations::{Activations, Plan, Slot};
 use crate::graph::biencoder::TowerInputs;
 use crate::graph::cross_encoder::{COLUMNS, CrossEncoder};
 use crate::graph::extent::{Bounds, Extent};
-use crate::graph::params::{Params, Table, to_f32};
+use crate::graph::params::{Entries, Params, Table, to_f32};
 use crate::graph::records::Records;
 use crate::graph::{Capacity, Pass, StepDropout, check_gpu};
 use crate::model::config::BertConfig;
@@ -46,6 +46,8 @@ struct Segment {
     first: bool,
     gradients: bool,
     update: bool,
+    /// Ranks begin to sum gradients as soon as they are complete.
+    sums: bool,
     /// Scores only.
     scores: bool,
     dropout: [u32; 2],
@@ -104,7 +106,7 @@ impl Ranker {
         }
         let capacity = Capacity { length: capacity.length.min(config.max_position_embeddings), ..capacity };
         let (table, plan, graph, loss) = Self::parts(config, capacity);
-        let params = table.allocate(device, storage);
+        let (params, completed) = (table.allocate(device, storage), graph.completed());
         let model = Ranker {
             device,
             config: config.clone(),
@@ -117,8 +119,8 @@ impl Ranker {
             loss,
             correct: device.zeros(DType::U32, capacity.sequences),
             scales: Scales::new(device),
-            optimizer: Optimizer::new(device, &params),
-            results: device.zeros(DType::F64, 4),
+            optimizer: Optimizer::new(device, &params, &completed),
+            results: device.zeros(DType::F64, 3),
             records: Records::default(),
             params,
         };
@@ -141,6 +143,7 @@ impl Ranker {
             first: false,
             gradients: false,
             update: false,
+            sums: false,
             scores: true,
             dropout: [0; 2],
         };
@@ -153,7 +156,7 @@ impl Ranker {
     }
 
     fn pass(&self, dropout: StepDropout) -> Pass<'_> {
-        Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout }
+        Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout, complete: None }
     }
 
     /// Uploads a batch.
@@ -163,11 +166,11 @@ impl Ranker {
     }
 
     /// All work between the upload of a micro-batch and that of the next.
-    fn segment(&self, segment: Segment, dropout: StepDropout) {
+    fn segment(&self, segment: Segment, dropout: StepDropout, complete: &dyn Fn(&Entries)) {
         if segment.first {
             updates::zero(self.device, &self.results, &self.params, segment.gradients);
         }
-        let p = self.pass(dropout);
+        let p = Pass { complete: segment.sums.then_some(complete), ..self.pass(dropout) };
         self.graph.forward(&p, &self.inputs);
         let (scale, ds) = (self.scales.get(0), p.b(self.graph.score_gradient()));
         group_loss::run(
@@ -247,7 +250,7 @@ impl Trainable for Ranker {
         }
         let mut records = std::mem::take(&mut self.records);
         for (i, batch) in micro.iter().enumerate() {
-            let bounds = self.set(&batch.pairs, gradients);
+            let (bounds, last) = (self.set(&batch.pairs, gradients), i + 1 == micro.len());
             // Whole groups of what the pairs' work is laid out for.
             self.queries.set(queries(batch), bounds.sequences / batch.group);
             let segment = Segment {
@@ -255,15 +258,18 @@ impl Trainable for Ranker {
                 group: batch.group,
                 first: i == 0,
                 gradients,
-                update: update && i + 1 == micro.len() && !team.is_shared(),
+                update: update && last && !team.is_shared(),
+                sums: last && self.optimizer.overlaps(gradients),
                 scores: false,
                 dropout: dropout.thresholds(),
             };
-            records.run(self.device, segment, || self.segment(segment, dropout));
+            let work = |complete: &dyn Fn(&Entries)| self.segment(segment, dropout, complete);
+            let complete = |entries: &Entries| self.optimizer.complete(&self.params, entries);
+            records.run_in_pieces(self.device, segment, work, complete)?;
         }
         self.records = records;
         if team.is_shared() {
-            self.optimizer.share(&self.params, &self.results.slice(2..3), &self.results.slice(3..4), update)?;
+            self.optimizer.share(&self.params, &self.results.slice(2..3), update)?;
         }
         Ok(Losses { queries: total, sum: 0.0, correct: 0.0 })
     }
@@ -271,7 +277,7 @@ impl Trainable for Ranker {
     fn end(&mut self, losses: Losses) -> Result<(Losses, f64)> {
         let x: Vec<f64> = self.results.to_vec();
         self.device.check()?;
-        let [sum, correct, _] = self.optimizer.losses([x[0], x[1], x[3]])?;
+        let [sum, correct] = self.optimizer.losses([x[0], x[1]])?;
         Ok((Losses { sum, correct, ..losses }, x[2]))
     }
 }

@@ -14,7 +14,7 @@
 //! - [`origin`]: what a run keeps of its beginning; [`export`]: a checkpoint made a model that others load
 //! - [`metrics`], [`tfevents`], [`progress`]: what a run tells, to a file, to TensorBoard, to a person
 //! - [`room`]: whether a run fits into memory, and what would; `zero`: why a loss is exactly 0
-//! - [`collective`]: many processes that share every step
+//! - [`collective`]: many processes that share every step; [`buckets`]: which gradients they sum together, and when
 //! - [`signals`]: orderly stops; the file operations below all of this are [`crate::files`]
 
 use std::time::Duration;
@@ -25,6 +25,7 @@ use crate::eval::metrics::Metric;
 pub mod batches;
 pub mod biencoder;
 mod biencoder_loss;
+pub mod buckets;
 pub mod checkpoint;
 pub mod collective;
 pub mod contract;

@@ -7,6 +7,8 @@
 //! On a GPU nothing in this is waited for but the reading of the losses at the end, and before that the next step's batch is prepared
 //! and uploaded. The work of a micro-batch, and that of the optimizer behind the last one, is queued as it comes the first time,
 //! recorded the second time, and replayed from then on.
+//!
+//! Ranks that share a step begin to sum gradients while the last backward still computes others: [`super::buckets`].
 
 use crate::data::batch::PretrainBatch;
 use crate::device::{DType, Device, Tensor, trace};
@@ -17,7 +19,7 @@ use crate::graph::encoder::Encoder;
 use crate::graph::extent::Bounds;
 use crate::graph::inputs::Inputs;
 use crate::graph::mlm::{LossSums, MlmHead};
-use crate::graph::params::{Params, Table};
+use crate::graph::params::{Entries, Params, Table};
 use crate::graph::records::Records;
 use crate::graph::retromae::EnhancedDecoder;
 use crate::graph::{Capacity, Dims, Pass, StepDropout, check_gpu, stages};
@@ -117,20 +119,19 @@ struct Results {
     decoder: Tensor,
     /// `[2]`: losses of the bags of words, and nothing.
     bags: Tensor,
-    /// `[1]` ‖g‖², and where ranks share the step that of this rank's own gradients.
+    /// `[1]` ‖g‖².
     norm: Tensor,
-    own_norm: Tensor,
 }
 
 impl Results {
     fn new(device: Device) -> Self {
-        let all = device.zeros(DType::F64, 8);
+        let all = device.zeros(DType::F64, 7);
         let [encoder, decoder, bags] = [0, 2, 4].map(|at| all.slice(at..at + 2));
-        Results { encoder, decoder, bags, norm: all.slice(6..7), own_norm: all.slice(7..8), all }
+        Results { encoder, decoder, bags, norm: all.slice(6..7), all }
     }
 
     /// Waits for them.
-    fn read(&self, device: Device) -> Result<[f64; 8]> {
+    fn read(&self, device: Device) -> Result<[f64; 7]> {
         let x: Vec<f64> = self.all.end_read();
         device.check()?;
         Ok(std::array::from_fn(|i| x[i]))
@@ -147,6 +148,8 @@ struct Segment {
     gradients: bool,
     /// The last of its step: the optimizer follows.
     update: bool,
+    /// The last of a step whose gradients ranks begin to sum as soon as they are complete.
+    sums: bool,
     /// Thresholds of both dropouts.
     dropout: [u32; 2],
 }
@@ -162,6 +165,8 @@ pub struct Pretrainer {
     head: MlmHead,
     bags: Option<BagHead>,
     decoder: Option<EnhancedDecoder>,
+    /// What is not the encoder's.
+    others: Entries,
     inputs: Inputs,
     optimizer: Optimizer,
     /// Of the encoder's labels, of the decoder's and of the texts' bags of words.
@@ -201,6 +206,7 @@ struct Parts {
     head: MlmHead,
     bags: Option<BagHead>,
     decoder: Option<EnhancedDecoder>,
+    others: Entries,
 }
 
 impl Parts {
@@ -226,7 +232,7 @@ impl Parts {
                 (head, Some(bags), Some(EnhancedDecoder::of_embedded_queries(t, p, &encoder, dims, capacity)))
             }
         };
-        Parts { table, plan, encoder, head, bags, decoder }
+        Parts { others: table.since(encoder.end()), table, plan, encoder, head, bags, decoder }
     }
 }
 
@@ -263,6 +269,7 @@ impl Pretrainer {
         let params = parts.table.allocate(device, storage);
         let (types, decoder) = (config.type_vocab_size, objective.has_decoder());
         let inputs = Inputs::new(device, capacity, config.vocab_size, types, decoder);
+        let completed = [vec![parts.others.clone()], parts.encoder.completed()].concat();
         let model = Pretrainer {
             device,
             config: config.clone(),
@@ -276,7 +283,8 @@ impl Pretrainer {
             head: parts.head,
             bags: parts.bags,
             decoder: parts.decoder,
-            optimizer: Optimizer::new(device, &params),
+            others: parts.others,
+            optimizer: Optimizer::new(device, &params, &completed),
             scales: Scales::new(device),
             bow_loss_weight: BOW_LOSS_WEIGHT,
             results: Results::new(device),
@@ -292,20 +300,20 @@ impl Pretrainer {
     }
 
     /// All work between the upload of a micro-batch and that of the next.
-    fn segment(&self, segment: Segment, dropout: StepDropout) {
+    fn segment(&self, segment: Segment, dropout: StepDropout, complete: &dyn Fn(&Entries)) {
         if segment.first {
             updates::zero(self.device, &self.results.all, &self.params, segment.gradients);
         }
-        self.forward_backward(dropout, segment.gradients);
+        self.forward_backward(dropout, segment.gradients, segment.sums.then_some(complete));
         if segment.update {
             self.optimizer.update(&self.params, &self.results.norm);
         }
     }
 
     /// Losses of the batch in `inputs` and, if asked for, its gradients.
-    fn forward_backward(&self, dropout: StepDropout, with_gradients: bool) {
+    fn forward_backward(&self, dropout: StepDropout, with_gradients: bool, complete: Option<&dyn Fn(&Entries)>) {
         let inputs = &self.inputs;
-        let p = Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout };
+        let p = Pass { device: self.device, params: &self.params, buffers: &self.buffers, dropout, complete };
         let c = self.config.hidden_size;
         let gradients = self.encoder.gradients;
         let (d_rows, d_hidden, d_wide) = (p.b(gradients.rows), p.b(gradients.hidden), p.b(gradients.wide));
@@ -353,6 +361,7 @@ impl Pretrainer {
 
         if with_gradients {
             let _backward = trace::phase(stages::BACKWARD);
+            p.complete(&self.others);
             self.encoder.backward(&p, &inputs.tokens, &inputs.needed);
         }
     }
@@ -451,26 +460,30 @@ impl Trainable for Pretrainer {
         }
         let mut records = std::mem::take(&mut self.records);
         for (i, batch) in micro.iter().enumerate() {
+            let last = i + 1 == micro.len();
             let segment = Segment {
                 bounds: self.inputs.set(batch),
                 first: i == 0,
                 gradients,
-                update: update && i + 1 == micro.len() && !team.is_shared(),
+                update: update && last && !team.is_shared(),
+                sums: last && self.optimizer.overlaps(gradients),
                 dropout: dropout.thresholds(),
             };
-            records.run(self.device, segment, || self.segment(segment, dropout));
+            let work = |complete: &dyn Fn(&Entries)| self.segment(segment, dropout, complete);
+            let complete = |entries: &Entries| self.optimizer.complete(&self.params, entries);
+            records.run_in_pieces(self.device, segment, work, complete)?;
         }
         self.records = records;
         if team.is_shared() {
-            self.optimizer.share(&self.params, &self.results.norm, &self.results.own_norm, update)?;
+            self.optimizer.share(&self.params, &self.results.norm, update)?;
         }
         self.results.all.begin_read();
         Ok(labels)
     }
 
     fn end(&mut self, labels: Losses) -> Result<(Losses, f64)> {
-        let [e, ec, d, dc, bow, _, norm, own_norm] = self.results.read(self.device)?;
-        let [e, ec, d, dc, bow, _] = self.optimizer.losses([e, ec, d, dc, bow, own_norm])?;
+        let [e, ec, d, dc, bow, _, norm] = self.results.read(self.device)?;
+        let [e, ec, d, dc, bow] = self.optimizer.losses([e, ec, d, dc, bow])?;
         let sums = |loss, correct| LossSums { loss, correct };
         Ok((Losses { encoder: sums(e, ec), decoder: sums(d, dc), bow, ..labels }, norm))
     }

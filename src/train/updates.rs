@@ -1,9 +1,12 @@
 //! What every objective's step does around its forward and backward: dropout of the step, sums over ranks, clipping, AdamW over the
-//! flat arenas.
+//! flat arenas. When ranks sum which gradients is written in [`super::buckets`].
+
+use std::cell::RefCell;
+use std::ops::Range;
 
 use crate::device::{Arena, DType, Device, Tensor, trace};
 use crate::error::Result;
-use crate::graph::params::Params;
+use crate::graph::params::{Entries, Params};
 use crate::graph::{StepDropout, stages};
 use crate::model::config::BertConfig;
 use crate::ops::cross_entropy::Scale;
@@ -11,6 +14,7 @@ use crate::ops::gather;
 use crate::ops::optimizer::{self, AdamW};
 use crate::rng::Dropout;
 use crate::train::EvalPart;
+use crate::train::buckets::Buckets;
 use crate::train::collective::Team;
 
 /// What a step did.
@@ -200,6 +204,9 @@ pub struct Optimizer {
     team: Team,
     /// The work that was begun last is shared.
     shared: bool,
+    buckets: RefCell<Buckets>,
+    /// ‖g‖² of this rank's own gradients of each bucket.
+    own_norms: Tensor,
     /// Ranks whose own losses or gradients were not finite in the last step.
     culprits: Vec<usize>,
     first: Arena,
@@ -213,15 +220,18 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// For the parameters `params`.
-    pub fn new(device: Device, params: &Params) -> Self {
+    /// For the parameters `params`, whose gradients the backward completes in the order `completed`.
+    pub fn new(device: Device, params: &Params, completed: &[Entries]) -> Self {
         let weights = params.weights();
+        let buckets = Buckets::new(params, completed);
         let arena = || Arena::zeros(device, weights.dtype(), [weights.len()]);
         let schedule = device.zeros(DType::F32, 3);
         Optimizer {
             device,
             team: Team::default(),
             shared: false,
+            own_norms: device.zeros(DType::F64, buckets.len()),
+            buckets: RefCell::new(buckets),
             culprits: Vec::new(),
             first: arena(),
             second: arena(),
@@ -242,14 +252,47 @@ impl Optimizer {
         if gradients { self.team.clone() } else { Team::default() }
     }
 
-    /// The end of a step that ranks share: `own[0]` becomes ‖g‖² of this rank's gradients, these the sums over all ranks; then the update,
-    /// if asked for, as in [`Self::update`].
+    /// Cuts the gradients into buckets of at least `bytes` and not [`super::buckets::BYTES`], to test with small models and to measure.
+    pub fn cut(&mut self, bytes: usize) {
+        let buckets = self.buckets.get_mut();
+        buckets.cut(bytes);
+        self.own_norms = self.device.zeros(DType::F64, buckets.len());
+    }
+
+    /// What ranks sum together, in this order: ranges of the flat gradients.
+    pub fn buckets(&self) -> Vec<Range<usize>> {
+        self.buckets.borrow().ranges()
+    }
+
+    /// Whether the last backward of a step is to say which gradients are complete, by [`Self::complete`].
+    pub fn overlaps(&self, gradients: bool) -> bool {
+        gradients && self.team.is_shared() && self.team.overlaps()
+    }
+
+    /// The step adds nothing more to the gradients of these entries: begins the sums over ranks of the buckets that are complete now.
     ///
     /// # Errors
     /// A failure of the GPU, or of a rank.
-    pub fn share(&mut self, params: &Params, norm: &Tensor, own: &Tensor, update: bool) -> Result<()> {
-        optimizer::squared_norm(self.device, params.gradients(), own);
-        self.team.all_reduce(params.gradients())?;
+    pub fn complete(&self, params: &Params, entries: &Entries) -> Result<()> {
+        let mut buckets = self.buckets.borrow_mut();
+        buckets.complete(entries);
+        while let Some((i, range)) = buckets.next_complete() {
+            let gradients = params.gradients().slice(range);
+            optimizer::squared_norm(self.device, &gradients, &self.own_norms.slice(i..i + 1));
+            self.team.begin_all_reduce(&gradients)?;
+        }
+        Ok(())
+    }
+
+    /// The end of a step that ranks share: all gradients become the sums over all ranks; then the update, if asked for, as in
+    /// [`Self::update`].
+    ///
+    /// # Errors
+    /// A failure of the GPU, or of a rank.
+    pub fn share(&mut self, params: &Params, norm: &Tensor, update: bool) -> Result<()> {
+        self.complete(params, &(0..params.entries()))?;
+        self.team.finish()?;
+        self.buckets.get_mut().restart();
         self.shared = true;
         if update {
             self.update(params, norm);
@@ -257,16 +300,18 @@ impl Optimizer {
         Ok(())
     }
 
-    /// The sums over all ranks of a step's losses, which end with ‖g‖² of each; of work that was not shared, its own. Ranks whose own
-    /// are not finite are kept.
+    /// The sums over all ranks of a step's losses; of work that was not shared, its own. Ranks whose own, or whose own gradients, are not
+    /// finite are kept.
     ///
     /// # Errors
-    /// The failure of a rank.
+    /// A failure of the GPU, or of a rank.
     pub fn losses<const N: usize>(&mut self, own: [f64; N]) -> Result<[f64; N]> {
         if !std::mem::take(&mut self.shared) {
             return Ok(own);
         }
-        let (sums, culprits) = self.team.sums(own)?;
+        let norm = self.own_norms.to_vec::<f64>().iter().sum();
+        self.device.check()?;
+        let (sums, culprits) = self.team.sums(own, norm)?;
         self.culprits = culprits;
         Ok(sums)
     }

@@ -133,7 +133,7 @@ fn messages_of_a_hundred_ranks_come_in_order() {
         let sums = ranks(size, |team| {
             let team = Team::new(team.clone());
             let own = if team.rank() == 3 { f64::NAN } else { team.rank() as f64 };
-            (team.totals([1, team.rank()]).unwrap(), team.sums([own]).unwrap().1, team.sums([0.5]).unwrap().0)
+            (team.totals([1, team.rank()]).unwrap(), team.sums([own], 0.0).unwrap().1, team.sums([0.5], 0.0).unwrap().0)
         });
         assert!(sums.iter().all(|one| *one == ([size, size * (size - 1) / 2], vec![3], [0.5 * size as f64])));
         println!("{size} ranks in this process: {} us a message", times[0].as_micros());

@@ -1,8 +1,11 @@
 // A CUDA driver and a cuBLASLt without a GPU, for tests of the device layer: one library under both names.
 //
-// Device memory is host memory. Work is kept in a list and done only when it is waited for, as late as a real queue may do it, and
-// every address is checked. Kernels do nothing, except conformance_reductions, which writes in[0] + 1 to out[0]. Products are computed
-// column by column, as cuBLASLt's manual defines them.
+// Device memory is host memory. Work is kept in a list for each stream and done only when it is waited for, as late as a real queue may
+// do it, and every address is checked. Kernels do nothing, except conformance_reductions, which writes in[0] + 1 to out[0]. Products
+// are computed column by column, as cuBLASLt's manual defines them.
+//
+// Of two streams only events tell which work comes first. Where one stream touches what a second one works on, and no event puts one
+// behind the other, the call that queues it fails. What a kernel touches is taken to be where its pointers point.
 //
 // What it is and what fails is told by variables:
 //   FAKE_LOG         file to which every call is appended, one a line, with what matters of its arguments
@@ -13,8 +16,12 @@
 //   FAKE_LATE        kernel:code, which comes out where the kernel is waited for
 //   FAKE_ALGORITHMS  number:milliseconds, as the library proposes them, 77:1 alone; products are logged with others than 77
 //   FAKE_BROKEN      number of an algorithm that is proposed and does not run
+//   FAKE_PARAMETERS  file that says how many parameters kernels have
 //   FAKE_SLOW        milliseconds that waiting for an event takes
+//   FAKE_EARLY       streams but the first do their work as soon as it is queued, and not as late as possible
+//   FAKE_UNORDERED   streams do not wait for each other's events: waits the driver does not hear of; 2: and it fails no work for that
 
+#include <algorithm>
 #include <chrono>
 #include <cstdarg>
 #include <cstdint>
@@ -22,6 +29,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <fstream>
 #include <functional>
 #include <map>
 #include <string>
@@ -30,12 +38,35 @@
 
 namespace {
 
-using Task = std::function<int()>;
+struct Range {
+  uint64_t from, to;
+};
 
-std::deque<Task> pending;
-uint64_t queued = 0, finished = 0;
-// Milliseconds that all work queued so far takes.
-double work_ms = 0;
+struct Task {
+  std::function<int()> run;
+  std::vector<Range> touches;
+};
+
+struct Stream {
+  int id;
+  std::deque<Task> pending;
+  uint64_t queued = 0, finished = 0;
+  // Milliseconds that all work queued so far takes.
+  double work_ms = 0;
+  // Up to which work of each stream what is queued now comes behind.
+  std::map<int, uint64_t> behind;
+};
+
+// Work of a stream but the first, and what it works on.
+struct Side {
+  Range range;
+  int stream;
+  uint64_t ticket;
+};
+
+std::vector<Stream*> streams;
+std::vector<Side> side_work;
+std::vector<std::pair<uint64_t, Range>> first_work;
 std::vector<Task>* recording = nullptr;
 int sticky = 0;
 std::map<uint64_t, size_t> memory;
@@ -73,24 +104,51 @@ int fails(const char* function) {
   return code;
 }
 
-int submit(Task task, double ms = 1) {
-  if (recording) {
-    recording->push_back(std::move(task));
-  } else {
-    pending.push_back(std::move(task));
-    queued += 1;
-    work_ms += ms;
-  }
-  return 0;
-}
-
-int run_until(uint64_t ticket) {
-  while (finished < ticket && sticky == 0) {
-    sticky = pending.front()();
-    pending.pop_front();
-    finished += 1;
+int run_until(Stream& stream, uint64_t ticket) {
+  while (stream.finished < ticket && sticky == 0) {
+    Task task = std::move(stream.pending.front());
+    stream.pending.pop_front();
+    sticky = task.run();
+    stream.finished += 1;
   }
   return sticky;
+}
+
+bool overlap(Range a, Range b) { return a.from < b.to && b.from < a.to; }
+
+// Whether work of `stream` that touches `range` may run at the same time as what another one does there.
+bool races(Stream& stream, Range range) {
+  if (stream.id > 1) {
+    for (const auto& [ticket, other] : first_work) {
+      if (ticket > stream.behind[1] && overlap(range, other)) return true;
+    }
+  }
+  for (const Side& other : side_work) {
+    if (other.stream != stream.id && other.ticket > stream.behind[other.stream] && overlap(range, other.range)) return true;
+  }
+  return false;
+}
+
+int submit(void* handle, Task task, double ms = 1) {
+  auto& stream = *static_cast<Stream*>(handle);
+  if (recording && stream.id == 1) {
+    recording->push_back(std::move(task));
+    return 0;
+  }
+  const uint64_t ticket = stream.queued + 1;
+  for (const Range& range : task.touches) {
+    if (number("FAKE_UNORDERED", 0) < 2 && races(stream, range)) {
+      log("race of stream %d", stream.id);
+      return 719;
+    }
+    // What is told of the first stream grows with a run, and is only asked for by others.
+    if (stream.id > 1) side_work.push_back({range, stream.id, ticket});
+    else if (streams.size() > 1) first_work.emplace_back(ticket, range);
+  }
+  stream.pending.push_back(std::move(task));
+  stream.queued = ticket;
+  stream.work_ms += ms;
+  return stream.id > 1 && number("FAKE_EARLY", 0) ? run_until(stream, ticket) : 0;
 }
 
 bool inside(uint64_t address, size_t bytes) {
@@ -102,13 +160,27 @@ bool inside(uint64_t address, size_t bytes) {
 
 struct Function {
   std::string name;
-  unsigned allowed;
+  unsigned allowed, parameters;
 };
 
 struct Event {
+  Stream* stream;
   uint64_t ticket;
   double at_ms;
+  std::map<int, uint64_t> behind;
 };
+
+// Forgets work that every stream is behind.
+void forget() {
+  if (streams.size() < 2) return;
+  const uint64_t first = streams[1]->behind[1], second = streams[0]->behind[2];
+  std::vector<std::pair<uint64_t, Range>> left;
+  for (const auto& one : first_work) if (one.first > first) left.push_back(one);
+  first_work.swap(left);
+  std::vector<Side> side;
+  for (const Side& one : side_work) if (one.ticket > second) side.push_back(one);
+  side_work.swap(side);
+}
 
 }  // namespace
 
@@ -180,13 +252,41 @@ API int cuCtxSetCurrent(void*) { return fails("cuCtxSetCurrent"); }
 
 API int cuStreamCreate(void** stream, unsigned flags) {
   CALL_WITH(cuStreamCreate, "%u", flags);
-  *stream = reinterpret_cast<void*>(0x20);
+  streams.push_back(new Stream{static_cast<int>(streams.size()) + 1, {}, 0, 0, 0, {}});
+  *stream = streams.back();
   return 0;
 }
 
-API int cuStreamSynchronize(void*) {
+API int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
+  CALL_WITH(cuStreamCreateWithPriority, "%u %d", flags, priority);
+  streams.push_back(new Stream{static_cast<int>(streams.size()) + 1, {}, 0, 0, 0, {}});
+  *stream = streams.back();
+  return 0;
+}
+
+API int cuStreamSynchronize(void* handle) {
   CALL(cuStreamSynchronize);
-  return recording ? 900 : run_until(queued);
+  auto& stream = *static_cast<Stream*>(handle);
+  return recording && stream.id == 1 ? 900 : run_until(stream, stream.queued);
+}
+
+API int cuStreamWaitEvent(void* handle, void* event, unsigned) {
+  auto& stream = *static_cast<Stream*>(handle);
+  const Event& e = *static_cast<Event*>(event);
+  CALL_WITH(cuStreamWaitEvent, "%d for %d", stream.id, e.stream->id);
+  if (recording) return 900;
+  if (number("FAKE_UNORDERED", 0)) return 0;
+  auto& seen = stream.behind[e.stream->id];
+  seen = std::max(seen, e.ticket);
+  for (const auto& [id, ticket] : e.behind) stream.behind[id] = std::max(stream.behind[id], ticket);
+  forget();
+  return submit(handle, {[=] { return run_until(*e.stream, e.ticket); }, {}}, 0);
+}
+
+// For libraries that queue work of their own on `bytes` bytes from `at` on.
+API int fake_submit(void* stream, int (*work)(void*), void* data, uint64_t at, size_t bytes) {
+  if (recording && static_cast<Stream*>(stream)->id == 1) return 900;
+  return submit(stream, {[=] { return work(data); }, {{at, at + bytes}}});
 }
 
 API int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
@@ -201,8 +301,13 @@ API int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   return 0;
 }
 
+bool is_busy() {
+  for (const Stream* stream : streams) if (stream->finished < stream->queued) return true;
+  return false;
+}
+
 API int cuMemFree_v2(uint64_t address) {
-  CALL_WITH(cuMemFree_v2, "%s", recording || finished < queued ? "early" : "");
+  CALL_WITH(cuMemFree_v2, "%s", recording || is_busy() ? "early" : "");
   auto found = memory.find(address);
   if (found == memory.end()) return 1;
   used -= found->second;
@@ -226,31 +331,32 @@ API int cuMemHostAlloc(void** start, size_t bytes, unsigned) {
 
 API int cuMemFreeHost(void* start) { CALL(cuMemFreeHost); std::free(start); return 0; }
 
-API int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) {
+API int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
   CALL_WITH(cuMemcpyHtoDAsync_v2, "%zu", bytes);
   if (recording || !inside(to, bytes)) return 1;
-  return submit([=] { return std::memcpy(reinterpret_cast<void*>(to), from, bytes), 0; });
+  return submit(stream, {[=] { return std::memcpy(reinterpret_cast<void*>(to), from, bytes), 0; }, {{to, to + bytes}}});
 }
 
-API int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) {
+API int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
   CALL_WITH(cuMemcpyDtoHAsync_v2, "%zu", bytes);
   if (recording || !inside(from, bytes)) return 1;
-  return submit([=] { return std::memcpy(to, reinterpret_cast<void*>(from), bytes), 0; });
+  return submit(stream, {[=] { return std::memcpy(to, reinterpret_cast<void*>(from), bytes), 0; }, {{from, from + bytes}}});
 }
 
-API int cuMemsetD8Async(uint64_t at, unsigned char byte, size_t bytes, void*) {
+API int cuMemsetD8Async(uint64_t at, unsigned char byte, size_t bytes, void* stream) {
   CALL_WITH(cuMemsetD8Async, "%zu", bytes);
   if (!inside(at, bytes)) return 1;
-  return submit([=] { return std::memset(reinterpret_cast<void*>(at), byte, bytes), 0; });
+  return submit(stream, {[=] { return std::memset(reinterpret_cast<void*>(at), byte, bytes), 0; }, {{at, at + bytes}}});
 }
 
-API int cuMemsetD2D8Async(uint64_t at, size_t pitch, unsigned char byte, size_t width, size_t height, void*) {
+API int cuMemsetD2D8Async(uint64_t at, size_t pitch, unsigned char byte, size_t width, size_t height, void* stream) {
   CALL_WITH(cuMemsetD2D8Async, "%zu x %zu", height, width);
   if (pitch < width || !inside(at, (height - 1) * pitch + width)) return 1;
-  return submit([=] {
+  const auto fill = [=] {
     for (size_t row = 0; row < height; ++row) std::memset(reinterpret_cast<void*>(at + row * pitch), byte, width);
     return 0;
-  });
+  };
+  return submit(stream, {fill, {{at, at + (height - 1) * pitch + width}}});
 }
 
 // The bytes of machine code, a file that ends with its table of sections; nothing of anything else.
@@ -281,12 +387,21 @@ API int cuModuleLoadDataEx(void** module, const void* image, unsigned count, int
   return 0;
 }
 
+// As FAKE_PARAMETERS says, a kernel and its number a line; 0 without.
+unsigned parameters_of(const std::string& name) {
+  const char* path = std::getenv("FAKE_PARAMETERS");
+  std::ifstream lines(path ? path : "");
+  std::string kernel;
+  for (unsigned count = 0; lines >> kernel >> count;) if (kernel == name) return count;
+  return 0;
+}
+
 API int cuModuleGetFunction(void** function, void* module, const char* name) {
   CALL_WITH(cuModuleGetFunction, "%s", name);
   const std::string& image = *static_cast<std::string*>(module);
   const std::string entry = std::string(".entry ") + name + "(", section = std::string(".text.") + name + '\0';
   if (image.find(entry) == std::string::npos && image.find(section) == std::string::npos) return 500;
-  *function = new Function{name, 0};
+  *function = new Function{name, 0, parameters_of(name)};
   return 0;
 }
 
@@ -308,8 +423,19 @@ API int cuFuncSetAttribute(void* function, int which, int value) {
   return 0;
 }
 
+// Where a kernel's pointers point.
+std::vector<Range> pointers(const Function& function, void** params) {
+  std::vector<Range> all;
+  for (unsigned i = 0; i < function.parameters; ++i) {
+    uint64_t value = 0;
+    std::memcpy(&value, params[i], 8);
+    if (inside(value, 1)) all.push_back({value, value + 1});
+  }
+  return all;
+}
+
 API int cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                       unsigned shared, void*, void** params, void**) {
+                       unsigned shared, void* stream, void** params, void**) {
   auto* function = static_cast<Function*>(handle);
   CALL_WITH(cuLaunchKernel, "%s %u %u %u, %u %u %u, %u", function->name.c_str(), gx, gy, gz, bx, by, bz, shared);
   if (gx * gy * gz == 0 || (shared > 49152 && shared > function->allowed)) return 1;
@@ -317,12 +443,13 @@ API int cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsi
   const std::string prefix = function->name + ":";
   if (late && prefix.compare(0, prefix.size(), late, prefix.size()) == 0) {
     const int code = std::atoi(late + prefix.size());
-    return submit([=] { return code; });
+    return submit(stream, {[=] { return code; }, {}});
   }
-  if (function->name != "conformance_reductions") return submit([] { return 0; });
+  const std::vector<Range> touched = pointers(*function, params);
+  if (function->name != "conformance_reductions") return submit(stream, {[] { return 0; }, touched});
   auto* out = *static_cast<float**>(params[0]);
   auto* in = *static_cast<float**>(params[1]);
-  return submit([=] { return *out = *in + 1, 0; });
+  return submit(stream, {[=] { return *out = *in + 1, 0; }, touched});
 }
 
 API int cuStreamBeginCapture_v2(void*, int mode) {
@@ -344,9 +471,11 @@ API int cuGraphInstantiateWithFlags(void** ready, void* graph, unsigned long lon
   return 0;
 }
 
-API int cuGraphLaunch(void* ready, void*) {
+API int cuGraphLaunch(void* ready, void* stream) {
   CALL(cuGraphLaunch);
-  for (const Task& task : *static_cast<std::vector<Task>*>(ready)) submit(task);
+  for (const Task& task : *static_cast<std::vector<Task>*>(ready)) {
+    if (int code = submit(stream, task)) return code;
+  }
   return 0;
 }
 
@@ -354,18 +483,19 @@ API int cuGraphDestroy(void* graph) { CALL(cuGraphDestroy); delete static_cast<s
 
 API int cuGraphExecDestroy(void* ready) { CALL(cuGraphExecDestroy); delete static_cast<std::vector<Task>*>(ready); return 0; }
 
-API int cuEventCreate(void** event, unsigned) { CALL(cuEventCreate); *event = new Event{0, 0}; return 0; }
+API int cuEventCreate(void** event, unsigned) { CALL(cuEventCreate); *event = new Event{streams[0], 0, 0, {}}; return 0; }
 
-API int cuEventRecord(void* event, void*) {
+API int cuEventRecord(void* event, void* handle) {
   CALL(cuEventRecord);
-  *static_cast<Event*>(event) = {queued, work_ms};
+  auto& stream = *static_cast<Stream*>(handle);
+  *static_cast<Event*>(event) = {&stream, stream.queued, stream.work_ms, stream.behind};
   return 0;
 }
 
 API int cuEventSynchronize(void* event) {
   CALL(cuEventSynchronize);
   std::this_thread::sleep_for(std::chrono::milliseconds(number("FAKE_SLOW", 0)));
-  return run_until(static_cast<Event*>(event)->ticket);
+  return run_until(*static_cast<Event*>(event)->stream, static_cast<Event*>(event)->ticket);
 }
 
 API int cuEventElapsedTime(float* milliseconds, void* start, void* end) {
@@ -514,7 +644,7 @@ API int cublasLtMatmulAlgoCheck(void*, void*, void*, void*, void*, void*, const 
 
 API int cublasLtMatmul(void*, void* description, const float* alpha, uint64_t a, void* la, uint64_t b, void* lb,
                        const float* beta, uint64_t c, void* lc, uint64_t d, void* ld, const uint64_t* algorithm,
-                       uint64_t workspace, size_t workspace_bytes, void*) {
+                       uint64_t workspace, size_t workspace_bytes, void* stream) {
   const Description what = *static_cast<Description*>(description);
   const Layout A = *static_cast<Layout*>(la), B = *static_cast<Layout*>(lb), D = *static_cast<Layout*>(ld);
   const uint64_t inner = what.transposed[0] ? A.rows : A.columns;
@@ -531,7 +661,7 @@ API int cublasLtMatmul(void*, void* description, const float* alpha, uint64_t a,
     return 13;
   }
   const float factor = *alpha, keep = *beta;
-  return submit([=] {
+  const auto multiply = [=] {
     for (uint64_t j = 0; j < D.columns; ++j) {
       for (uint64_t i = 0; i < D.rows; ++i) {
         double sum = 0;
@@ -548,5 +678,6 @@ API int cublasLtMatmul(void*, void* description, const float* alpha, uint64_t a,
       }
     }
     return 0;
-  }, ms);
+  };
+  return submit(stream, {multiply, {{a, a + A.bytes()}, {b, b + B.bytes()}, {d, d + D.bytes()}}}, ms);
 }

@@ -1,10 +1,10 @@
 // An NCCL without a GPU, for tests of ranks on the fake driver, whose device memory is host memory.
 //
 // Ranks meet in a folder, whose path is their id. Each operation of a rank is a file of its bytes; sums are taken in the order of the
-// ranks. Work that was queued before is done first, as on a stream.
+// ranks. Operations are queued on their stream and done when the fake driver does its work.
 //
 //   FAKE_LOG    file to which every call is appended
-//   FAKE_FAIL   function:code
+//   FAKE_FAIL   function:code[:calls that still succeed]
 //   FAKE_RANKS  where the folder is made
 
 #include <dlfcn.h>
@@ -15,6 +15,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <string>
 #include <thread>
 #include <vector>
@@ -40,23 +42,31 @@ void log(const std::string& line) {
 
 int fails(const std::string& function) {
   log(function);
+  static std::map<std::string, uint64_t> calls;
   const char* text = std::getenv("FAKE_FAIL");
   if (!text || std::strncmp(text, (function + ":").c_str(), function.size() + 1) != 0) return 0;
-  return std::atoi(text + function.size() + 1);
+  char* rest = nullptr;
+  const int code = static_cast<int>(std::strtol(text + function.size() + 1, &rest, 10));
+  const uint64_t succeed = *rest == ':' ? std::strtoull(rest + 1, nullptr, 10) : 0;
+  return calls[function]++ < succeed ? 0 : code;
 }
 
-bool wait_for_stream(void* stream) {
+// Work on `bytes` bytes from `at` on, when its turn on the stream comes.
+int queue(void* stream, std::function<int()> work, const void* at, size_t bytes) {
+  using Submit = int (*)(void*, int (*)(void*), void*, uint64_t, size_t);
   void* driver = dlopen("libcuda.so.1", RTLD_LAZY);
-  auto wait = driver ? reinterpret_cast<int (*)(void*)>(dlsym(driver, "cuStreamSynchronize")) : nullptr;
-  return wait && wait(stream) == 0;
+  auto submit = driver ? reinterpret_cast<Submit>(dlsym(driver, "fake_submit")) : nullptr;
+  if (!submit) return 1;
+  auto run = [](void* data) { return (*static_cast<std::function<int()>*>(data))(); };
+  return submit(stream, run, new std::function<int()>(std::move(work)), reinterpret_cast<uint64_t>(at), bytes) == 0 ? 0 : 1;
 }
 
 std::string name(const Comm& comm, int operation, int rank) {
   return comm.folder + "/" + std::to_string(operation) + "." + std::to_string(rank);
 }
 
-void put(const Comm& comm, const void* from, size_t bytes) {
-  const std::string path = name(comm, comm.count, comm.rank);
+void put(const Comm& comm, int operation, const void* from, size_t bytes) {
+  const std::string path = name(comm, operation, comm.rank);
   std::FILE* file = std::fopen((path + ".part").c_str(), "w");
   std::fwrite(from, 1, bytes, file);
   std::fclose(file);
@@ -64,9 +74,9 @@ void put(const Comm& comm, const void* from, size_t bytes) {
 }
 
 // The bytes of a rank; empty when it does not come.
-std::vector<char> take(const Comm& comm, int rank, size_t bytes) {
+std::vector<char> take(const Comm& comm, int operation, int rank, size_t bytes) {
   for (int i = 0; i < 2000; ++i) {
-    if (std::FILE* file = std::fopen(name(comm, comm.count, rank).c_str(), "r")) {
+    if (std::FILE* file = std::fopen(name(comm, operation, rank).c_str(), "r")) {
       std::vector<char> all(bytes);
       const size_t got = std::fread(all.data(), 1, bytes, file);
       std::fclose(file);
@@ -90,21 +100,20 @@ void add(std::vector<char>& sum, const std::vector<char>& more) {
   }
 }
 
-// The sum over ranks of `count` elements, from element `first` on.
-int reduce(const void* from, void* to, size_t count, size_t first, size_t kept, int type, Comm& comm) {
+// The sum over ranks of `count` elements, of which `kept` from element `first` on are written.
+int reduce(const void* from, void* to, size_t count, size_t first, size_t kept, int type, const Comm& comm, int operation) {
   const size_t bytes = count * size_of(type);
-  put(comm, from, bytes);
+  put(comm, operation, from, bytes);
   std::vector<char> sum;
   for (int rank = 0; rank < comm.size; ++rank) {
-    const std::vector<char> one = take(comm, rank, bytes);
-    if (one.empty()) return 6;
+    const std::vector<char> one = take(comm, operation, rank, bytes);
+    if (one.empty()) return 719;
     if (rank == 0) sum = one;
     else if (type == 7) add<float>(sum, one);
     else if (type == 8) add<double>(sum, one);
-    else return 4;
+    else return 719;
   }
   std::memcpy(to, &sum[first * size_of(type)], kept * size_of(type));
-  ++comm.count;
   return 0;
 }
 
@@ -132,38 +141,47 @@ API int ncclCommInitRank(void** comm, int size, Id id, int rank) {
 
 API int ncclAllReduce(const void* from, void* to, size_t n, int type, int, void* comm, void* stream) {
   CALL(ncclAllReduce);
-  return wait_for_stream(stream) ? reduce(from, to, n, 0, n, type, *static_cast<Comm*>(comm)) : 1;
+  Comm& c = *static_cast<Comm*>(comm);
+  const int operation = c.count++;
+  return queue(stream, [=, &c] { return reduce(from, to, n, 0, n, type, c, operation); }, from, n * size_of(type));
 }
 
 API int ncclReduceScatter(const void* from, void* to, size_t part, int type, int, void* comm, void* stream) {
   CALL(ncclReduceScatter);
   Comm& c = *static_cast<Comm*>(comm);
-  return wait_for_stream(stream) ? reduce(from, to, part * c.size, part * c.rank, part, type, c) : 1;
+  const int operation = c.count++;
+  const size_t n = part * c.size;
+  return queue(stream, [=, &c] { return reduce(from, to, n, part * c.rank, part, type, c, operation); }, from, n * size_of(type));
 }
 
 API int ncclAllGather(const void* from, void* to, size_t part, int type, void* comm, void* stream) {
   CALL(ncclAllGather);
   Comm& c = *static_cast<Comm*>(comm);
-  if (!wait_for_stream(stream)) return 1;
+  const int operation = c.count++;
   const size_t bytes = part * size_of(type);
-  put(c, from, bytes);
-  for (int rank = 0; rank < c.size; ++rank) {
-    const std::vector<char> one = take(c, rank, bytes);
-    if (one.empty()) return 6;
-    std::memcpy(static_cast<char*>(to) + rank * bytes, one.data(), bytes);
-  }
-  ++c.count;
-  return 0;
+  const auto gather = [=, &c] {
+    put(c, operation, from, bytes);
+    for (int rank = 0; rank < c.size; ++rank) {
+      const std::vector<char> one = take(c, operation, rank, bytes);
+      if (one.empty()) return 719;
+      std::memcpy(static_cast<char*>(to) + rank * bytes, one.data(), bytes);
+    }
+    return 0;
+  };
+  return queue(stream, gather, to, bytes * c.size);
 }
 
 API int ncclBroadcast(const void* from, void* to, size_t n, int type, int root, void* comm, void* stream) {
   CALL(ncclBroadcast);
   Comm& c = *static_cast<Comm*>(comm);
-  if (!wait_for_stream(stream)) return 1;
-  if (c.rank == root) put(c, from, n * size_of(type));
-  const std::vector<char> one = take(c, root, n * size_of(type));
-  if (one.empty()) return 6;
-  std::memcpy(to, one.data(), one.size());
-  ++c.count;
-  return 0;
+  const int operation = c.count++;
+  const size_t bytes = n * size_of(type);
+  const auto copy = [=, &c] {
+    if (c.rank == root) put(c, operation, from, bytes);
+    const std::vector<char> one = take(c, operation, root, bytes);
+    if (one.empty()) return 719;
+    std::memcpy(to, one.data(), one.size());
+    return 0;
+  };
+  return queue(stream, copy, from, bytes);
 }

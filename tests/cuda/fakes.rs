@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-use retromae_engine::device::kernels::NVCC_MISSING;
+use retromae_engine::device::kernels::{KERNELS, NVCC_MISSING};
 use tempfile::TempDir;
 
 /// Names the scenario to a child.
@@ -38,6 +38,9 @@ const CUBLASLT: [&str; 5] =
     ["libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so.11", "libcublasLt.so.10"];
 
 const NCCL: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
+
+/// Says how many parameters kernels have.
+const PARAMETERS: &str = "parameters";
 
 fn tmp() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
@@ -86,6 +89,8 @@ fn lay_out(libraries: Libraries) -> TempDir {
     put(&DRIVER, driver);
     put(&CUBLASLT, cublaslt);
     put(&NCCL, (libraries == Libraries::All).then_some(nccl));
+    let parameters = KERNELS.iter().map(|kernel| format!("{} {}\n", kernel.name, kernel.param_sizes.len()));
+    std::fs::write(folder.path().join(PARAMETERS), parameters.collect::<String>()).expect("a file of parameters");
     folder
 }
 
@@ -107,6 +112,7 @@ fn run(mut command: Command, libraries: Libraries, variables: &[(&str, &str)], l
     // What is remembered of one child is nothing to the next, unless a test says so.
     let cache = tempfile::tempdir().expect("a folder for what is remembered");
     command.env_remove("RETROMAE_TUNE_PRODUCTS").env("RETROMAE_CACHE", cache.path());
+    command.env("FAKE_PARAMETERS", folder.path().join(PARAMETERS));
     command.env("PATH", "").env("HOME", "/nonexistent").env("LD_LIBRARY_PATH", folder.path()).env("FAKE_LOG", log);
     command.envs(variables.iter().copied()).output().expect("the child runs")
 }

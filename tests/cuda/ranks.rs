@@ -10,9 +10,10 @@ use retromae_engine::train::collective::tcp::Tcp;
 use retromae_engine::train::collective::{Team, launch, nccl};
 
 use crate::fakes::{Libraries, Said, child, doctor};
+use crate::shared_steps;
 
 /// What a child does as a rank.
-pub fn scenario(device: Device) -> Result<String> {
+pub fn scenario(name: &str, device: Device) -> Result<String> {
     let place = launch::detect(&|name| std::env::var(name).ok())?.expect("a rank");
     let patience = Patience { rendezvous: Duration::from_secs(20), silence: Duration::from_secs(5) };
     let links = meet(&place, "test", patience)?;
@@ -21,7 +22,11 @@ pub fn scenario(device: Device) -> Result<String> {
         std::process::exit(0);
     });
     let tcp = Arc::new(Tcp::new(links));
-    let done = together(&tcp, device);
+    let done = match name {
+        "ranks" => together(&tcp, device),
+        "beside" => shared_steps::beside(&tcp, device),
+        _ => shared_steps::steps(&tcp, device, name == "too early"),
+    };
     tcp.links().leave(done.as_ref().err());
     done
 }
@@ -48,6 +53,16 @@ fn together(tcp: &Arc<Tcp>, device: Device) -> Result<String> {
 
 /// Both ranks; none in a build without kernels for a GPU.
 fn both(libraries: [Libraries; 2], failing: [&str; 2]) -> Option<[Said; 2]> {
+    both_of("ranks", libraries, failing, &[])
+}
+
+/// The same in another scenario, on fakes that are told more.
+pub fn both_of(
+    scenario: &str,
+    libraries: [Libraries; 2],
+    failing: [&str; 2],
+    more: &[(&str, &str)],
+) -> Option<[Said; 2]> {
     let port = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
     let port = port.expect("a free port").port().to_string();
     let folder = tempfile::tempdir().expect("a folder for the ranks");
@@ -62,7 +77,8 @@ fn both(libraries: [Libraries; 2], failing: [&str; 2]) -> Option<[Said; 2]> {
             ("FAKE_RANKS", meeting),
         ]);
         variables.extend((!failing[rank].is_empty()).then_some(("FAKE_FAIL", failing[rank])));
-        child("ranks", libraries[rank], &variables)
+        variables.extend(more);
+        child(scenario, libraries[rank], &variables)
     };
     std::thread::scope(|scope| {
         let first = scope.spawn(|| rank(0));

@@ -53,7 +53,7 @@ fn on(name: &str, device: Device) -> Result<String> {
         }
         "results" => return results(device, gpu),
         "records" => return records(device),
-        "ranks" => return crate::ranks::scenario(device),
+        "ranks" | "beside" | "steps" | "too early" => return crate::ranks::scenario(name, device),
         "memory" => drop(gpu.memory(3 << 30, 0)),
         "launch" => reductions(device, gpu, Shape::linear(1, 32)),
         "shared" => reductions(device, gpu, Shape::linear(1, 32).shared(200_000)),
@@ -106,7 +106,7 @@ fn results(device: Device, gpu: &'static Gpu) -> Result<String> {
 }
 
 /// Leaves a mark among the calls.
-fn mark(text: &str) {
+pub fn mark(text: &str) {
     let path = std::env::var_os("FAKE_LOG").expect("children have a log");
     let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
     writeln!(file.expect("the log can be written"), "-- {text}").expect("the log can be written");

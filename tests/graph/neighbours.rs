@@ -22,7 +22,7 @@ fn encode(head_size: usize, first: u64, lengths: &[usize]) -> Vec<Vec<u32>> {
     fill(&params);
     let mut inputs = Inputs::new(Device::Cpu, capacity, config.vocab_size, 2, true);
     inputs.set(&batch(first, lengths, NO_LABELS));
-    let p = Pass { device: Device::Cpu, params: &params, buffers: &buffers, dropout: StepDropout::OFF };
+    let p = Pass { device: Device::Cpu, params: &params, buffers: &buffers, dropout: StepDropout::OFF, complete: None };
     encoder.forward(&p, &inputs.tokens, &inputs.needed);
     let rows = p.b(encoder.output()).to_vec::<f32>();
     rows.chunks(config.hidden_size).take(lengths.len()).map(|r| r.iter().map(|x| x.to_bits()).collect()).collect()

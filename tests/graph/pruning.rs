@@ -54,7 +54,13 @@ impl Full {
         inputs.set(&all);
         assert_eq!(inputs.needed.count.count, batch.tokens());
         let decoder_inputs = inputs.decoder.as_ref().unwrap();
-        let p = Pass { device: Device::Cpu, params: &self.params, buffers: &self.buffers, dropout: dropout() };
+        let p = Pass {
+            device: Device::Cpu,
+            params: &self.params,
+            buffers: &self.buffers,
+            dropout: dropout(),
+            complete: None,
+        };
         let (c, g) = (64, self.encoder.gradients);
         let labels = batch.encoder_label_ids.len();
         let zeros = |rows: usize| Tensor::zeros(DType::F64, rows * c);

@@ -17,7 +17,7 @@ const FIRST_SYMBOLS: [&str; 2] = ["cuDriverGetVersion", "cuGetErrorString"];
 
 /// Every other driver function in use. cudarc looks a function up when it is first called and panics when it is missing, so they are
 /// looked for beforehand. All exist in a driver of CUDA 12.0; a test compares the list with the calls.
-const SYMBOLS: [&str; 36] = [
+const SYMBOLS: [&str; 38] = [
     "cuInit",
     "cuDeviceGetCount",
     "cuDeviceGet",
@@ -27,6 +27,8 @@ const SYMBOLS: [&str; 36] = [
     "cuDevicePrimaryCtxRetain",
     "cuCtxSetCurrent",
     "cuStreamCreate",
+    "cuStreamCreateWithPriority",
+    "cuStreamWaitEvent",
     "cuStreamSynchronize",
     "cuStreamBeginCapture_v2",
     "cuStreamEndCapture",

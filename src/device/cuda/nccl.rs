@@ -1,4 +1,8 @@
-//! NCCL: GPUs of several processes that work together, on the queue of each.
+//! NCCL: GPUs of several processes that work together, on the queue of each, or on a branch of it: sums of gradients run beside the
+//! backward pass that still computes others.
+//!
+//! Never inside a capture: whether an operation of NCCL is captured must be the same at all ranks (its manual, "Using NCCL with CUDA
+//! Graphs"), and a rank replays a record where another, with a batch of other sizes, still queues piece by piece.
 //!
 //! Its functions are looked up here and not by cudarc, which asks for names of the library that no installation has (`libnccl.so.13`; it
 //! is `libnccl.so.2` everywhere) and reads results as an enumeration, which newer versions extend.
@@ -9,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 use libloading::Library;
 
 use super::library;
-use super::queue::{Handle, Queue};
+use super::queue::{Branch, Handle, Queue};
 use crate::device::DType;
 use crate::device::ring::{Side, Together};
 use crate::error::{Error, Result};
@@ -125,6 +129,7 @@ pub struct Ranks {
     nccl: &'static Nccl,
     comm: Handle<Comm>,
     queue: Arc<Queue>,
+    branch: Branch,
     rank: usize,
     size: usize,
 }
@@ -139,10 +144,11 @@ impl Ranks {
             (c_int::try_from(rank).map_err(|_| wrong())?, c_int::try_from(size).map_err(|_| wrong())?);
         let id = UniqueId { internal: bytes.map(|b| c_char::from_ne_bytes([b])) };
         let mut comm: Comm = std::ptr::null_mut();
+        let branch = Branch::new(queue)?;
         queue.enter()?;
         // SAFETY: the context of the GPU is current; writes the handle.
         nccl.check(unsafe { (nccl.init)(&raw mut comm, count, id, number) }, "connecting the GPUs of all ranks")?;
-        Ok(Ranks { nccl, comm: Handle(comm), queue: queue.clone(), rank, size })
+        Ok(Ranks { nccl, comm: Handle(comm), queue: queue.clone(), branch, rank, size })
     }
 }
 
@@ -178,6 +184,23 @@ impl Side for Ranks {
         let name = what.name();
         n.check(code, name)?;
         self.queue.queued(&name)
+    }
+
+    // SAFETY: what callers owe is written at the trait.
+    unsafe fn begin_sum(&self, at: u64, elements: usize, dtype: DType) -> Result<()> {
+        let (kind, name, all) = (kind(dtype)?, Together::AllReduce.name(), at as *mut c_void);
+        if self.queue.is_recording() {
+            return Err(Error::device(format!("{name} while a capture is open")).remedy("report this as a defect"));
+        }
+        let stream = self.branch.fork()?.cast();
+        // SAFETY: the stream and the ranks are alive, and the range is the caller's promise.
+        let code = unsafe { (self.nccl.all_reduce)(all, all, elements, kind, SUM, self.comm.0, stream) };
+        self.nccl.check(code, name)?;
+        self.branch.queued(&name)
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.branch.join()
     }
 }
 

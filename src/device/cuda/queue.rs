@@ -1,6 +1,8 @@
-//! The one queue of work: a context made current on whichever thread calls, a stream, and events on it.
+//! The one queue of work: a context made current on whichever thread calls, a stream, and events on it; and a branch of the queue, a
+//! second stream for work that runs beside it.
 
 use std::any::Any;
+use std::ffi::c_int;
 use std::fmt::Display;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -105,6 +107,55 @@ impl Queue {
     }
 }
 
+/// A second stream that forks from the queue and joins it again, as often as one likes.
+pub struct Branch {
+    stream: Handle<CUstream>,
+    /// Recorded on the queue where the branch forks from it, and on the branch where it joins it.
+    forked: Moment,
+    joined: Moment,
+    queue: Arc<Queue>,
+}
+
+/// The driver takes the highest priority it has for any that is higher. Work of a branch is short and awaited by other machines, and
+/// so comes first where a multiprocessor is free.
+const FIRST: c_int = -5;
+
+impl Branch {
+    /// Nothing on it yet.
+    pub fn new(queue: &Arc<Queue>) -> Result<Branch> {
+        queue.enter()?;
+        let (mut stream, flags) = (std::ptr::null_mut(), sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32);
+        // SAFETY: the context is current; writes the handle. It lives as long as the process.
+        let code = unsafe { sys::cuStreamCreateWithPriority(&raw mut stream, flags, FIRST) };
+        check(code, &"opening a second queue of the GPU")?;
+        Ok(Branch { stream: Handle(stream), forked: queue.event()?, joined: queue.event()?, queue: queue.clone() })
+    }
+
+    /// The stream, behind all that was queued so far.
+    pub fn fork(&self) -> Result<CUstream> {
+        self.forked.record()?;
+        self.forked.before(self.stream.0)?;
+        Ok(self.stream.0)
+    }
+
+    /// Puts what is queued from now on behind all that is on the branch.
+    pub fn join(&self) -> Result<()> {
+        let stream = self.queue.enter()?;
+        self.joined.record_on(self.stream.0)?;
+        self.joined.before(stream)
+    }
+
+    /// Waits for `what`, just put on the branch, if all work is waited for.
+    pub fn queued(&self, what: &dyn Display) -> Result<()> {
+        if self.queue.synchronous {
+            self.queue.enter()?;
+            // SAFETY: our stream.
+            check(unsafe { sys::cuStreamSynchronize(self.stream.0) }, what)?;
+        }
+        Ok(())
+    }
+}
+
 /// Zeroed device memory for a moment.
 pub struct Room {
     address: CUdeviceptr,
@@ -153,8 +204,19 @@ impl Moment {
     /// Marks this point of the queue.
     pub fn record(&self) -> Result<()> {
         let stream = self.queue.enter()?;
+        self.record_on(stream)
+    }
+
+    /// Marks this point of a stream.
+    fn record_on(&self, stream: CUstream) -> Result<()> {
         // SAFETY: both handles are alive and of one context.
         check(unsafe { sys::cuEventRecord(self.event.0, stream) }, &"marking a point of the queue")
+    }
+
+    /// Puts what is queued on `stream` from now on behind the marked point.
+    fn before(&self, stream: CUstream) -> Result<()> {
+        // SAFETY: both handles are alive and of one context; 0 is the only flag there is.
+        check(unsafe { sys::cuStreamWaitEvent(stream, self.event.0, 0) }, &"ordering two queues")
     }
 
     /// Waits until the queue has come to the marked point; `what` is what failed if that fails.

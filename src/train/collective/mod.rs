@@ -74,6 +74,28 @@ pub trait Collective: Send + Sync {
     /// As [`Collective::exchange`].
     fn all_reduce(&self, all: &Tensor) -> Result<()>;
 
+    /// Whether sums that were begun go on beside what the rank computes, so that it is worth beginning them early.
+    fn overlaps(&self) -> bool {
+        false
+    }
+
+    /// Begins [`Collective::all_reduce`] behind the work queued so far. Until [`Collective::finish`] `all` is left alone, and no other
+    /// method is called.
+    ///
+    /// # Errors
+    /// As [`Collective::exchange`].
+    fn begin_all_reduce(&self, all: &Tensor) -> Result<()> {
+        self.all_reduce(all)
+    }
+
+    /// What is computed from now on comes behind all sums that were begun.
+    ///
+    /// # Errors
+    /// As [`Collective::exchange`].
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// `all` is one part a rank, in their order; each rank's own part comes to all.
     ///
     /// # Errors
@@ -174,12 +196,13 @@ impl Team {
         Ok(std::array::from_fn(|i| number::<u64>(&totals, i) as usize))
     }
 
-    /// Sums over all ranks, in their order, and the ranks whose own numbers are not all finite.
+    /// Sums over all ranks of `own`, in their order, and the ranks whose own numbers, or `norm`, are not all finite.
     ///
     /// # Errors
     /// The failure of a rank.
-    pub fn sums<const N: usize>(&self, own: [f64; N]) -> Result<([f64; N], Vec<usize>)> {
-        let finite = |one: &[u8]| (0..N).all(|i| number::<f64>(one, i).is_finite());
+    pub fn sums<const N: usize>(&self, own: [f64; N], norm: f64) -> Result<([f64; N], Vec<usize>)> {
+        let own: Vec<f64> = own.into_iter().chain([norm]).collect();
+        let finite = |one: &[u8]| (0..=N).all(|i| number::<f64>(one, i).is_finite());
         let join = |all: Vec<Vec<u8>>| {
             let sums: [f64; N] = std::array::from_fn(|i| all.iter().map(|one| number::<f64>(one, i)).sum());
             let bad = all.iter().enumerate().filter(|(_, one)| !finite(one)).map(|(rank, _)| rank as u64);
@@ -214,8 +237,9 @@ mod tests {
         let team = Team::default();
         assert!(!team.is_shared());
         assert_eq!(team.totals([3, 4])?, [3, 4]);
-        assert_eq!(team.sums([0.5, -1.0])?, ([0.5, -1.0], vec![]));
-        assert_eq!(team.sums([0.5, f64::NAN])?.1, [0]);
+        assert_eq!(team.sums([0.5, -1.0], 2.0)?, ([0.5, -1.0], vec![]));
+        assert_eq!(team.sums([0.5, f64::NAN], 2.0)?.1, [0]);
+        assert_eq!(team.sums([0.5, -1.0], f64::INFINITY)?, ([0.5, -1.0], vec![0]));
         assert_eq!(team.tell(b"x")?, b"x");
         team.barrier()
     }

@@ -69,6 +69,18 @@ impl Collective for Nccl {
         self.run(Together::AllReduce, all)
     }
 
+    fn overlaps(&self) -> bool {
+        true
+    }
+
+    fn begin_all_reduce(&self, all: &Tensor) -> Result<()> {
+        if all.device().is_gpu() { self.ring.begin_sum(all) } else { self.host.all_reduce(all) }
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.ring.finish()
+    }
+
     fn all_gather(&self, all: &Tensor) -> Result<()> {
         self.run(Together::AllGather, all)
     }
