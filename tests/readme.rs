@@ -17,7 +17,7 @@ use crate::text::{Block, blocks, code_words, commands, readme};
 const BINARY: &str = env!("CARGO_BIN_EXE_retromae-engine");
 
 /// Commands that are not run here, by their beginning, and why.
-const LEFT_OUT: [(&str, &str); 4] = [
+const LEFT_OUT: [(&str, &str); 7] = [
     ("cargo run --release -- demo", "builds the program; .ci/run does so, and tests/cli_demo.rs runs a short demo"),
     ("cargo test --release", "is what runs this"),
     (
@@ -25,6 +25,9 @@ const LEFT_OUT: [(&str, &str); 4] = [
         "wants eight GPUs; tests/collective runs ranks of this machine, tests/cuda GPUs that are fakes",
     ),
     ("torchrun", "wants PyTorch on two machines; tests/collective starts ranks by the same variables"),
+    ("apt-get install", "changes the machine"),
+    ("cargo build --release --features mpi", "builds the program; .ci/run does so where MPI is"),
+    ("mpirun", "wants a build with MPI and more machines; tests/collective runs mpirun on this one"),
 ];
 
 /// What makes a command short: flags behind those that begin so.
@@ -224,8 +227,10 @@ fn python(home: &Home, readme: &str) {
 }
 
 /// Flags of other programs that the README names.
-const OF_OTHERS: [(&str, &str); 6] = [
+const OF_OTHERS: [(&str, &str); 8] = [
     ("--release", "cargo"),
+    ("--features", "cargo"),
+    ("--hostfile", "mpirun"),
     ("--path", "cargo install"),
     ("--nnodes", "torchrun"),
     ("--nproc-per-node", "torchrun"),

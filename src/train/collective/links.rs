@@ -60,6 +60,8 @@ struct Peer {
     heard: AtomicU64,
     /// The other side has finished.
     gone: AtomicBool,
+    /// The other side was told of the failure.
+    told: AtomicBool,
     beater: OnceLock<Thread>,
 }
 
@@ -112,9 +114,7 @@ impl Shared {
         for peer in self.peers().iter().filter(culprit) {
             let _ = peer.stream.shutdown(Shutdown::Both);
         }
-        for peer in self.peers().iter().filter(|peer| !culprit(peer)) {
-            peer.tell(&failure);
-        }
+        self.pass_on(&failure);
         let shared = self.clone();
         // If no thread can be started the main thread still sees the failure when it next waits for a rank.
         let _ = std::thread::Builder::new().name("failure".into()).spawn(move || {
@@ -128,18 +128,25 @@ impl Shared {
         });
     }
 
+    /// Tells a failure to all but the rank that failed.
+    fn pass_on(&self, failure: &Failure) {
+        self.peers().iter().filter(|peer| peer.rank != failure.rank).for_each(|peer| peer.tell(failure));
+    }
+
     fn check(&self) -> Result<()> {
         self.failure.get().map_or(Ok(()), |failure| Err(failure.to_error()))
     }
 }
 
 impl Peer {
-    /// Tells a failure, unless the connection is stuck.
+    /// Tells a failure once, unless the connection is stuck.
     fn tell(&self, failure: &Failure) {
         for _ in 0..10 {
             if let Ok(mut writer) = self.writer.try_lock() {
-                // One that cannot be told notices the closed connection.
-                let _ = wire::write_json(&mut *writer, Tag::Failed, failure);
+                if !self.told.swap(true, Ordering::Relaxed) {
+                    // One that cannot be told notices the closed connection.
+                    let _ = wire::write_json(&mut *writer, Tag::Failed, failure);
+                }
                 return;
             }
             std::thread::sleep(POLL);
@@ -288,6 +295,7 @@ impl Links {
                 inbox: Mutex::new(receive),
                 heard: AtomicU64::new(0),
                 gone: AtomicBool::new(false),
+                told: AtomicBool::new(false),
                 beater: OnceLock::new(),
             }));
         }
@@ -423,7 +431,7 @@ impl Links {
                 (None, None) => {
                     let _ = wire::write(&mut *locked(&peer.writer), Tag::Bye, &[]);
                 }
-                // The failure of another rank, which has been passed on.
+                // The failure of another rank, which closing passes on.
                 (None, Some(_)) => {}
             }
         }
@@ -432,6 +440,10 @@ impl Links {
 
     fn close(&self) {
         self.shared.leaving.store(true, Ordering::Relaxed);
+        // The thread that found a failure may not have come to pass it on when the main thread already leaves.
+        if let Some(failure) = self.shared.failure.get() {
+            self.shared.pass_on(failure);
+        }
         for peer in self.shared.peers() {
             // What was written is still delivered; the other side's last words are of no more use.
             let _ = peer.stream.shutdown(Shutdown::Write);
