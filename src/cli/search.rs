@@ -6,11 +6,13 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use super::progress::Rows as Progress;
+use super::train::ranks::{Flags, Member, Part};
 use super::{Global, grouped, say};
 use crate::data::pairs::runs::RunFormat;
 use crate::device::{DType, Device};
 use crate::error::{Error, Result};
 use crate::ops::topk::Shape;
+use crate::retrieve::merged::{self, Ranks};
 use crate::retrieve::representation::Representation;
 use crate::retrieve::search::{Rows, Written, on_cpu, write_run};
 use crate::train::settings;
@@ -21,7 +23,8 @@ use crate::train::target::Target;
 /// Inner products of all queries with all passages, in f32; of embeddings that are dense and lexical, the sum of both products. The order
 /// of equal scores is that of the corpus. In TREC's form the second of two equal scores is written as the next smaller number, so that
 /// trec_eval sees the same order. On a GPU embeddings stored as f16 are multiplied as they are, by tensor cores, others in f32; --precision
-/// fp16 rounds those to f16. Lexical embeddings are searched on the CPU.
+/// fp16 rounds those to f16. Lexical embeddings are searched on the CPU. Several ranks each search every Nth folder of the corpus, which
+/// need not be there on the others, and rank 0 writes the run: that of a search over the whole.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Folders of the queries' embeddings
@@ -48,6 +51,8 @@ pub struct Arguments {
     /// What is multiplied: auto is fp16 on a GPU where all embeddings are stored as f16, else fp32; sums are fp32
     #[arg(long, value_enum, default_value = "auto")]
     precision: Precision,
+    #[command(flatten)]
+    ranks: Flags,
 }
 
 /// What embeddings are multiplied as.
@@ -111,8 +116,29 @@ pub fn searching(
 }
 
 /// Runs the subcommand.
-pub fn run(args: Arguments, global: &Global) -> Result<()> {
-    let (queries, corpus) = (Rows::open(&args.queries)?, Rows::open(&args.corpus)?);
+pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
+    if args.ranks.gpus.is_some() && args.device == "auto" {
+        args.device = "cuda".into();
+    }
+    let member = match args.ranks.part()? {
+        Part::Launcher(n) => {
+            merged::enough(args.corpus.len(), n)?;
+            return args.ranks.launch(n, global.threads());
+        }
+        Part::Rank(place) => args.ranks.meet(&place)?,
+        Part::Alone => Member::default(),
+    };
+    let result = searched(&args, global, &member);
+    member.leave(result)
+}
+
+fn searched(args: &Arguments, global: &Global, member: &Member) -> Result<()> {
+    let (share, team) = (member.share(), member.team());
+    let exchange = |own: &[u8]| team.exchange(own);
+    let ranks = Ranks { rank: share.rank as usize, size: share.ranks as usize, exchange: &exchange };
+    let numbers = ranks.own(args.corpus.len())?;
+    let own: Vec<PathBuf> = numbers.iter().map(|&i| args.corpus[i].clone()).collect();
+    let (queries, corpus) = (Rows::open(&args.queries)?, Rows::open(&own)?);
     for (rows, side) in [(&queries, "query"), (&corpus, "passage")] {
         for folder in rows.folders().iter().filter(|folder| folder.meta().spec.side != side) {
             let kind = &folder.meta().spec.side;
@@ -136,12 +162,18 @@ pub fn run(args: Arguments, global: &Global) -> Result<()> {
         _ => DType::F32,
     };
     let total = queries.len();
-    let progress = Progress::start(global.quiet, "queries");
+    let progress = Progress::start(global.quiet || !member.is_first(), "queries");
     let to = Written { path: &args.output, format: args.format.format(), tag: &args.tag };
-    let done =
-        write_run((device, storage), (&queries, &corpus), k, &to, &|queries| progress.update(queries, Some(total)));
+    let watch = |queries| progress.update(queries, Some(total));
+    let done = match ranks.size {
+        1 => write_run((device, storage), (&queries, &corpus), k, &to, &watch),
+        _ => merged::write_run((device, storage), (&queries, &corpus, &numbers), k, &to, &ranks, &watch),
+    };
     progress.finish();
     let done = done?;
+    if !member.is_first() {
+        return Ok(());
+    }
     global.write_json(&json!({
         "queries": done.queries, "passages": done.rows, "hits": done.hits, "nudged": done.nudged, "seconds": done.seconds,
         "precision": if storage == DType::F16 { "fp16" } else { "fp32" }, "output": args.output,

@@ -2,10 +2,9 @@
 
 mod aliases;
 mod pairs;
-mod ranks;
+pub(super) mod ranks;
 
 use std::path::PathBuf;
-use std::process::ExitStatus;
 
 use clap::builder::BoolishValueParser;
 use clap::{ArgMatches, Args, FromArgMatches};
@@ -217,7 +216,7 @@ pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
             settings.share.ranks = n as u64;
             Member::default()
         }
-        Part::Launcher(n) => return ended(args.control.ranks.launch(n, global.threads())?),
+        Part::Launcher(n) => return args.control.ranks.launch(n, global.threads()),
         Part::Rank(place) => args.control.ranks.meet(&place)?,
         Part::Alone => Member::default(),
     };
@@ -226,14 +225,6 @@ pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
     }
     let result = start_threads(&settings, global).and_then(|()| open(&settings, &args, global, &member));
     member.leave(result)
-}
-
-/// What workers ended with. Rank 0 has said what there is to say.
-fn ended(status: ExitStatus) -> Result<()> {
-    match status.code() {
-        Some(0) => Ok(()),
-        code => std::process::exit(code.unwrap_or(1)),
-    }
 }
 
 fn open(settings: &Settings, args: &Arguments, global: &Global, member: &Member) -> Result<()> {

@@ -3,7 +3,8 @@
 //! - [`model`]: a bi-encoder with its tokenizer; [`embedder`]: its tower, forward only; [`representation`]: what that makes of a text
 //! - [`encode`]: files of texts to a folder of embeddings
 //! - [`embeddings`]: that folder; [`npy`]: its files
-//! - [`search`]: embeddings to ranked lists; [`topk`]: the best rows of each query, exactly; [`joined`]: with lexical embeddings
+//! - [`search`]: embeddings to ranked lists; [`topk`]: the best rows of each query, exactly; [`joined`]: with lexical embeddings;
+//!   [`merged`]: by several ranks
 //! - [`mine`]: ranked lists to hard negatives
 //! - [`scorer`], [`rerank`]: a cross-encoder's scores, and lists in their order
 //! - [`beir`]: a data set in BEIR's layout, from texts to figures
@@ -13,6 +14,7 @@ pub mod embedder;
 pub mod embeddings;
 pub mod encode;
 pub mod joined;
+pub mod merged;
 pub mod mine;
 pub mod model;
 pub mod npy;

@@ -81,10 +81,16 @@ impl Rows {
         self.folders.first().map_or((0, 0), |folder| (folder.meta().spec.dim, folder.meta().spec.lexical_top_k))
     }
 
+    /// Folder of row `row`, which must exist, and its number there.
+    pub fn place(&self, row: u64) -> (usize, u64) {
+        let folder = self.first.partition_point(|&first| first <= row) - 1;
+        (folder, row - self.first[folder])
+    }
+
     /// The id of row `row`, which must exist.
     pub fn id(&self, row: u64) -> &str {
-        let folder = self.first.partition_point(|&first| first <= row) - 1;
-        self.folders[folder].id(row - self.first[folder])
+        let (folder, row) = self.place(row);
+        self.folders[folder].id(row)
     }
 
     /// Whether all files hold f16.

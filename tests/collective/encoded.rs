@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::failures::{rank, started};
 use crate::runs::good;
+use crate::support::free_port;
 use crate::world::{BINARY, World, stderr};
 
 #[test]
@@ -39,6 +41,48 @@ fn a_search_over_parts_is_one_over_the_whole() {
     assert_eq!(whole.lines().count(), 40 * 40);
     assert_eq!(search(&parts, "parts.trec"), whole);
     assert_eq!(search(&of_ranks, "ranks.trec"), whole);
+
+    // Several ranks that this program starts; and two that have their own folders only.
+    let begin = |queries: &str, corpus: &[PathBuf], name: &str| {
+        let mut command = Command::new(BINARY);
+        command.args(["search", "-q", "--device", "cpu", "--top-k", "40", "--collective-timeout", "1", "--queries"]);
+        command.arg(world.path(queries)).arg("--corpus").args(corpus).arg("--output").arg(world.path(name));
+        command
+    };
+    for ranks in ["2", "3"] {
+        let name = format!("by-{ranks}.trec");
+        good(begin("whole", &parts, &name).args(["--ranks", ranks]));
+        assert_eq!(std::fs::read_to_string(world.path(&name)).unwrap(), whole);
+    }
+    let dealt: Vec<PathBuf> = (0..3).map(|i| PathBuf::from(format!("part{i}"))).collect();
+    for (machine, own) in [("a", &[0, 2][..]), ("b", &[1])] {
+        std::fs::create_dir(world.path(machine)).unwrap();
+        own.iter().for_each(|i| {
+            std::os::unix::fs::symlink(&parts[*i], world.path(machine).join(format!("part{i}"))).unwrap();
+        });
+    }
+    let both = |queries: [&str; 2], name: &str| {
+        let port = free_port();
+        let start = |i: usize| {
+            let mut command = rank(begin(queries[i], &dealt, name), i, 2, port);
+            started(command.current_dir(world.path(["a", "b"][i])))
+        };
+        [0, 1].map(start).map(|child| child.wait_with_output().unwrap())
+    };
+    let done = both(["whole", "whole"], "machines.trec");
+    assert!(done.iter().all(|one| one.status.success()), "{}{}", stderr(&done[0]), stderr(&done[1]));
+    assert_eq!(std::fs::read_to_string(world.path("machines.trec")).unwrap(), whole);
+    assert!(done[1].stdout.is_empty(), "rank 0 alone reports");
+    for one in both(["whole", "part0"], "none.trec") {
+        let line = stderr(&one);
+        assert!(line.contains(": queries of rank ") && line.lines().count() == 1, "{line}");
+        assert!(line.starts_with("error: rank ") && one.status.code() == Some(1), "{line}");
+    }
+    let few = begin("whole", &parts, "none.trec").args(["--ranks", "4"]).output().unwrap();
+    assert_eq!(few.status.code(), Some(2));
+    let folders = "error: 4 ranks, and 3 folders of the corpus; encode the corpus in parts (encode --shard I/4), or use at most 3 ranks";
+    assert_eq!(stderr(&few).trim_end(), folders);
+    assert!(!world.path("none.trec").exists());
 
     // Again there is nothing to do; another part is another input.
     let again = good(&mut encode("part1", &["--shard", "1/3"]));

@@ -1,8 +1,7 @@
-//! The ranks of `train`: workers that this program starts, or a place among processes that another launcher has started.
+//! The ranks of `train` and `search`: workers that this program starts, or a place among processes that another launcher has started.
 
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,11 +23,11 @@ use crate::train::signals::Stop;
 /// Longest time that can be asked for.
 const LONGEST: f64 = 86_400.0;
 
-/// Flags of data-parallel training.
+/// Flags of work that several processes share.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Many devices")]
-pub(super) struct Flags {
-    /// Train on this many GPUs of this machine, a process each, which share every step. Without this flag, torchrun's, Open MPI's, PMI's
+pub(in crate::cli) struct Flags {
+    /// Use this many GPUs of this machine, a process each, which share the work. Without this flag, torchrun's, Open MPI's, PMI's
     /// or SLURM's variables tell whether there are other processes
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024), conflicts_with = "ranks")]
     pub gpus: Option<u32>,
@@ -44,7 +43,7 @@ pub(super) struct Flags {
 }
 
 /// How this process takes part.
-pub(super) enum Part {
+pub(in crate::cli) enum Part {
     /// It trains by itself.
     Alone,
     /// It starts this many workers and waits for them.
@@ -120,12 +119,15 @@ impl Flags {
         Ok(Member { links: Some(links), team, place: Some(place) })
     }
 
-    /// Starts workers, and gives what they ended with.
-    pub fn launch(&self, ranks: usize, threads: usize) -> Result<ExitStatus> {
+    /// Starts workers, and ends as they do: rank 0 has said what there is to say.
+    pub fn launch(&self, ranks: usize, threads: usize) -> Result<()> {
         self.patience()?;
         let stop = Stop::install()?;
         let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-        workers::run(ranks, &arguments, threads, &stop)
+        match workers::run(ranks, &arguments, threads, &stop)?.code() {
+            Some(0) => Ok(()),
+            code => std::process::exit(code.unwrap_or(1)),
+        }
     }
 }
 
@@ -166,7 +168,7 @@ fn program() -> Result<String> {
 
 /// This process among the ranks of the run.
 #[derive(Default)]
-pub(super) struct Member {
+pub(in crate::cli) struct Member {
     links: Option<Arc<Links>>,
     team: Team,
     place: Option<Place>,
