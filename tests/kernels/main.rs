@@ -19,4 +19,5 @@ mod ops;
 mod optimizer;
 mod pool;
 mod reference;
+mod ring;
 mod topk;
