@@ -21,7 +21,8 @@ case ${SIZE:-small} in
     tiny)
         export PRETRAIN="--batch-size 8 --steps ${STEPS:-20}"
         export FIRST="--batch-size 8 --group-size 2 --steps ${STEPS:-20} --learning-rate 3e-4"
-        export CROSS="--batch-size 4 --group-size 2 --steps ${STEPS:-20}" DEV_SAMPLE=500 DEPTH=20
+        export CROSS="--batch-size 4 --group-size 2 --steps ${STEPS:-20}"
+        export DEV_SAMPLE=500 DEPTH=10 TRAIN_PART=${TRAIN_PART:-40} RERANKED=5
         ;;
     small)
         export PRETRAIN="--batch-size 32 --epochs 1 --learning-rate 7e-4 --warmup-steps 100"

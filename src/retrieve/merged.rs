@@ -4,18 +4,14 @@
 //! scores of the best passages that each has found. Scores descend, and equal ones are ordered by folder and row, so that the run has the
 //! bytes of a search over the whole. A rank opens its own folders only: those of others may lie on other machines.
 
-use std::io;
-use std::time::Instant;
-
-use ahash::AHashSet;
-
-use super::search::{Rows, Searched, Target, Written, search};
-use crate::data::pairs::runs::RunWriter;
-use crate::error::{Error, IoContext, Result};
-use crate::files;
+use super::search::{Emit, Rows, Searched, Target, Written, search, write_lists};
+use crate::error::{Error, Result};
 
 /// Queries whose lists are told at a time.
 const TOLD: usize = 256;
+
+/// Gives the messages of all ranks, in their order, for this rank's own.
+pub type Exchange<'a> = dyn Fn(&[u8]) -> Result<Vec<Vec<u8>>> + 'a;
 
 /// Which rank this is, of how many.
 pub struct Ranks<'a> {
@@ -23,8 +19,8 @@ pub struct Ranks<'a> {
     pub rank: usize,
     /// How many there are.
     pub size: usize,
-    /// Gives the messages of all, in their order, for this rank's own.
-    pub exchange: &'a dyn Fn(&[u8]) -> Result<Vec<Vec<u8>>>,
+    /// Their messages.
+    pub exchange: &'a Exchange<'a>,
 }
 
 impl Ranks<'_> {
@@ -71,9 +67,8 @@ pub fn write_run(
     ranks: &Ranks<'_>,
     watch: &dyn Fn(u64),
 ) -> Result<Searched> {
-    let started = Instant::now();
-    let mut done = Searched { rows: agreed(target, queries, corpus, ranks)?, ..Searched::default() };
-    let find = |each: &mut dyn FnMut(&str, Vec<Hit>) -> Result<()>| {
+    let rows = agreed(target, queries, corpus, ranks)?;
+    let find = |emit: &mut Emit<'_>| {
         let mut waiting: Vec<(String, Vec<Hit>)> = Vec::new();
         let mut tell = |waiting: &mut Vec<(String, Vec<Hit>)>| -> Result<()> {
             let own: Vec<&[Hit]> = waiting.iter().map(|(_, list)| &list[..]).collect();
@@ -82,7 +77,8 @@ pub fn write_run(
                 let all =
                     all.iter().map(|one| heard(one, own.len()).ok_or_else(garbled)).collect::<Result<Vec<_>>>()?;
                 for (i, (query, _)) in waiting.iter().enumerate() {
-                    each(query, merged(all.iter().flat_map(|lists| lists[i].iter().cloned()).collect(), k))?;
+                    let list = merged(all.iter().flat_map(|lists| &lists[i]).collect(), k);
+                    emit(query, &list.iter().map(|hit| (&hit.id[..], hit.score)).collect::<Vec<_>>())?;
                 }
             }
             waiting.clear();
@@ -99,32 +95,9 @@ pub fn write_run(
         })?;
         tell(&mut waiting)
     };
-    if ranks.rank > 0 {
-        find(&mut |_, _| Ok(()))?;
-        return Ok(done);
-    }
-    files::probe(to.path)?;
-    let mut failed = None;
-    let written = files::write_atomic(to.path, |w| {
-        let mut writer = RunWriter::new(w, to.format, to.tag);
-        let found = find(&mut |query, list| {
-            let mut ids = AHashSet::new();
-            if let Some(twice) = list.iter().find(|hit| !ids.insert(&hit.id[..])) {
-                return Err(Error::refused(format!("two passages of the corpus have the id {}", twice.id))
-                    .remedy("give each folder of the corpus once, without repeated passages"));
-            }
-            (done.queries, done.hits) = (done.queries + 1, done.hits + list.len() as u64);
-            writer.query(query, list.iter().map(|hit| (&hit.id[..], hit.score))).at(to.path, "cannot write")
-        });
-        done.nudged = writer.nudged();
-        found.map_err(|e| {
-            failed = Some(e);
-            io::Error::other("search failed")
-        })
-    });
-    match failed {
-        Some(e) => Err(e),
-        None => written.map(|()| Searched { seconds: started.elapsed().as_secs_f64(), ..done }),
+    match ranks.rank {
+        0 => write_lists(to, rows, find),
+        _ => find(&mut |_, _| Ok(())).map(|()| Searched { rows, ..Searched::default() }),
     }
 }
 
@@ -155,7 +128,7 @@ fn garbled() -> Error {
 }
 
 /// The best `k` of some ranks' best.
-fn merged(mut hits: Vec<Hit>, k: usize) -> Vec<Hit> {
+fn merged(mut hits: Vec<&Hit>, k: usize) -> Vec<&Hit> {
     hits.sort_by(|a, b| b.score.partial_cmp(&a.score).unwrap_or(std::cmp::Ordering::Equal).then(a.place.cmp(&b.place)));
     hits.truncate(k);
     hits
@@ -218,8 +191,8 @@ mod tests {
 
     #[test]
     fn equal_scores_are_ordered_by_folder_and_row() {
-        let all = vec![hit(2, 0, 1.0), hit(0, 7, 1.0), hit(1, 3, 2.0), hit(0, 2, 1.0), hit(1, 1, 0.5)];
-        let places: Vec<_> = merged(all, 4).into_iter().map(|hit| hit.place).collect();
+        let all = [hit(2, 0, 1.0), hit(0, 7, 1.0), hit(1, 3, 2.0), hit(0, 2, 1.0), hit(1, 1, 0.5)];
+        let places: Vec<_> = merged(all.iter().collect(), 4).into_iter().map(|hit| hit.place).collect();
         assert_eq!(places, [(1, 3), (0, 2), (0, 7), (2, 0)]);
     }
 

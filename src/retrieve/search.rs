@@ -334,6 +334,9 @@ pub struct Written<'a> {
     pub tag: &'a str,
 }
 
+/// What takes the list of a query: the query's id, and of each passage id and score.
+pub(super) type Emit<'a> = dyn FnMut(&str, &[(&str, f32)]) -> Result<()> + 'a;
+
 /// Searches, and writes the lists.
 ///
 /// # Errors
@@ -345,25 +348,37 @@ pub fn write_run(
     to: &Written<'_>,
     watch: &dyn Fn(u64),
 ) -> Result<Searched> {
+    write_lists(to, corpus.len(), |emit| {
+        search(target, (queries, corpus), k, watch, |query, list| {
+            let list: Vec<_> = list.iter().map(|&(row, score)| (corpus.id(u64::from(row)), score)).collect();
+            emit(query, &list)
+        })
+    })
+}
+
+/// Writes the lists, of `rows` rows, that `find` hands out.
+pub(super) fn write_lists(
+    to: &Written<'_>,
+    rows: u64,
+    find: impl FnOnce(&mut Emit<'_>) -> Result<()>,
+) -> Result<Searched> {
     let started = Instant::now();
     files::probe(to.path)?;
-    let mut done = Searched { rows: corpus.len(), ..Searched::default() };
+    let mut done = Searched { rows, ..Searched::default() };
     let mut failed = None;
     let written = files::write_atomic(to.path, |w| {
         let mut writer = RunWriter::new(w, to.format, to.tag);
-        let mut ids = AHashSet::new();
-        let searched = search(target, (queries, corpus), k, watch, |query, list| {
-            ids.clear();
-            if let Some(twice) = list.iter().map(|hit| corpus.id(u64::from(hit.0))).find(|id| !ids.insert(*id)) {
+        let found = find(&mut |query, list| {
+            let mut ids = AHashSet::with_capacity(list.len());
+            if let Some((twice, _)) = list.iter().find(|(id, _)| !ids.insert(*id)) {
                 return Err(Error::refused(format!("two passages of the corpus have the id {twice}"))
                     .remedy("give each folder of the corpus once, without repeated passages"));
             }
             (done.queries, done.hits) = (done.queries + 1, done.hits + list.len() as u64);
-            let list = list.iter().map(|&(row, score)| (corpus.id(u64::from(row)), score));
-            writer.query(query, list).at(to.path, "cannot write")
+            writer.query(query, list.iter().copied()).at(to.path, "cannot write")
         });
         done.nudged = writer.nudged();
-        searched.map_err(|e| {
+        found.map_err(|e| {
             failed = Some(e);
             io::Error::other("search failed")
         })
