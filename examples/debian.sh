@@ -3,7 +3,7 @@
 #
 #   examples/debian.sh DATA [OUTPUT]          DATA: a folder with corpus.jsonl.gz, queries.jsonl.gz and qrels/
 #
-# SIZE=tiny runs it in minutes to see that it works; SIZE=full takes a GPU's BERT-base settings.
+# SIZE=tiny runs it in ten minutes to see that it works; SIZE=full takes a GPU's BERT-base settings.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 [ $# -ge 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
