@@ -135,8 +135,9 @@ pub fn run(mut args: Arguments, global: &Global) -> Result<()> {
 fn searched(args: &Arguments, global: &Global, member: &Member) -> Result<()> {
     let (share, team) = (member.share(), member.team());
     let exchange = |own: &[u8]| team.exchange(own);
-    let ranks = Ranks { rank: share.rank as usize, size: share.ranks as usize, exchange: &exchange };
-    let numbers = ranks.own(args.corpus.len())?;
+    let (rank, size) = (share.rank as usize, share.ranks as usize);
+    let ranks = Ranks { rank, size, folders: args.corpus.len(), exchange: &exchange };
+    let numbers = ranks.own()?;
     let own: Vec<PathBuf> = numbers.iter().map(|&i| args.corpus[i].clone()).collect();
     let (queries, corpus) = (Rows::open(&args.queries)?, Rows::open(&own)?);
     for (rows, side) in [(&queries, "query"), (&corpus, "passage")] {

@@ -19,18 +19,20 @@ pub struct Ranks<'a> {
     pub rank: usize,
     /// How many there are.
     pub size: usize,
+    /// Folders of the whole corpus.
+    pub folders: usize,
     /// Their messages.
     pub exchange: &'a Exchange<'a>,
 }
 
 impl Ranks<'_> {
-    /// Which of `folders` folders of a corpus this rank searches: every `size`th.
+    /// Which folders of the corpus this rank searches: every `size`th.
     ///
     /// # Errors
     /// Fewer folders than ranks.
-    pub fn own(&self, folders: usize) -> Result<Vec<usize>> {
-        enough(folders, self.size)?;
-        Ok((self.rank..folders).step_by(self.size).collect())
+    pub fn own(&self) -> Result<Vec<usize>> {
+        enough(self.folders, self.size)?;
+        Ok((self.rank..self.folders).step_by(self.size).collect())
     }
 }
 
@@ -58,7 +60,7 @@ struct Hit {
 /// Searches the folders `corpus`, which have these `numbers` among all of the corpus; rank 0 writes what all have found.
 ///
 /// # Errors
-/// As [`super::search::write_run`]; ranks with other queries; the failure of a rank.
+/// As [`super::search::write_run`]; ranks with other queries or settings; the failure of a rank.
 pub fn write_run(
     target: Target,
     (queries, corpus, numbers): (&Rows, &Rows, &[usize]),
@@ -67,7 +69,7 @@ pub fn write_run(
     ranks: &Ranks<'_>,
     watch: &dyn Fn(u64),
 ) -> Result<Searched> {
-    let rows = agreed(target, queries, corpus, ranks)?;
+    let rows = agreed((target, k), queries, corpus, ranks)?;
     let find = |emit: &mut Emit<'_>| {
         let mut waiting: Vec<(String, Vec<Hit>)> = Vec::new();
         let mut tell = |waiting: &mut Vec<(String, Vec<Hit>)>| -> Result<()> {
@@ -101,22 +103,24 @@ pub fn write_run(
     }
 }
 
-/// The rows of all ranks, which must have the same queries.
-fn agreed(target: Target, queries: &Rows, corpus: &Rows, ranks: &Ranks<'_>) -> Result<u64> {
+/// The rows of all ranks, which must have the same queries, and ask for as many of as many folders.
+fn agreed((target, k): (Target, usize), queries: &Rows, corpus: &Rows, ranks: &Ranks<'_>) -> Result<u64> {
     let made = queries.folders().iter().map(|folder| format!("{:?}", folder.meta().spec)).collect::<Vec<_>>().join(" ");
     let first = if queries.is_empty() { "" } else { queries.id(0) };
-    let own = format!("{} {} {first} {made} {:?}", corpus.len(), queries.len(), target.1);
+    let settings = format!("{k} {} {:?}", ranks.folders, target.1);
+    let own = format!("{} {settings} {} {first} {made}", corpus.len(), queries.len());
     let all = (ranks.exchange)(own.as_bytes())?;
     let mut rows = 0;
     for (rank, one) in all.iter().enumerate() {
         let one = std::str::from_utf8(one).map_err(|_| garbled())?;
         let (own, theirs) = (own.split_once(' ').ok_or_else(garbled)?, one.split_once(' ').ok_or_else(garbled)?);
         if own.1 != theirs.1 {
-            let cause =
-                format!("queries of rank {rank}, or as what they are multiplied, are not those of rank {}", ranks.rank);
-            return Err(
-                Error::refused(cause).remedy("give all ranks the same embeddings of queries, and parts of one --dtype")
+            let cause = format!(
+                "queries of rank {rank}, --top-k, the number type or the number of folders are not those of rank {}",
+                ranks.rank
             );
+            return Err(Error::refused(cause)
+                .remedy("give all ranks the same embeddings of queries, the same flags, and parts of one --dtype"));
         }
         rows += theirs.0.parse::<u64>().map_err(|_| garbled())?;
     }
@@ -198,9 +202,12 @@ mod tests {
 
     #[test]
     fn folders_are_dealt_out() {
-        let ranks = |rank, size| Ranks { rank, size, exchange: &|_| Ok(vec![]) };
-        assert_eq!((0..2).map(|rank| ranks(rank, 2).own(5).unwrap()).collect::<Vec<_>>(), [vec![0, 2, 4], vec![1, 3]]);
-        let few = ranks(0, 3).own(2).unwrap_err().to_string();
+        let ranks = |rank, size, folders| Ranks { rank, size, folders, exchange: &|_| Ok(vec![]) };
+        assert_eq!(
+            (0..2).map(|rank| ranks(rank, 2, 5).own().unwrap()).collect::<Vec<_>>(),
+            [vec![0, 2, 4], vec![1, 3]]
+        );
+        let few = ranks(0, 3, 2).own().unwrap_err().to_string();
         assert!(few.contains("3 ranks, and 2 folders") && few.contains("--shard I/3"), "{few}");
     }
 }

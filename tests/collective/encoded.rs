@@ -61,19 +61,21 @@ fn a_search_over_parts_is_one_over_the_whole() {
             std::os::unix::fs::symlink(&parts[*i], world.path(machine).join(format!("part{i}"))).unwrap();
         });
     }
-    let both = |queries: [&str; 2], name: &str| {
+    let both = |queries: [&str; 2], folders: usize, name: &str| {
         let port = free_port();
         let start = |i: usize| {
-            let mut command = rank(begin(queries[i], &dealt, name), i, 2, port);
+            let mut command = rank(begin(queries[i], &dealt[..[3, folders][i]], name), i, 2, port);
             started(command.current_dir(world.path(["a", "b"][i])))
         };
         [0, 1].map(start).map(|child| child.wait_with_output().unwrap())
     };
-    let done = both(["whole", "whole"], "machines.trec");
+    let done = both(["whole", "whole"], 3, "machines.trec");
     assert!(done.iter().all(|one| one.status.success()), "{}{}", stderr(&done[0]), stderr(&done[1]));
     assert_eq!(std::fs::read_to_string(world.path("machines.trec")).unwrap(), whole);
     assert!(done[1].stdout.is_empty(), "rank 0 alone reports");
-    for one in both(["whole", "part0"], "none.trec") {
+    let other_queries = both(["whole", "part0"], 3, "none.trec");
+    let other_folders = both(["whole", "whole"], 2, "none.trec");
+    for one in other_queries.into_iter().chain(other_folders) {
         let line = stderr(&one);
         assert!(line.contains(": queries of rank ") && line.lines().count() == 1, "{line}");
         assert!(line.starts_with("error: rank ") && one.status.code() == Some(1), "{line}");
